@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need Python 3.11 or newer, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check format clean
+
+demo: .venv/.installed
+	$(BIN)/kleash demo
+
+test: check
+	$(BIN)/python -m pytest -q --cov --cov-report=term
+	$(BIN)/python tests/coverage_of_mathematics.py
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch goes first and by its exact version, so that a build the machine already holds is taken.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis .coverage

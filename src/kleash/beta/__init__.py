@@ -1,0 +1,1 @@
+"""β, the tightness of the leash: how it moves, and how to choose it."""

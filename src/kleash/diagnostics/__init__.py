@@ -1,0 +1,1 @@
+"""Readings of a finished or running run, from its directory alone."""
