@@ -1,0 +1,109 @@
+"""REINFORCE with a leave-one-out baseline: no critic, several responses to each prompt.
+
+The whole response is one action: its objective, score − β·Σ_t charge_t, is compared with that of
+its siblings, and every token gets the difference. Left out: a ratio of whole responses. Ratios are
+per token and clipped, as in PPO; on the first minibatch, where all are 1, this is REINFORCE.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kleash.algorithms.advantages import leave_one_out
+from kleash.algorithms.experience import (
+    Truncated,
+    check_critic_free,
+    check_leash,
+    finish,
+    leash,
+    policy_losses,
+    require_finite,
+    settle_truncated,
+)
+from kleash.kl.placements import Placement
+from kleash.masked import masked_sum
+from kleash.types import Experience, Fresh, Loss, ScoredRollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOSettings:
+    """The numbers of RLOO."""
+
+    clip_range: float = 0.2
+    """ε of the clipped policy loss."""
+    placement: Placement = "reward_k1"
+    """Where the KL is charged, and by which estimator."""
+    mixing: float | None = None
+    """c of the placement `mixed`: 0 is `reward_k1`, 1 is `exact`; None for all other placements."""
+    allow_biased: bool = False
+    """Permit a placement whose gradient is known to be wrong."""
+    truncated: Truncated = "score"
+    """What becomes of a response that the length limit cut off; there is no critic to bootstrap."""
+    missing_eos_penalty: float | None = None
+    """Taken off the score of a truncated response when `truncated` is `penalise`."""
+
+    def __post_init__(self) -> None:
+        check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
+        check_critic_free(self.truncated, self.missing_eos_penalty)
+
+
+def prepare(scored: ScoredRollout, beta: float, settings: RLOOSettings) -> Experience:
+    r"""Rewards and advantages of a rollout.
+
+        R_i = score_i − β · Σ_t charge_t        A_i = R_i − 1/(n−1) Σ_{j≠i} R_j
+
+    over the n responses to the same prompt; every token of response i has the advantage A_i.
+    Dropped responses still serve as a baseline of the others.
+
+    Args:
+        scored: the rollout, at least two responses to each prompt.
+        beta: strength of the leash, in score per nat. At 0 no KL is looked at.
+        settings: the numbers of RLOO.
+
+    Returns:
+        What `loss` learns from; `returns` holds R_i at every token.
+
+    Raises:
+        ValueError: if a prompt has a single response, `beta` is negative, a response is empty,
+            or no response is left.
+        NonFiniteError: if an advantage is not finite.
+
+    References:
+        Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740
+    """
+    scores, mask = settle_truncated(scored, settings.truncated, settings.missing_eos_penalty)
+    rewards, weight = leash(scored, scores, beta, settings.placement, mixing=settings.mixing)
+    objective = masked_sum(rewards, scored.rollout.response_mask, dim=-1)
+    advantages = leave_one_out(objective, scored.rollout.prompt_index)[:, None].expand_as(rewards)
+    require_finite("advantage", advantages, mask)
+    return Experience(
+        scored=replace(scored, scores=scores),
+        mask=mask,
+        rewards=rewards,
+        advantages=torch.where(mask, advantages, 0.0),
+        returns=torch.where(mask, objective[:, None], 0.0),
+        pathwise=weight,
+    )
+
+
+def loss(experience: Experience, fresh: Fresh, settings: RLOOSettings, *, tokens: int) -> Loss:
+    """Clipped policy loss, and the differentiable KL where the placement has one.
+
+    Args:
+        experience: the rows of this microbatch.
+        fresh: what the policy says of them now.
+        settings: the numbers of RLOO.
+        tokens: kept tokens of the whole minibatch, so that microbatches add.
+
+    Returns:
+        The loss to differentiate, and metrics as described at `experience.finish`.
+
+    Raises:
+        ValueError: if the exact KL of a pathwise term is missing.
+        NonFiniteError: if a ratio or KL is not finite; it names response and token.
+    """
+    clip_range = settings.clip_range
+    losses = policy_losses(
+        experience, fresh, placement=settings.placement, clip_range=clip_range, tokens=tokens
+    )
+    return finish(losses, experience, fresh, weights={}, clip_range=clip_range, tokens=tokens)

@@ -1,0 +1,251 @@
+"""From a configuration to the objects a run works with: the one door configurations pass.
+
+Everything that can be wrong with paths, models, prompts and reward models is found here, before a
+run directory exists. Left out: anything that happens more than once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from kleash.algorithms.ppo import PPOSettings
+from kleash.beta.controllers import AdaptiveBeta, BetaController, BudgetBeta, FixedBeta
+from kleash.config import Config, LeashConfig, OptimizerConfig, RewardConfig
+from kleash.errors import ConfigError
+from kleash.models import (
+    AdapterSpec,
+    Policy,
+    Reference,
+    check_compatible,
+    freeze_copy,
+    load_policy,
+    load_reference,
+)
+from kleash.pretraining import PretrainingMix, read_texts
+from kleash.prompts import Prompt, read_prompts
+from kleash.reward_models import (
+    PLAIN_TEMPLATE,
+    CallableReward,
+    ClassifierReward,
+    RewardModel,
+    WeightedSum,
+)
+from kleash.rollout import SamplingSpec
+from kleash.values import ValueFunction, ValueHead, load_value_model
+
+
+@dataclass(frozen=True, eq=False)
+class Crew:
+    """Everyone who takes part in a run, and the numbers they work by."""
+
+    policy: Policy
+    reference: Reference
+    value: ValueFunction
+    reward: WeightedSum
+    gold: RewardModel | None
+    """A second opinion on held-out responses; nobody is ever trained on it."""
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    pretraining: PretrainingMix | None
+    sampling: SamplingSpec
+    settings: PPOSettings
+    optimizer: torch.optim.AdamW
+
+
+def assemble(config: Config) -> Crew:
+    """Load and check everything a run needs.
+
+    Raises:
+        ConfigError: the device or a setting cannot be used.
+        ModelError, PromptError, RewardError: what they say.
+    """
+    device = choose_device(config.device)
+    policy = _policy(config, device)
+    reference = _reference(config, policy, device)
+    sampling = SamplingSpec(
+        max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
+    )
+    prompts = _prompts(config.prompts.train, policy, sampling)
+    heldout = _prompts(config.prompts.heldout, policy, sampling) if config.prompts.heldout else []
+    rewards = {
+        name: (_reward(reward, device), reward.weight)
+        for name, reward in config.reward_models.items()
+    }
+    gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
+    value = _value(config, policy, device)
+    optimizer = _optimizer(config.optimizer, policy, value)
+    return Crew(
+        policy=policy,
+        reference=reference,
+        value=value,
+        reward=WeightedSum(rewards),
+        gold=gold,
+        prompts=prompts,
+        heldout=heldout,
+        pretraining=_pretraining(config, policy),
+        sampling=sampling,
+        settings=_settings(config),
+        optimizer=optimizer,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"expected a device this machine has, got {name!r}: {reason}") from None
+    return device
+
+
+def make_controller(leash: LeashConfig, *, start: float | None) -> BetaController:
+    """The controller a leash asks for.
+
+    Args:
+        leash: its section of the configuration.
+        start: β to start from if the section names none; needed where β moves.
+    """
+    if leash.beta is not None:
+        return FixedBeta(leash.beta)
+    # The configuration has checked that one of the two is there.
+    target = cast(float, leash.target_kl)
+    initial = leash.initial_beta if leash.initial_beta is not None else cast(float, start)
+    match leash.controller or "budget":
+        case "budget":
+            return BudgetBeta(target_kl=target, initial=initial)
+        case "ziegler_paper":
+            return AdaptiveBeta(target_kl=target, initial=initial, gain="paper")
+        case "ziegler_code":
+            horizon = leash.horizon or 10_000
+            return AdaptiveBeta(target_kl=target, initial=initial, gain="code", horizon=horizon)
+
+
+def _policy(config: Config, device: torch.device) -> Policy:
+    lora = config.policy.lora
+    adapter = (
+        None
+        if lora is None
+        else AdapterSpec(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets or ()))
+    )
+    return load_policy(
+        config.policy.path,
+        dtype=config.policy.dtype,
+        device=str(device),
+        attention=config.policy.attention,
+        adapter=adapter,
+    )
+
+
+def _reference(config: Config, policy: Policy, device: torch.device) -> Reference:
+    if config.reference.path is None:
+        return freeze_copy(policy)
+    reference = load_reference(
+        config.reference.path,
+        dtype=config.policy.dtype,
+        device=str(device),
+        attention=config.policy.attention,
+    )
+    check_compatible(policy, reference)
+    return reference
+
+
+def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
+    return read_prompts(
+        path,
+        policy.tokenizer,
+        context=policy.context,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+
+
+def _reward(config: RewardConfig, device: torch.device) -> RewardModel:
+    if config.callable is not None:
+        return CallableReward(config.callable)
+    return ClassifierReward(
+        cast(str, config.path), template=config.template or PLAIN_TEMPLATE, device=str(device)
+    )
+
+
+def _value(config: Config, policy: Policy, device: torch.device) -> ValueFunction:
+    if config.value.kind == "model":
+        return load_value_model(
+            cast(str, config.value.path),
+            policy,
+            device=str(device),
+            attention=config.policy.attention,
+        )
+    # The head's random numbers come from the run's seed, whatever was drawn while loading.
+    torch.manual_seed(config.seed)
+    return ValueHead(policy.hidden_size, features=config.value.kind).to(device)
+
+
+def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
+    mix = config.pretraining
+    if mix is None:
+        return None
+    return PretrainingMix(
+        texts=read_texts(mix.texts, policy.tokenizer, max_tokens=mix.max_tokens),
+        coefficient=mix.coefficient,
+        texts_per_minibatch=mix.texts_per_minibatch,
+    )
+
+
+def _settings(config: Config) -> PPOSettings:
+    try:
+        return PPOSettings(
+            gamma=config.ppo.gamma,
+            lam=config.ppo.lam,
+            clip_range=config.ppo.clip_range,
+            value_clip_range=config.ppo.value_clip_range,
+            value_coef=config.ppo.value_coef,
+            whiten_advantages=config.ppo.whiten_advantages,
+            placement=config.leash.placement,
+            # `mixed` begins as `reward_k1`; the loop then estimates c from each rollout.
+            mixing=0.0 if config.leash.placement == "mixed" else None,
+            allow_biased=config.leash.allow_biased,
+            truncated=config.rollout.truncated,
+            missing_eos_penalty=config.rollout.missing_eos_penalty,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _optimizer(config: OptimizerConfig, policy: Policy, value: ValueFunction) -> torch.optim.AdamW:
+    critic: list[nn.Parameter] = list(value.parameters())
+    value_lr = config.value_lr or config.lr
+    groups: list[Mapping[str, object]] = [
+        {"params": policy.parameters(), "lr": config.lr, "peak_lr": config.lr},
+        {"params": critic, "lr": value_lr, "peak_lr": value_lr},
+    ]
+    return torch.optim.AdamW(
+        [dict(group) for group in groups],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate_factor(config: OptimizerConfig, *, step: int, steps: int) -> float:
+    """What the peak learning rates are multiplied by in a step; a function of the step alone.
+
+    Args:
+        config: the optimiser's section.
+        step: steps finished so far.
+        steps: steps of the whole run.
+    """
+    warmup = config.warmup_steps
+    # From a tenth of the peak to the peak, as InstructGPT warms up.
+    rise = 1.0 if step >= warmup else 0.1 + 0.9 * step / warmup
+    fall = 1.0 if config.schedule == "constant" else max(0.0, 1 - step / steps)
+    return rise * fall

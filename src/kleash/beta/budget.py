@@ -1,0 +1,227 @@
+"""Hold the KL of a policy in training to a budget.
+
+Two things are known before the first reading: how the optimum's KL depends on β, and that a
+policy lags behind its optimum. The closed form therefore chooses β (feed-forward), and feedback
+corrects, slowly and with an eye on where the KL is heading, what the closed form gets wrong:
+a policy class that cannot follow, KL wasted by noisy updates, scores that saturate.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from kleash.beta.state import BetaState, Measurement, check_bounds, check_target, clip, count
+
+SMALL_TILT_GAIN = 2.0
+"""−d ln KL*/d ln β where the tilt is small: KL* ≈ Var(r)/(2β²)."""
+_GAIN_RANGE = (0.5, 4.0)
+"""Measured gains believed; beyond, they say more about the noise of a variance than the plant."""
+_SPEED_WEIGHT = 0.5
+"""Weight of the newest change in the running speed."""
+_VARIANCE_WEIGHT = 0.3
+"""Weight of the newest variance in its running (geometric) mean."""
+_LEAST_WEIGHT = 0.5
+"""Weight of the feedback while next to nothing of the budget is spent."""
+_NEAREST = 1e-3
+"""Smallest believed ratio of the coming √KL to today's: no policy runs through its reference."""
+
+
+@dataclass(frozen=True)
+class BudgetBeta:
+    r"""Feed-forward from the closed form, integral control of ln β with look-ahead on top.
+
+    **Feed-forward.** The optimum obeys dKL*/dβ = −Var*(r)/β³, that is
+
+        d(1/(2β²)) = dKL*/Var*(r)
+
+    Summed along the KL and the variance of the scores measured so far, then straight on to the
+    target, it says which β spends the budget: sd(r)/√(2·target) at first, and less as scores
+    saturate. With a plan (`plant_gain`), or where no variance is measured, `initial` is taken at
+    its word instead.
+
+    **Feedback.** The loop is divided by its own gain, so that it is the same loop at every
+    target and reward scale:
+
+        e = clip(ln(KL_ahead/target), ±error_max)       √KL_ahead = √KL + look_ahead · speed
+        trim ← trim + w · e/(g · settling)              g = Var(r)/(β²·KL), w = ½…1
+        ln β = ln β_feedforward + trim                  changing by at most ±rate_max
+
+    Drift grows steadily in √KL rather than in KL, hence the look-ahead there; it is the
+    proportional part of a loop that integrates, and keeps β from falling while the KL is already
+    on its way. Speed that noise could have produced counts as none (dead band). The
+    integral sees every reading, because it averages noise away, less the downward bias
+    (s.e./KL)²/2 of a noisy number's logarithm. The weight w is the share of the budget in use:
+    far below it the closed form is the better guide. Nothing is integrated that the rate limit
+    or a bound would withhold.
+
+    The batch size enters through the standard error only. A reading that is NaN, infinite or
+    negative changes nothing but its count; one of exactly 0 only says that training has not
+    begun, and does not move β either.
+
+    Attributes:
+        target_kl: the budget, in nats per response.
+        initial: β at the start, in score per nat: from a plan, or `initial_beta`.
+        plant_gain: g at the target according to a plan, whose β is then `initial`; None: both
+            from the variance of the scores.
+        settling: iterations in which an error is worked off; larger is calmer.
+        look_ahead: iterations that the policy is expected to go on drifting by itself.
+        rate_max: largest change of ln β in one update.
+        error_max: largest error acted upon, in units of ln KL.
+        beta_min: β is never below.
+        beta_max: β is never above.
+
+    Raises:
+        ValueError: if a setting cannot be.
+
+    Example:
+        >>> controller = BudgetBeta(target_kl=2.0, initial=0.5)
+        >>> state = controller.init()
+        >>> for kl in (0.5, 1.5, 3.0, 4.0):
+        ...     state = controller.update(state, Measurement(kl, 0.05, 128))
+        >>> state.beta > 0.5
+        True
+
+    References:
+        Stooke et al., "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods",
+        2020, https://arxiv.org/abs/2007.03964
+    """
+
+    target_kl: float
+    initial: float
+    plant_gain: float | None = None
+    settling: float = 6.0
+    look_ahead: float = 6.0
+    rate_max: float = 0.5
+    error_max: float = 1.0
+    beta_min: float = 1e-8
+    beta_max: float = 1e8
+
+    def __post_init__(self) -> None:
+        check_target(self.target_kl)
+        check_bounds(self.initial, self.beta_min, self.beta_max)
+        for name in ("plant_gain", "settling", "rate_max", "error_max"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if not (math.isfinite(self.look_ahead) and self.look_ahead >= 0):
+            raise ValueError(f"look_ahead must be finite and not negative, got {self.look_ahead}")
+
+    def init(self) -> BetaState:
+        """State before training."""
+        return BetaState(self.initial)
+
+    def update(self, state: BetaState, measurement: Measurement) -> BetaState:
+        """One step of ln β."""
+        counted = count(state, measurement)
+        if not measurement.usable:
+            return counted
+        seen = self._observe(counted, measurement)
+        if measurement.response_kl == 0:
+            return seen
+        error = self._error(seen, measurement)
+        gain = self._gain(seen, measurement.response_kl)
+        return self._move(replace(seen, error=error, gain=gain), measurement.response_kl)
+
+    def _observe(self, state: BetaState, measurement: Measurement) -> BetaState:
+        """Speed, variance, the tilt of the path so far and the β it leads to."""
+        kl, variance = measurement.response_kl, state.variance
+        if measurement.variance is not None:
+            variance = _smoothed(variance, measurement.variance)
+        tilt, feedforward = state.tilt, self.initial
+        if self.plant_gain is None and variance is not None:
+            # A first variance that comes late finds the path so far a straight one.
+            known = state.kl if state.kl is not None and state.variance is not None else 0.0
+            tilt = _tilt_at(kl, tilt=tilt, kl=known, variance=variance)
+            ahead = _tilt_at(self.target_kl, tilt=tilt, kl=kl, variance=variance)
+            feedforward = 1 / math.sqrt(2 * ahead)
+        speed = 0.0
+        if state.kl is not None:
+            change = math.sqrt(kl) - math.sqrt(state.kl)
+            speed = state.speed + _SPEED_WEIGHT * (change - state.speed)
+        return replace(
+            state, kl=kl, speed=speed, variance=variance, tilt=tilt, feedforward=feedforward
+        )
+
+    def _error(self, state: BetaState, measurement: Measurement) -> float:
+        """ln(KL_ahead/target): today's error, and the drift to come beyond the noise."""
+        kl, noise = measurement.response_kl, measurement.noise
+        now = math.log(kl / self.target_kl) + noise**2 / 2
+        ahead = max(_NEAREST, 1 + self.look_ahead * state.speed / math.sqrt(kl))
+        drift = 2 * math.log(ahead)
+        # ln KL has the standard error `noise`: smoothed and extrapolated, it looks like this drift.
+        band = noise * _SPEED_WEIGHT * self.look_ahead
+        return clip(now + math.copysign(max(0.0, abs(drift) - band), drift), self.error_max)
+
+    def _gain(self, state: BetaState, kl: float) -> float:
+        """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt."""
+        if self.plant_gain is not None:
+            return self.plant_gain
+        if state.variance is None:
+            return SMALL_TILT_GAIN
+        low, high = _GAIN_RANGE
+        return min(high, max(low, state.variance / (state.beta**2 * kl)))
+
+    def _move(self, state: BetaState, kl: float) -> BetaState:
+        """β towards feed-forward and trim, within the rate limit and the bounds."""
+        assert state.feedforward is not None and state.gain is not None
+        weight = max(_LEAST_WEIGHT, min(1.0, kl / self.target_kl))
+        push = weight * state.error / (state.gain * self.settling)
+        base, old = math.log(state.feedforward), math.log(state.beta)
+        if abs(gap := base + state.trim - old) > self.rate_max and gap * push > 0:
+            push = 0.0  # the rate limit withholds it: integrating on would overshoot
+        log_beta = old + clip(base + state.trim + push - old, self.rate_max)
+        beta = min(self.beta_max, max(self.beta_min, math.exp(log_beta)))
+        trim = state.trim + push
+        if beta in (self.beta_min, self.beta_max):
+            trim = math.log(beta) - base
+        return replace(state, beta=beta, trim=trim)
+
+
+def initial_beta(target_kl: float, score_sd: float) -> float:
+    """β to start from, given how much the scores of one prompt's responses vary.
+
+        KL* ≈ Var(r)/(2β²)   so   β = sd(r)/√(2·target)
+
+    Exact for normally distributed scores, and the limit of a small tilt for any others.
+    `kleash.beta.planning` does better where there are enough reference samples.
+
+    Args:
+        target_kl: nats per response.
+        score_sd: standard deviation of the score within a prompt.
+
+    Returns:
+        β in score per nat.
+
+    Raises:
+        ValueError: if either is not positive and finite.
+
+    Example:
+        >>> initial_beta(target_kl=2.0, score_sd=1.0)
+        0.5
+    """
+    check_target(target_kl)
+    if not (math.isfinite(score_sd) and score_sd > 0):
+        raise ValueError(
+            f"score_sd must be positive and finite, got {score_sd}: scores that do not vary imply "
+            "no β"
+        )
+    return score_sd / math.sqrt(2 * target_kl)
+
+
+def _smoothed(variance: float | None, newest: float) -> float:
+    """Running geometric mean: a variance is noisy in proportion to itself."""
+    if variance is None:
+        return newest
+    logs = (1 - _VARIANCE_WEIGHT) * math.log(variance) + _VARIANCE_WEIGHT * math.log(newest)
+    return math.exp(logs)
+
+
+def _tilt_at(kl_there: float, *, tilt: float, kl: float, variance: float) -> float:
+    """1/(2β²) of the optimum that spends `kl_there`, from the tilt of the one that spends `kl`.
+
+    A straight line of slope 1/Var. Backwards, a variance that has fallen on the way makes that
+    line too steep; the tilt then shrinks at most twice as far as in proportion to the KL.
+    """
+    straight = tilt + (kl_there - kl) / variance
+    if kl_there >= kl:
+        return straight
+    return max(straight, tilt * kl_there / kl / 2)

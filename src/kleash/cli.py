@@ -1,0 +1,270 @@
+"""The command line. Sub-commands import what they need when they run, so that `--help` is quick.
+
+Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 130 interrupted.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from kleash import __version__
+from kleash.errors import KleashError, UsageError
+from kleash.kl.explicit import ExplicitKL, explicit_kl
+
+if TYPE_CHECKING:
+    from kleash.config import Config
+
+_EXAMPLES = """Examples:
+
+    kleash kl 0.7,0.3 0.5,0.5
+
+    kleash demo
+
+    kleash train --steps 10 --leash.beta 0.2 --output runs/tight
+
+    kleash report runs/tight"""
+
+app = App(
+    name="kleash",
+    help="Keep a language model on a KL leash: train it near a frozen reference, measure how far "
+    "it has gone, and show where.",
+    help_epilogue=_EXAMPLES,
+    version=__version__,
+    exit_on_error=False,
+    print_error=False,
+    result_action="return_value",
+)
+
+_EMBEDDED_WORLD = Path(__file__).parent / "playground" / "recipes" / "leashed.yaml"
+
+_Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the `kleash` command."""
+    arguments = sys.argv[1:]
+    try:
+        app(arguments)
+    except CycloptsError as error:
+        _fail(f"{error}. See kleash --help.".replace("..", "."), 2)
+    except KleashError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"kleash: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@app.command(
+    name="kl",
+    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
+    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
+)
+def kl_command(
+    p: str,
+    q: str,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """KL divergence of two explicit distributions: every term of the sum, both directions.
+
+    Parameters
+    ----------
+    p
+        Probabilities of the policy, separated by commas.
+    q
+        Probabilities of the reference, separated by commas.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug  # read by `main`
+    try:
+        result = explicit_kl(_numbers(p), _numbers(q))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if as_json:
+        print(json.dumps(_as_json(result), indent=2))
+    else:
+        _print_table(result)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def _as_json(result: ExplicitKL) -> dict[str, object]:
+    def finite(value: float) -> float | str:
+        return "Infinity" if value == float("inf") else value
+
+    return {
+        "unit": "nats",
+        "p": result.p,
+        "q": result.q,
+        "kl_p_q": finite(result.forward),
+        "kl_p_q_terms": [finite(term) for term in result.forward_terms],
+        "kl_q_p": finite(result.reverse),
+        "kl_q_p_terms": [finite(term) for term in result.reverse_terms],
+    }
+
+
+def _print_table(result: ExplicitKL) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    headers = ("outcome", "p", "q", "p·ln(p/q)", "q·ln(q/p)")
+    for header in headers:
+        table.add_column(header, justify="right")
+    rows = zip(result.p, result.q, result.forward_terms, result.reverse_terms, strict=True)
+    for index, (p, q, forward, reverse) in enumerate(rows):
+        cells = (f"{p:.4g}", f"{q:.4g}", f"{forward:+.4f}", f"{reverse:+.4f}")
+        table.add_row(str(index), *cells)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"\nKL(p‖q) = {result.forward:.4f} nats   KL(q‖p) = {result.reverse:.4f} nats")
+    if float("inf") in (result.forward, result.reverse):
+        console.print("Infinite: an outcome that one gives, the other never does.")
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash train\n\n    kleash train recipes/stories.yaml "
+    "--leash.target-kl 5\n\n    kleash train --leash.beta 0 --steps 20 --output runs/free"
+    "\n\n    kleash train --resume runs/free"
+)
+def train(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    resume: Path | None = None,
+    debug: _Debug = False,
+) -> None:
+    """RLHF on the leash; with no CONFIG, on the embedded world.
+
+    Every key of the configuration can be overridden: `--section.key VALUE`. A comment in each
+    recipe and `docs/configuration.md` name the keys.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys.
+    resume
+        Continue the run in this directory from its newest checkpoint. The same command as
+        before, with the same output, does it too.
+    """
+    del debug
+    path, overrides = split_overrides(arguments)
+    if resume is not None:
+        if path is not None or overrides:
+            raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
+        path = resume / "config.yaml"
+    from kleash.config import load_config
+    from kleash.train import train as run
+
+    _quiet_libraries()
+    config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+    directory = run(config, argv=sys.argv)
+    print(f"{directory}: finished. Look at it with: kleash report {directory}")
+
+
+def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
+    """Split `CONFIG --dotted.key VALUE …` into the path and the overrides.
+
+    Raises:
+        UsageError: a value is missing, or there is more than one CONFIG.
+    """
+    path: Path | None = None
+    overrides: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            if not equals:
+                found = next(rest, None)
+                if found is None or found.startswith("--"):
+                    raise UsageError(f"--{key} needs a value: --{key} VALUE")
+                value = found
+            overrides[key] = value
+        elif path is None:
+            path = Path(argument)
+        else:
+            raise UsageError(f"expected one CONFIG, got {str(path)!r} and {argument!r}")
+    return path, overrides
+
+
+def _build_world(config: "Config") -> "Config":
+    if config.world is None:
+        return config
+    from kleash.config import with_world
+    from kleash.playground.build import build_world
+
+    return with_world(config, build_world(config.world))
+
+
+def _quiet_libraries() -> None:
+    """Keep loading bars of other libraries out of our display; their errors still reach us."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+@app.command(help_epilogue="Examples:\n\n    kleash demo\n\n    kleash demo --seed 3")
+def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = False) -> None:
+    """The whole story on the embedded world: build, train on and off the leash, compare, report.
+
+    Parameters
+    ----------
+    seed
+        Which world; each has its own language of questions, raters and models.
+    output
+        Directory for the two runs and the report.
+    """
+    del debug
+    from kleash.demo import run_demo
+
+    _quiet_libraries()
+    run_demo(seed, output)
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash report runs/demo/leashed\n\n"
+    "    kleash report runs/demo/leashed runs/demo/free --output runs"
+)
+def report(run: Path, /, *others: Path, output: Path | None = None, debug: _Debug = False) -> None:
+    """One self-contained HTML page, and its JSON twin, from run directories alone.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    others
+        More runs to compare it with.
+    output
+        Directory for the page; by default the run's own, or where several lie, their parent.
+    """
+    del debug
+    from kleash.report.page import write_report
+
+    page, twin = write_report([run, *others], into=output)
+    print(f"{page}\n{twin}")

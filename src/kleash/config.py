@@ -1,0 +1,440 @@
+"""One run, written down: the sections of a configuration, their defaults, and how they are read.
+
+A configuration is YAML, or dotted overrides on the command line, or both; the overrides win.
+Every field has its sentence underneath. Unknown keys are errors that name the nearest key.
+Configurations stop at the door: `train` and `assembly` take them apart into tensors and numbers.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from kleash.errors import ConfigError, UsageError
+from kleash.kl.placements import Placement
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraConfig(_Section):
+    """Train a low-rank adapter; the reference is then the same weights with the adapter off."""
+
+    rank: PositiveInt = 16
+    """Rank of the adapter."""
+    alpha: PositiveInt = 32
+    """Scale of the adapter; its output is multiplied by alpha / rank."""
+    targets: list[str] | None = None
+    """Names of the modules to adapt; none: what peft chooses for this architecture."""
+
+
+class PolicyConfig(_Section):
+    """The model that is trained."""
+
+    path: str
+    """Directory of a Hugging Face causal language model, or its hub name."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Dtype = "float32"
+    """Type of the weights."""
+    attention: Attention = "sdpa"
+    """Attention kernel; policy and reference use the same."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights."""
+
+
+class ReferenceConfig(_Section):
+    """The frozen model the leash is tied to."""
+
+    path: str | None = None
+    """Directory or hub name; none: the policy as it is before the first update."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    reference_differs: bool = False
+    """Say that the policy does not start at the reference. Otherwise that is an error."""
+
+
+class RewardConfig(_Section):
+    """One reward model: a sequence classifier by its path, or a Python callable."""
+
+    path: str | None = None
+    """Directory or hub name of a sequence classifier with one output."""
+    callable: str | None = None
+    """`module:function`; called with lists of prompts and responses, returns a score for each."""
+    weight: float = 1.0
+    """Weight in the sum of reward models."""
+    template: str | None = None
+    """How a classifier reads a prompt and its response; none: `{prompt}{response}`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "RewardConfig":
+        if (self.path is None) == (self.callable is None):
+            raise ValueError("give exactly one of `path` and `callable`")
+        if self.callable is not None and self.template is not None:
+            raise ValueError("`template` is for a classifier and does nothing for a callable")
+        return self
+
+
+class PromptsConfig(_Section):
+    """What the policy answers."""
+
+    train: str
+    """JSONL or Parquet file with `prompt` text or chat `messages`."""
+    heldout: str | None = None
+    """Prompts never trained on, for evaluation."""
+
+
+class RolloutConfig(_Section):
+    """How the policy writes."""
+
+    prompts_per_step: PositiveInt = 64
+    """Prompts of one step."""
+    responses_per_prompt: PositiveInt = 1
+    """Responses to each prompt; standard errors are clustered by prompt."""
+    max_new_tokens: PositiveInt = 64
+    """Length limit of a response."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits in sampling and in both scorings alike."""
+    truncated: Literal["score", "penalise", "drop", "bootstrap"] = "score"
+    """A response cut by the limit: score it as it stands, subtract a penalty, leave it out of the
+    update, or continue it with the value of its last state."""
+    missing_eos_penalty: PositiveFloat | None = None
+    """Subtracted from the score of a truncated response when `truncated: penalise`."""
+    microbatch_size: PositiveInt = 64
+    """Responses scored at once; changes memory and speed, not results."""
+
+    @model_validator(mode="after")
+    def _penalty_belongs(self) -> "RolloutConfig":
+        if (self.truncated == "penalise") != (self.missing_eos_penalty is not None):
+            raise ValueError(
+                "`missing_eos_penalty` goes with `truncated: penalise` and with nothing else, got "
+                f"truncated: {self.truncated}, missing_eos_penalty: {self.missing_eos_penalty}"
+            )
+        return self
+
+
+class LeashConfig(_Section):
+    """How tight, measured how, charged where."""
+
+    beta: NonNegativeFloat | None = None
+    """Fixed β, in score per nat. 0 lets go of the leash and still measures."""
+    target_kl: PositiveFloat | None = None
+    """KL to hold, in nats per response; β then moves by itself."""
+    controller: Literal["budget", "ziegler_paper", "ziegler_code"] | None = None
+    """How β moves towards `target_kl`; budget unless said."""
+    initial_beta: PositiveFloat | None = None
+    """Where a moving β starts; none: from the spread of the reference's scores."""
+    horizon: PositiveInt | None = None
+    """Responses over which Ziegler's code moves β; 10,000 unless said."""
+    placement: Placement = "reward_k1"
+    """Where the KL is charged, and by which estimator."""
+    allow_biased: bool = False
+    """Permit a placement whose gradient is known to be wrong."""
+
+    @model_validator(mode="after")
+    def _fixed_or_moving(self) -> "LeashConfig":
+        if (self.beta is None) == (self.target_kl is None):
+            raise ValueError(
+                "give exactly one of `beta` (fixed) and `target_kl` (adaptive), got "
+                f"beta: {self.beta}, target_kl: {self.target_kl}"
+            )
+        moving = {"controller", "initial_beta", "horizon"} & self.model_fields_set
+        if self.beta is not None and moving:
+            raise ValueError(f"{sorted(moving)} do nothing with a fixed `beta`: leave them out")
+        if self.horizon is not None and self.controller != "ziegler_code":
+            raise ValueError("`horizon` is for `controller: ziegler_code` alone")
+        if self.placement == "measure" and self.beta != 0:
+            raise ValueError("`placement: measure` charges nothing: give `beta: 0` with it")
+        return self
+
+
+class PPOConfig(_Section):
+    """How the policy climbs."""
+
+    epochs: PositiveInt = 2
+    """Passes over a rollout."""
+    minibatches: PositiveInt = 2
+    """Optimiser steps in one pass."""
+    microbatch_size: PositiveInt = 64
+    """Responses in one backward pass; changes memory and speed, not the gradient."""
+    clip_range: PositiveFloat = 0.2
+    """ε of the clipped policy loss."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """ε of the clipped value loss; none: not clipped."""
+    value_coef: PositiveFloat = 0.1
+    """Weight of the value loss."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token. 1 keeps the objective the sum that it says it is."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """λ of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the rollout."""
+
+
+class ValueConfig(_Section):
+    """The critic."""
+
+    kind: Literal["trunk_detached", "trunk", "model"] = "trunk_detached"
+    """A head on the policy's trunk, without or with gradient into it, or a model of its own."""
+    path: str | None = None
+    """Where a model of its own starts: a policy or reward-model directory."""
+
+    @model_validator(mode="after")
+    def _path_belongs(self) -> "ValueConfig":
+        if (self.kind == "model") != (self.path is not None):
+            raise ValueError("`value.path` goes with `value.kind: model`, and with nothing else")
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW, for policy and critic."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of the policy."""
+    value_lr: PositiveFloat | None = None
+    """Peak learning rate of the critic; none: that of the policy."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients longer than this are scaled to it."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Constant, or linear to zero over the run."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate rises linearly from a tenth of its peak."""
+
+
+class PretrainingConfig(_Section):
+    """InstructGPT's pretraining mix (PPO-ptx): likelihood of ordinary text beside the reward."""
+
+    texts: str
+    """JSONL or Parquet file with `text`."""
+    coefficient: PositiveFloat = 27.8
+    """γ: weight of the mean negative log-likelihood per token."""
+    texts_per_minibatch: PositiveInt = 8
+    """Texts drawn for each optimiser step."""
+    max_tokens: PositiveInt = 256
+    """A text is cut to this many tokens."""
+
+
+class HeldoutConfig(_Section):
+    """Evaluation on prompts that are never trained on."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0: before the first update and after the last only."""
+    responses_per_prompt: PositiveInt = 1
+    """Responses to each held-out prompt."""
+    gold: RewardConfig | None = None
+    """A second opinion the policy is never trained on."""
+
+
+class LoggingConfig(_Section):
+    """What is kept and where it is shown."""
+
+    samples_per_step: NonNegativeInt = 2
+    """Responses kept at each step: the farthest from the reference, then random ones."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: the last step only."""
+    keep: PositiveInt = 2
+    """How many checkpoints to keep."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Also send the metrics there, through accelerate."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    policy: PolicyConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    reward_models: dict[str, RewardConfig] = Field(min_length=1)
+    """Reward models by name; the score is their weighted sum."""
+    score_normalisation: Literal["none", "running", "initial"] = "none"
+    """Leave scores as they are; or standardise them by the statistics of all scores so far, or by
+    those of responses written before the first update. Never applied to the sum with KL."""
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    leash: LeashConfig
+    ppo: PPOConfig = PPOConfig()
+    value: ValueConfig = ValueConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    pretraining: PretrainingConfig | None = None
+    heldout: HeldoutConfig = HeldoutConfig()
+    logging: LoggingConfig = LoggingConfig()
+    steps: PositiveInt = 100
+    """Rollouts, each followed by its update."""
+    seed: NonNegativeInt = 0
+    """Seed of every random number."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    output: str
+    """The run directory to make."""
+    world: NonNegativeInt | None = None
+    """Seed of the embedded world to build first; `{world}` in a path is then its directory."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "Config":
+        if self.rollout.truncated == "drop" and self.ppo.minibatches > self.responses_per_step:
+            raise ValueError("more minibatches than responses")
+        if self.responses_per_step % self.ppo.minibatches:
+            raise ValueError(
+                f"`ppo.minibatches: {self.ppo.minibatches}` does not divide the "
+                f"{self.responses_per_step} responses of a step"
+            )
+        evaluates = self.prompts.heldout is not None
+        if not evaluates and self.heldout != HeldoutConfig():
+            raise ValueError("`heldout` does nothing without `prompts.heldout`")
+        return self
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses of one rollout."""
+        return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+
+
+def load_config(path: Path | None, overrides: dict[str, str], *, base: Path) -> Config:
+    """Read a configuration and apply dotted overrides to it.
+
+    Args:
+        path: the YAML file, or None to start from `base`.
+        overrides: dotted key → value as written on the command line; `-` and `_` are the same.
+        base: the configuration to start from when no path is given.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate.
+        UsageError: an override names a key that does not exist.
+    """
+    tree = _read_yaml(path or base)
+    for dotted, value in overrides.items():
+        _set(tree, dotted.replace("-", "_"), value)
+    return parse_config(tree, where=str(path or base))
+
+
+def parse_config(tree: dict[str, Any], *, where: str) -> Config:
+    """Validate a tree of plain values; every fault in one message that starts with `where`.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has an impossible value.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(_fault(cast("dict[str, Any]", e)) for e in error.errors())
+        raise ConfigError(f"{where}: {faults}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML: reading it back gives an equal configuration."""
+    tree = config.model_dump(mode="json", exclude_unset=False)
+    return yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True)
+
+
+def with_world(config: Config, directory: Path) -> Config:
+    """Put the directory of the embedded world where the configuration says `{world}`."""
+    text = dump_config(config).replace("{world}", str(directory))
+    return parse_config(yaml.safe_load(text), where="the embedded world's configuration")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}: check the path") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory: give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{path} is not YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} should hold keys and values, got {type(tree).__name__}")
+    return cast("dict[str, Any]", tree)
+
+
+def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
+    """Set one dotted key, checking each name on the way against the sections' fields."""
+    section: type[BaseModel] | None = Config
+    *parents, last = dotted.split(".")
+    for depth, name in enumerate([*parents, last]):
+        if section is not None and name not in section.model_fields:
+            prefix = "".join(f"{parent}." for parent in parents[:depth])
+            hint = _nearest(name, list(section.model_fields), prefix="--" + prefix)
+            raise UsageError(f"no option --{dotted}{hint}")
+        section = _section_of(section, name)
+    for name in parents:
+        inner: object = tree.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--{dotted}: `{name}` is a single value, not a section")
+        tree = cast("dict[str, Any]", inner)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--{dotted}: cannot read the value {text!r}") from None
+
+
+def _section_of(section: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """The section a field holds, or None where names are free (`reward_models`) or it is a leaf."""
+    if section is None or name not in section.model_fields:
+        return RewardConfig if section is None else None
+    annotation = section.model_fields[name].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, _Section) and name != _FREE:
+            return candidate
+    return None
+
+
+_FREE = "reward_models"
+
+
+def _fault(error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location) or "the configuration"
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = Config
+        for name in location[:-1]:
+            section = _section_of(section, name)
+        names = list(section.model_fields) if section else []
+        return f"unknown key `{dotted}`{_nearest(location[-1], names)}"
+    if error["type"] == "missing":
+        return f"`{dotted}` is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{dotted}`: {message[0].lower()}{message[1:]}" + (
+        f", got {error['input']!r}" if not isinstance(error["input"], dict) else ""
+    )
+
+
+def _nearest(name: str, names: list[str], *, prefix: str = "") -> str:
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f": did you mean {prefix}{close[0]}?"
+    return f": known here are {', '.join(prefix + known for known in names)}" if names else ""
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        items = cast("dict[str, Any]", tree).items()
+        return {key: _without_none(value) for key, value in items if value is not None}
+    return tree

@@ -1,0 +1,161 @@
+"""Held-out evaluation: prompts nobody trains on, a second opinion, and the texts side by side."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kleash.assembly import Crew
+from kleash.kl.statistics import clustered_mean, response_kl
+from kleash.measures import Number, distinct_n, objective_measures
+from kleash.prompts import Prompt, batch_prompts
+from kleash.reward_models import Content, text_of
+from kleash.rollout import generate, response_texts, score
+from kleash.runs import Kind, Sample, Who, rows_to_keep
+from kleash.types import Rollout, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Written:
+    """Responses as tensors and as texts, with what the reward model says of them."""
+
+    rollout: Rollout
+    prompts: list[Content]
+    """As their author wrote them: what reward models read."""
+    responses: list[str]
+    raw_scores: Tensor
+    """[batch] weighted sum of the reward models, before normalisation."""
+    parts: dict[str, Tensor]
+    """[batch] score of each reward model."""
+
+
+def write_responses(
+    crew: Crew, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
+) -> Written:
+    """Let the policy answer prompts, and the reward models read the answers.
+
+    Raises:
+        RewardError: a reward model did not keep its contract.
+    """
+    rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
+    batch = batch_prompts(rows, pad_id=crew.policy.pad_id, device=crew.policy.device)
+    rollout = generate(crew.policy, batch, crew.sampling, microbatch=microbatch)
+    texts: list[Content] = [prompt.content for prompt in rows]
+    responses = response_texts(crew.policy.tokenizer, rollout)
+    judged = crew.reward.score_each(texts, responses)
+    device = crew.policy.device
+    return Written(
+        rollout=rollout,
+        prompts=texts,
+        responses=responses,
+        raw_scores=judged.total.to(device),
+        parts=dict(judged.parts),
+    )
+
+
+def evaluate_heldout(
+    crew: Crew,
+    *,
+    step: int,
+    beta: float,
+    responses_per_prompt: int,
+    microbatch: int,
+    samples: int,
+    who: Who,
+) -> tuple[dict[str, Number], list[Sample]]:
+    """Answer every held-out prompt and say how good and how far the answers are.
+
+    Returns:
+        Metrics under `heldout/`, scores as the reward models give them; and samples of the first
+        prompts, so that the same prompts can be read before and after training.
+    """
+    written = write_responses(
+        crew, crew.heldout, responses_per_prompt=responses_per_prompt, microbatch=microbatch
+    )
+    scored = score(
+        written.rollout,
+        policy=crew.policy,
+        reference=crew.reference,
+        scores=written.raw_scores,
+        temperature=crew.sampling.temperature,
+        microbatch=microbatch,
+    )
+    metrics = {
+        key.replace("objective/", "heldout/"): value
+        for key, value in objective_measures(scored, beta=beta).items()
+    }
+    metrics["heldout/distinct_2"] = distinct_n(written.responses, 2)
+    metrics["heldout/length"] = float(written.rollout.response_mask.sum(-1).double().mean())
+    metrics["heldout/eos_fraction"] = float(written.rollout.ended.double().mean())
+    golds: Tensor | None = None
+    if crew.gold is not None:
+        golds = crew.gold.score(written.prompts, written.responses)
+        estimate = clustered_mean(golds, written.rollout.prompt_index.cpu())
+        metrics["heldout/gold"] = estimate.mean
+        metrics["heldout/gold_se"] = estimate.standard_error
+    first = [row * responses_per_prompt for row in range(min(samples, len(crew.heldout)))]
+    kept: list[tuple[int, Kind]] = [(row, "heldout") for row in first]
+    return metrics, make_samples(crew, scored, written, kept, step=step, who=who, golds=golds)
+
+
+def training_samples(
+    crew: Crew, scored: ScoredRollout, written: Written, *, step: int, count: int
+) -> list[Sample]:
+    """Half the samples from the farthest responses of a step, the rest at random."""
+    distances = response_kl(scored.kl, scored.rollout.response_mask).tolist()
+    worst = (count + 1) // 2
+    kept = rows_to_keep(distances, worst=worst, at_random=count - worst, seed=step)
+    return make_samples(crew, scored, written, kept, step=step, who="policy", golds=None)
+
+
+def make_samples(
+    crew: Crew,
+    scored: ScoredRollout,
+    written: Written,
+    rows: list[tuple[int, Kind]],
+    *,
+    step: int,
+    who: Who,
+    golds: Tensor | None,
+) -> list[Sample]:
+    """Chosen responses with the numbers of both models at each of their tokens."""
+    mask = scored.rollout.response_mask
+    distances = response_kl(scored.kl, mask)
+    samples: list[Sample] = []
+    for row, kind in rows:
+        kept = mask[row]
+        ids = scored.rollout.response_ids[row][kept]
+        samples.append(
+            Sample(
+                step=step,
+                kind=kind,
+                who=who,
+                prompt=text_of(written.prompts[row]),
+                response=written.responses[row],
+                score=float(written.raw_scores[row]),
+                kl=float(distances[row]),
+                tokens=_token_texts(crew, ids),
+                logprobs=scored.rollout_logprobs[row][kept].tolist(),
+                ref_logprobs=scored.ref_logprobs[row][kept].tolist(),
+                token_kl=scored.kl[row][kept].tolist(),
+                entropy=scored.entropy[row][kept].tolist(),
+                gold=None if golds is None else float(golds[row]),
+            )
+        )
+    return samples
+
+
+def _token_texts(crew: Crew, ids: Tensor) -> list[str]:
+    """The text of each token alone; a token that is no text by itself shows its name."""
+    tokenizer = crew.policy.tokenizer
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    texts = [tokenizer.decode([token]) for token in ids.tolist()]
+    return [str(text) or str(name) for text, name in zip(texts, names, strict=True)]
+
+
+def initial_scores(crew: Crew, *, count: int, seed: int, microbatch: int) -> Tensor:
+    """[count] scores of responses written before the first update, on prompts drawn by `seed`."""
+    order = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(crew.prompts), (count,), generator=order).tolist()
+    prompts = [crew.prompts[index] for index in chosen]
+    return write_responses(crew, prompts, responses_per_prompt=1, microbatch=microbatch).raw_scores

@@ -1,0 +1,269 @@
+"""Writing responses: the policy samples, through the library's `generate`, and nothing cuts in.
+
+Left out: samplers that cut or reshape the distribution (top-p, top-k, penalties). What they write
+could not be replayed by a log-probability. Left out too: dropping rows that have ended from the
+batch; the library carries them to the end of the longest.
+"""
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kleash.errors import ConfigError, PromptError
+from kleash.models import Policy
+from kleash.prompts import PromptBatch
+from kleash.types import Rollout
+
+# Settings that change the distribution sampled from, with the value that leaves it alone.
+_NEUTRAL: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+_OTHER_SHAPERS = (
+    "encoder_repetition_penalty",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "guidance_scale",
+    "watermarking_config",
+    "stop_strings",
+    "num_beams",
+    "max_time",
+)
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How responses are written. Only what both models can replay is accepted."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    """Divides the logits in sampling and in every scoring, of policy and reference alike."""
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be replayed.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"expected a temperature above 0, got {self.temperature}: greedy or inverted "
+                "sampling has no log-probabilities to learn from"
+            )
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
+        for name, neutral in _NEUTRAL.items():
+            value = getattr(self, name, neutral)
+            if value != neutral:
+                raise ConfigError(
+                    f"expected {name} = {neutral}, got {value}: its samples do not come from the "
+                    "distribution that policy and reference are scored on, and every KL would be "
+                    "wrong; use temperature to sharpen"
+                )
+
+
+def overridden_settings(policy: Policy) -> dict[str, Any]:
+    """Sampling settings left in the model's own generation_config.json, which do not apply here.
+
+    They would change what is sampled but not what is scored: a repetition penalty gives a phantom
+    KL of a nat with policy = reference. The run's record lists them.
+    """
+    own = policy.model.generation_config
+    names = (*_NEUTRAL, *_OTHER_SHAPERS, "temperature")
+    values = {name: getattr(own, name, None) for name in names}
+    neutral = {**_NEUTRAL, "temperature": 1.0, "num_beams": 1, "encoder_repetition_penalty": 1.0}
+    return {k: v for k, v in values.items() if v is not None and v != neutral.get(k)}
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy, prompts: PromptBatch, spec: SamplingSpec, *, microbatch: int | None = None
+) -> Rollout:
+    """Let the policy write a response to each prompt.
+
+    A response ends with the first stop token *it* contains, which counts; a stop token in the
+    prompt (a BOS that is the EOS as well) does not. Draws from torch's global generator.
+
+    Args:
+        policy: the model that writes.
+        prompts: prompts, padded on the left; repeat a row to write several responses to it.
+        spec: how to sample.
+        microbatch: responses written at once; None: all. Changes memory and the draws.
+
+    Raises:
+        PromptError: if a prompt leaves no room for `max_new_tokens` in the policy's context.
+    """
+    width = int(prompts.mask.sum(dim=1).max())
+    if policy.context is not None and width + spec.max_new_tokens > policy.context:
+        raise PromptError(
+            f"expected prompts of at most {policy.context - spec.max_new_tokens} tokens (context "
+            f"{policy.context} less {spec.max_new_tokens} new tokens), got {width}"
+        )
+    size = len(prompts.ids) if microbatch is None else microbatch
+    parts = [
+        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec)
+        for i in range(0, len(prompts.ids), size)
+    ]
+    longest = max(ids.shape[1] for ids, _ in parts)
+    ids = torch.cat([_pad_columns(ids, longest, policy.pad_id) for ids, _ in parts])
+    logprobs = torch.cat([_pad_columns(lp, longest, 0.0) for _, lp in parts])
+    lengths, ended = _lengths(ids, policy.stop_ids, [part.shape for part, _ in parts])
+    mask = torch.arange(longest, device=ids.device) < lengths[:, None]
+    return Rollout(
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        response_ids=torch.where(mask, ids, policy.pad_id),
+        response_mask=mask,
+        ended=ended,
+        prompt_index=prompts.index,
+        sampler_logprobs=torch.where(mask, logprobs, 0.0),
+    )
+
+
+def response_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """What each response adds to its prompt's text, special tokens left out.
+
+    Tokenizers that mark a word's beginning drop the space before the first word they decode, so
+    the response is read as the text of prompt + response less the text of the prompt; if that is
+    no prefix (a token that joins with the prompt's last), the response is decoded alone.
+    """
+    texts: list[str] = []
+    for row in range(len(rollout.response_ids)):
+        before = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+        written = rollout.response_ids[row][rollout.response_mask[row]].tolist()
+        prefix, whole = (_decode(tokenizer, ids) for ids in (before, before + written))
+        joined = whole.startswith(prefix)
+        texts.append(whole[len(prefix) :] if joined else _decode(tokenizer, written))
+    return texts
+
+
+class _Sampler(LogitsProcessor):
+    """The only step between logits and draw: temperature, padding rows out, normalisation.
+
+    It remembers the log-probability of each token drawn. `generate` calls it with the ids so far
+    and the logits of the next token, so the draw from one call's scores is read at the next call,
+    and the last at the end: never more than one `[batch, vocab]` is held.
+    """
+
+    def __init__(self, temperature: float, words: int):
+        self._temperature, self._words = temperature, words
+        self._pending: Tensor | None = None
+        self._drawn: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._read(input_ids[:, -1])
+        scores = scores / self._temperature
+        scores[:, self._words :] = -torch.inf
+        self._pending = scores - scores.logsumexp(dim=-1, keepdim=True)
+        return self._pending
+
+    def logprobs(self, response_ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+        """log-probabilities of the tokens drawn; call once, at the end."""
+        if len(self._drawn) < response_ids.shape[1]:
+            self._read(response_ids[:, -1])
+        return torch.stack(self._drawn[: response_ids.shape[1]], dim=1)
+
+    def _read(self, drawn: Int[Tensor, " batch"]) -> None:
+        if self._pending is not None:
+            self._drawn.append(self._pending.gather(1, drawn[:, None]).squeeze(1))
+
+
+def _write(
+    policy: Policy,
+    prompt_ids: Int[Tensor, "batch prompt"],
+    prompt_mask: Bool[Tensor, "batch prompt"],
+    spec: SamplingSpec,
+) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
+    """Sample one batch; response ids (rows that ended are padded) and their log-probabilities."""
+    first = int(prompt_mask.long().argmax(dim=1).min())
+    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
+    sampler = _Sampler(spec.temperature, policy.words)
+    settings = _clean_settings(policy, spec)
+    # `generate` fills settings left at None from the model's own file, so that file is put aside.
+    with _settings(policy.model, settings):
+        ids = cast(Any, policy.model).generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+    response = ids[:, prompt_ids.shape[1] :]
+    return response, sampler.logprobs(response)
+
+
+def _clean_settings(policy: Policy, spec: SamplingSpec) -> GenerationConfig:
+    """Settings from scratch: plain sampling; the temperature is applied by `_Sampler`."""
+    return GenerationConfig(
+        do_sample=True,
+        max_new_tokens=spec.max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=list(policy.stop_ids),
+        pad_token_id=policy.pad_id,
+        bos_token_id=policy.tokenizer.bos_token_id,
+    )
+
+
+@contextlib.contextmanager
+def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Generator[None]:
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _lengths(
+    ids: Int[Tensor, "batch token"], stops: Sequence[int], shapes: Sequence[torch.Size]
+) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Length of each response, its first stop token included, and whether it has one."""
+    written = torch.cat([torch.full((n,), t, device=ids.device) for n, t in shapes])
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    stop = torch.isin(ids, torch.tensor(stops, device=ids.device)) & (columns < written[:, None])
+    ended = stop.any(dim=1)
+    return torch.where(ended, stop.long().argmax(dim=1) + 1, written), ended
+
+
+def _pad_columns(x: Tensor, width: int, fill: int | float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)

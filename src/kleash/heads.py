@@ -1,0 +1,89 @@
+"""Reading a model's head, hidden state → logits, as data, and checking that it was read right.
+
+Architectures differ in what they do after the matrix product: nothing (Llama), a multiplier
+(Cohere, Falcon-H1), a divisor (Granite), a soft cap (Gemma 2). What is known is read from the
+configuration; what is not known is found by comparing with the model's own logits, and refused.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kleash.errors import ModelError
+from kleash.types import Head
+
+
+def read_head(model: PreTrainedModel, words: int) -> Head:
+    """Read the head of a causal language model; its tensors are the live parameters.
+
+        z = scale · (W h + b),   then   z ← softcap · tanh(z / softcap)   if soft-capped
+
+    Args:
+        model: the language model.
+        words: number of rows that stand for text (`loading.number_of_words`).
+
+    Raises:
+        ModelError: if the model has no output matrix.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Module) or not isinstance(getattr(layer, "weight", None), Tensor):
+        raise ModelError(
+            f"expected a language model with an output matrix, got {type(model).__name__} without: "
+            "take a causal language model"
+        )
+    weight = cast(Tensor, layer.weight)
+    bias = getattr(layer, "bias", None)
+    config = model.config.get_text_config()
+    scale = _number(config, "logit_scale", 1.0) * _number(config, "lm_head_multiplier", 1.0)
+    return Head(
+        weight=weight,
+        bias=bias if isinstance(bias, Tensor) else None,
+        scale=scale / _number(config, "logits_scaling", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        vocab_size=-1 if words == weight.shape[0] else words,
+    )
+
+
+def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+    """Logits of every row of the head, in float32, for checks on a handful of states.
+
+    Training goes through `scoring`, which never holds the logits of a batch.
+    """
+    logits = hidden.float() @ head.weight.float().T
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = head.scale * logits
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
+    """Check on one small batch that head ∘ hidden states are the model's own logits.
+
+    Raises:
+        ModelError: if they are not: the architecture transforms its logits in a way that is not
+            known here, and every log-probability would be wrong.
+    """
+    ids: Int[Tensor, "batch token"] = torch.arange(8, device=head.weight.device).view(2, 4)
+    ids = ids % head.words
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = apply_head(head, hidden)
+    # In half precision the model rounds the logits themselves, to 3 significant digits.
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
+    worst = (own - ours).abs().max().item() if own.shape == ours.shape else float("inf")
+    if not worst <= tolerance * max(own.abs().max().item(), 1e-3):
+        raise ModelError(
+            f"expected logits = head(hidden states) for {type(model).__name__} in {str(path)!r}, "
+            f"got a difference of {worst:.3g}: this architecture transforms its logits in a way "
+            "kleash does not know; use another one"
+        )
+
+
+def _number(config: object, name: str, default: float) -> float:
+    value = getattr(config, name, None)
+    return default if value is None else float(value)

@@ -1,0 +1,282 @@
+"""Opening checkpoints: Hugging Face directories or hub names, safetensors only, dropout off.
+
+Nothing is loaded that could execute code: weights come from safetensors, `trust_remote_code` is
+off. What the library would do with a warning (initialise a missing matrix at random) is an error.
+Left out: what the models are used for; that is `models`, `values` and `reward_models`.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from kleash.errors import ModelError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+# What `from_pretrained` raises for a file that is missing, corrupt, or of another kind.
+_LOADING_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def load_causal_lm(
+    path: str | Path, *, dtype: Dtype, device: str, attention: Attention
+) -> PreTrainedModel:
+    """Open a causal language model, complete and without dropout, in evaluation mode.
+
+    Raises:
+        ModelError: if there is no model, only pickled weights, or some weights are missing.
+    """
+    model, missing = _load(AutoModelForCausalLM, path, dtype, device, attention)
+    if missing:
+        raise ModelError(
+            f"expected every weight of the language model in {str(path)!r}, got none for "
+            f"{_some(missing)}: they would be random numbers; give a complete checkpoint"
+        )
+    return model
+
+
+def load_classifier(
+    path: str | Path, *, dtype: Dtype, device: str, attention: Attention
+) -> PreTrainedModel:
+    """Open a sequence classifier of one output, complete and without dropout.
+
+    Raises:
+        ModelError: if there is no model, only pickled weights, the number of outputs is not 1, or
+            the head (or any other weight) is missing and would be random.
+    """
+    labels = load_config(path).num_labels
+    if labels != 1:
+        raise ModelError(
+            f"expected a reward model of 1 output in {str(path)!r}, got num_labels = {labels}: "
+            "train or export it with num_labels=1"
+        )
+    model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, attention)
+    if missing:
+        raise ModelError(
+            f"expected a trained reward model in {str(path)!r}, got no weights for "
+            f"{_some(missing)}: its head would be random numbers; give a checkpoint saved by "
+            "AutoModelForSequenceClassification"
+        )
+    return model
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """Read a model's configuration, dropouts set to 0.
+
+    Raises:
+        ModelError: if there is none, or it names no architecture that transformers knows.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except _LOADING_FAILURES as error:
+        raise ModelError(_cannot_load("a model", path, error)) from error
+    _zero_dropout_settings(config)
+    return config
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Open a tokenizer, the one that was saved.
+
+    For some architectures the library builds its own tokenizer around the saved vocabulary. Where
+    that makes another kind of tokenizer (byte-level pieces out of whole words: every text becomes
+    nothing), the saved file is read as it is.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    file = Path(path) / "tokenizer.json"
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            if file.is_file() and _kind(tokenizer) != _saved_kind(file):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+            return tokenizer
+    except _LOADING_FAILURES as error:
+        raise ModelError(_cannot_load("a tokenizer", path, error)) from error
+
+
+def require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Check that a tokenizer can end a text and pad a batch.
+
+    Neither is chosen silently: an end token the model never learnt would never be written. The
+    padding token may be the end token, since masks come from lengths and not from ids.
+
+    Raises:
+        ModelError: if the tokenizer has no end-of-sequence or no padding token.
+    """
+    for role, token in (("eos_token", tokenizer.eos_token), ("pad_token", tokenizer.pad_token)):
+        if token is None:
+            hint = (
+                "name the token that ends a text"
+                if role == "eos_token"
+                else f"any token serves, also {tokenizer.eos_token!r}, for masks come from lengths"
+            )
+            raise ModelError(
+                f"expected a tokenizer with {role} in {str(path)!r}, got None: set {role!r} in its "
+                f"tokenizer_config.json ({hint})"
+            )
+
+
+def number_of_words(tokenizer: PreTrainedTokenizerBase, rows: int, path: str | Path) -> int:
+    """Count the rows of a vocabulary matrix that stand for text: the largest id + 1.
+
+    Checkpoints often pad the vocabulary to a round number. An id without text can be neither read
+    nor rewarded, so the rows beyond the tokenizer have probability 0 for everyone alike: the
+    sampler, the policy's scoring and the reference's. Differently padded copies of one model then
+    stay comparable.
+
+    Raises:
+        ModelError: if the tokenizer knows ids that the matrix does not have.
+    """
+    words = max(tokenizer.get_vocab().values()) + 1
+    if words > rows:
+        raise ModelError(
+            f"expected at most {rows} token ids, the rows of the model in {str(path)!r}, got a "
+            f"tokenizer with {words}: resize the model's embeddings or take its own tokenizer"
+        )
+    return words
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's end token and those of the model's own settings.
+
+    Chat models often have several (end of turn, end of text), listed in `generation_config`.
+    """
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        if ids is not None:
+            found.update(cast(list[int], ids if isinstance(ids, list | tuple) else [ids]))
+    return tuple(sorted(found))
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0 and put it in evaluation mode, for training too.
+
+    Dropout makes log-probabilities unrepeatable: the ratio of the first minibatch would not be 1,
+    and a policy would be at a distance from itself. Besides `nn.Dropout` modules, attention layers
+    keep rates as plain attributes that only `training` silences.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
+            module.p = 0.0
+        for name, rate in list(vars(module).items()):
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Fingerprint of a model's weights: names, dtypes, shapes and bytes.
+
+    Adapter weights do not count, so a model with an adapter has the fingerprint of its base.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            continue
+        plain = name.replace(".base_layer", "")
+        digest.update(f"{plain} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Silence the library's progress bars and notices; what matters is checked and raised."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(
+    auto: Any, path: str | Path, dtype: Dtype, device: str, attention: Attention
+) -> tuple[PreTrainedModel, list[str]]:
+    """Open a model; return it with the names of the weights that its files lack."""
+    config = load_config(path)
+    _refuse_pickles(path)
+    try:
+        with quiet():
+            model, info = auto.from_pretrained(
+                str(path),
+                config=config,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        model = model.to(device)
+    except _LOADING_FAILURES as error:
+        if "attn_implementation" in str(error) or "attention implementation" in str(error):
+            raise ModelError(
+                f"expected an attention implementation that the model in {str(path)!r} has, got "
+                f"{attention!r}: take 'auto' or 'eager'"
+            ) from error
+        raise ModelError(_cannot_load("a model", path, error)) from error
+    switch_off_dropout(model)
+    return model, sorted(info["missing_keys"])
+
+
+def _kind(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Kind of a tokenizer's model: BPE, WordLevel, Unigram or WordPiece."""
+    return type(cast(Any, tokenizer).backend_tokenizer.model).__name__
+
+
+def _saved_kind(file: Path) -> str:
+    return cast(str, json.loads(file.read_text(encoding="utf-8"))["model"]["type"])
+
+
+def _refuse_pickles(path: str | Path) -> None:
+    """Refuse a directory whose only weights are pickles, which can execute code when read."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(f.name for suffix in ("bin", "pt", "pth") for f in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise ModelError(
+            f"expected weights as safetensors in {str(path)!r}, got {_some(pickles)}: a pickle can "
+            "execute code when read; convert it with save_pretrained"
+        )
+
+
+def _zero_dropout_settings(config: PretrainedConfig) -> None:
+    for name, value in config.to_dict().items():
+        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _cannot_load(what: str, path: str | Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"expected {what} at {str(path)!r} (a Hugging Face directory or hub name), got: {reason}"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

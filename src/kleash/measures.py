@@ -1,0 +1,184 @@
+"""What one step says about itself: named numbers from a scored rollout and its experience.
+
+Every key is defined, with its formula and unit, in `docs/metrics.md`. Three uses of the KL, three
+numbers: the KL *penalised* (`objective/non_score_reward` holds −β times it), the KL *controlled*
+and the KL *reported* (`objective/kl_ref`: exact, never clamped, with its standard error).
+"""
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kleash.algorithms.advantages import gae
+from kleash.algorithms.ppo import PPOSettings
+from kleash.errors import ScoringError
+from kleash.kl.mixing import kl_excess, mixing_coefficient
+from kleash.kl.placements import charges
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.masked import masked_mean
+from kleash.types import Experience, ScoredRollout
+
+Number = float | int | None
+
+_ACCOUNTING_TOLERANCE = 1e-5
+"""How far the accounting identity may be off, relative to the size of its terms."""
+
+
+def objective_measures(scored: ScoredRollout, *, beta: float) -> dict[str, Number]:
+    """KL, entropy, score and objective of a rollout, per response, with standard errors.
+
+    Standard errors are clustered by prompt; None where there is only one prompt.
+    """
+    rollout = scored.rollout
+    mask, clusters = rollout.response_mask, rollout.prompt_index
+    exact = clustered_mean(response_kl(scored.kl, mask), clusters)
+    k1 = clustered_mean(response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask), clusters)
+    scores = clustered_mean(scored.scores, clusters)
+    return {
+        **_with_error("objective/kl_ref", exact),
+        **_with_error("objective/kl_ref_k1", k1),
+        **_with_error("objective/scores", scores),
+        "objective/kl_ref_per_token": float(masked_mean(scored.kl, mask)),
+        "objective/entropy": float(masked_mean(scored.entropy, mask)),
+        "objective/non_score_reward": -beta * exact.mean,
+        "objective/rlhf_reward": scores.mean - beta * exact.mean,
+    }
+
+
+def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[str, Number]:
+    """Length, endings, variety, and the distance between sampler and trainer."""
+    rollout = scored.rollout
+    mask = rollout.response_mask
+    measures: dict[str, Number] = {
+        "rollout/length": float(mask.sum(-1).double().mean()),
+        "rollout/eos_fraction": float(rollout.ended.double().mean()),
+        "rollout/distinct_2": distinct_n(responses, 2),
+    }
+    if rollout.sampler_logprobs is not None:
+        difference = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
+        measures["rollout/kl_sampler"] = float(difference.mean())
+    return measures
+
+
+def accounting_residual(experience: Experience, charge: Tensor, *, beta: float) -> float:
+    """|mean(Σ_t rewards_t) − (mean(score) − β · mean(Σ_t charge_t))|: zero but for rounding.
+
+    `charge` is what the placement says is penalised per token, computed apart from the rewards.
+    """
+    scored = experience.scored
+    kept = experience.mask.any(-1)
+    rewards = response_kl(experience.rewards, experience.mask)[kept].double()
+    penalised = response_kl(charge, experience.mask)[kept].double()
+    objective = scored.scores[kept].double() - beta * penalised
+    return float((rewards.mean() - objective.mean()).abs())
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float | None:
+    """Distinct n-grams of words ÷ all n-grams, within each text, averaged over texts that have any.
+
+    1 means that no text repeats itself; None if no text has n words.
+
+    Example:
+        >>> distinct_n(["a b a b", "one two three"], 2)
+        0.8333333333333333
+    """
+    shares: list[float] = []
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else None
+
+
+def _with_error(key: str, estimate: Estimate) -> dict[str, Number]:
+    return {key: estimate.mean, f"{key}_se": estimate.standard_error}
+
+
+def first_ratio_error(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> float:
+    """max |π_now/π_rollout − 1| over kept tokens: 0 but for rounding before the first update."""
+    ratio = torch.where(mask, (logprobs - rollout_logprobs).expm1(), 0.0)
+    return float(ratio.abs().max())
+
+
+def score_variance(scored: ScoredRollout) -> float | None:
+    """Variance of the scores, within prompts where there are several responses to each."""
+    prompts, index = scored.rollout.prompt_index.unique(return_inverse=True)
+    scores, count = scored.scores.double(), len(scored.scores)
+    within = count > len(prompts)
+    groups = index if within else torch.zeros_like(index)
+    sums = scores.new_zeros(len(prompts)).index_add(0, groups, scores)
+    sizes = scores.new_zeros(len(prompts)).index_add(0, groups, torch.ones_like(scores))
+    freedom = count - (len(prompts) if within else 1)
+    if freedom < 1:
+        return None
+    means = sums / sizes.clamp(min=1)
+    return float((scores - means[groups]).square().sum()) / freedom
+
+
+def account(settings: PPOSettings, experience: Experience, beta: float) -> float:
+    """The accounting identity, from the placement's charges computed apart from the rewards."""
+    scored = experience.scored
+    mask = scored.rollout.response_mask
+    if beta == 0:
+        charge = torch.zeros_like(scored.kl)
+    else:
+        charge = charges(
+            settings.placement,
+            logprobs=scored.rollout_logprobs,
+            ref_logprobs=scored.ref_logprobs,
+            kl=scored.kl,
+            mask=mask,
+            mixing=settings.mixing,
+        )
+    residual = accounting_residual(experience, charge, beta=beta)
+    size = 1 + float(experience.rewards.abs().sum(-1).max())
+    if residual > _ACCOUNTING_TOLERANCE * size:
+        raise ScoringError(
+            f"the rewards do not add up to score − β·KL: off by {residual:.3g}; this is a fault "
+            "of kleash, please report it with the run directory"
+        )
+    return residual
+
+
+def next_mixing(settings: PPOSettings, experience: Experience, beta: float) -> float | None:
+    """c of the next step's `mixed`, from this step's responses: independent of those it mixes."""
+    if settings.mixing is None:
+        return None
+    scored, mask = experience.scored, experience.mask
+    excess = kl_excess(
+        scored.rollout_logprobs, scored.ref_logprobs, scored.kl, mask, decay=settings.lam
+    )
+    # The advantages of c = 0, before whitening: those in use less what c added to them.
+    assert scored.values is not None
+    plain, _ = gae(
+        experience.rewards,
+        scored.values,
+        scored.rollout.response_mask,
+        gamma=settings.gamma,
+        lam=settings.lam,
+    )
+    return mixing_coefficient(plain - settings.mixing * beta * excess, excess, mask, beta=beta)
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, Number] = {}
+
+    @contextmanager
+    def measure(self, key: str) -> Generator[None]:
+        """Time what happens inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[key] = time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self._start

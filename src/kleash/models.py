@@ -1,0 +1,382 @@
+"""The policy and its frozen reference: tokens in, hidden states and a head out, never logits.
+
+A model is used in one way only: `hidden_states` of [left-padded prompt | right-padded response],
+with explicit positions, so that a response gets the same numbers alone, padded or in a batch.
+What becomes of hidden states is the business of `scoring`. Left out: gradient checkpointing.
+"""
+
+import contextlib
+import copy
+import inspect
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.errors import ModelError
+from kleash.heads import check_head, read_head
+from kleash.loading import (
+    Attention,
+    Dtype,
+    load_causal_lm,
+    load_tokenizer,
+    number_of_words,
+    quiet,
+    require_special_tokens,
+    stop_ids,
+    weights_sha256,
+)
+from kleash.types import Head
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What scoring needs of a language model; the tests' tabular oracle is one too."""
+
+    @property
+    def head(self) -> Head:
+        """The step from hidden states to logits; its tensors are the live parameters."""
+        ...
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """State [:, t] predicts response token t; index `length` is the state after the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A LoRA adapter to train instead of the whole model."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers to adapt; empty: those peft knows for the architecture."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model exactly, for the run's record."""
+
+    path: str
+    how: str
+    """How it came to be: "loaded", "copy of the policy" or "policy with its adapter off"."""
+    dtype: str
+    sha256: str
+    """Fingerprint of the weights, adapter excluded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """The model that learns, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    words: int
+    """Token ids that stand for text; the rows of the head beyond have probability 0."""
+    stop_ids: tuple[int, ...]
+    """Ids that end a response."""
+    adapter: Any = None
+    """The peft model around `model`, if only an adapter is trained."""
+
+    @property
+    def head(self) -> Head:
+        """The head, with the live parameters."""
+        return read_head(self.model, self.words)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.head.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.head.weight.device
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt + response the model has positions for; None: no limit known."""
+        return context_length(self.model)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills a batch; never looked at, since masks come from lengths."""
+        return cast(int, self.tokenizer.pad_token_id)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """See `LanguageModel`; gradients flow."""
+        return trunk_states(
+            self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+        )
+
+    def identity(self) -> Identity:
+        """Which model this is now."""
+        return _identity(self.model, self.path, "loaded")
+
+    def save(self, path: str | Path) -> None:
+        """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors."""
+        with quiet():
+            (self.model if self.adapter is None else self.adapter).save_pretrained(str(path))
+            self.tokenizer.save_pretrained(str(path))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The model that stays: no gradient, no change."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    words: int
+    how: str
+    adapter: Any = None
+    """If set, `model` is the policy's own and is read with this adapter off."""
+
+    @property
+    def head(self) -> Head:
+        """The head; its parameters ask for no gradient."""
+        return read_head(self.model, self.words)
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """See `LanguageModel`; no gradient flows, whatever the caller's mode."""
+        off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
+        with off, torch.no_grad():
+            return trunk_states(
+                self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+            )
+
+    def identity(self) -> Identity:
+        """Which model this is: it must say the same at the end of a run as at its start."""
+        return _identity(self.model, self.path, self.how)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    attention: Attention = "auto",
+    adapter: AdapterSpec | None = None,
+) -> Policy:
+    """Open the model that will learn.
+
+    Args:
+        path: a Hugging Face directory or hub name of a causal language model, with tokenizer.
+        dtype: of the parameters; "auto" is that of the file.
+        device: a torch device.
+        attention: implementation of attention; "auto" leaves the choice to the library.
+        adapter: train only a LoRA adapter; the reference is then the model with it off.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be used; see `loading` and `heads`.
+    """
+    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention)
+    tokenizer = load_tokenizer(path)
+    require_special_tokens(tokenizer, path)
+    words = _checked_words(model, tokenizer, path)
+    wrapped = None if adapter is None else _with_adapter(model, adapter)
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        path=str(path),
+        words=words,
+        stop_ids=stop_ids(model, tokenizer),
+        adapter=wrapped,
+    )
+
+
+def load_reference(
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    attention: Attention = "auto",
+) -> Reference:
+    """Open a frozen reference of its own path.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be used.
+    """
+    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention)
+    tokenizer = load_tokenizer(path)
+    words = _checked_words(model, tokenizer, path)
+    return Reference(model.requires_grad_(False), tokenizer, str(path), words, "loaded")
+
+
+def freeze_copy(policy: Policy) -> Reference:
+    """Freeze the policy as it is now: a copy that shares no storage with it.
+
+    With an adapter there is nothing to copy: the reference is the same model with the adapter off.
+    """
+    if policy.adapter is not None:
+        return Reference(
+            policy.model,
+            policy.tokenizer,
+            policy.path,
+            policy.words,
+            "policy with its adapter off",
+            policy.adapter,
+        )
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return Reference(model, policy.tokenizer, policy.path, policy.words, "copy of the policy")
+
+
+def check_compatible(policy: Policy, reference: Reference) -> None:
+    """Check that policy and reference speak of the same tokens and that the reference is frozen.
+
+    Raises:
+        ModelError: naming the first difference of vocabulary or special tokens, or the parameter
+            that the reference shares with the policy or would train.
+    """
+    compare_tokenizers(policy.tokenizer, reference.tokenizer, "reference", reference.path)
+    if policy.words != reference.words:
+        raise ModelError(
+            f"expected policy and reference of one vocabulary, got {policy.words} tokens in "
+            f"{policy.path!r} and {reference.words} in {reference.path!r}"
+        )
+    if reference.adapter is not None:
+        return
+    learning = {p.data_ptr() for p in policy.model.parameters()}
+    for name, parameter in reference.model.named_parameters():
+        if parameter.requires_grad or parameter.data_ptr() in learning:
+            raise ModelError(
+                f"expected a frozen reference of its own, got {name!r} that learns or is shared "
+                "with the policy: make the reference with freeze_copy or load_reference"
+            )
+
+
+def compare_tokenizers(
+    ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, path: str
+) -> None:
+    """Check that two tokenizers give every token, special ones included, the same id.
+
+    Raises:
+        ModelError: naming the first token whose ids differ.
+    """
+    mine, theirs = ours.get_vocab(), other.get_vocab()
+    for token in sorted(mine.keys() | theirs.keys()):
+        if mine.get(token) != theirs.get(token):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's vocabulary, got token "
+                f"{token!r} with id {mine.get(token)} in the policy and {theirs.get(token)} in the "
+                f"{role} ({len(mine)} and {len(theirs)} tokens): take models of one tokenizer"
+            )
+    for special in ("bos_token_id", "eos_token_id"):
+        if getattr(ours, special) != getattr(other, special):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's special tokens, got "
+                f"{special} {getattr(ours, special)} in the policy and "
+                f"{getattr(other, special)} in the {role}"
+            )
+
+
+def trunk_states(
+    trunk: nn.Module,
+    prompt_ids: Int[Tensor, "batch prompt"],
+    prompt_mask: Bool[Tensor, "batch prompt"],
+    response_ids: Int[Tensor, "batch token"],
+    response_mask: Bool[Tensor, "batch token"],
+) -> Float[Tensor, "batch token+1 hidden"]:
+    """Hidden states of the response part of [left-padded prompt | right-padded response].
+
+    Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
+    far it is padded. The state that predicts response token 0 belongs to the last prompt token.
+    """
+    ids = torch.cat([prompt_ids, response_ids], dim=1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    # Without padding the mask says nothing, and attention is faster not being told.
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask.long()
+    if _takes_positions(trunk):
+        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return trunk(**inputs)[0][:, prompt_ids.shape[1] - 1 :]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Number of positions a model has; None if its configuration names no limit."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def _takes_positions(trunk: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def _checked_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path
+) -> int:
+    rows = read_head(model, 1).weight.shape[0]
+    words = number_of_words(tokenizer, rows, path)
+    check_head(model, read_head(model, words), path)
+    return words
+
+
+def _identity(model: PreTrainedModel, path: str, how: str) -> Identity:
+    dtype = str(read_head(model, 1).weight.dtype).removeprefix("torch.")
+    return Identity(path=path, how=how, dtype=dtype, sha256=weights_sha256(model))
+
+
+def _with_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
+    """Put a LoRA adapter into a model; it starts as no change at all."""
+    heads = [t for t in spec.targets if t.split(".")[-1] in ("lm_head", "embed_out", "output")]
+    if heads:
+        raise ModelError(
+            f"expected an adapter on inner layers, got target {heads[0]!r}: the head is shared "
+            "with the reference and read directly, so it cannot carry one"
+        )
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError(
+            "expected the package peft for an adapter, got none installed: "
+            "pip install 'kleash[lora]'"
+        ) from error
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.targets) or None,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that is on its way out: theirs to settle.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"expected adapter targets among the linear layers of {type(model).__name__}, got: "
+            f"{reason}"
+        ) from error
+    return wrapped.eval()

@@ -1,0 +1,67 @@
+"""The live display of a training run: one line that always says where the leash is.
+
+On a terminal the line is redrawn in place; elsewhere (a log file, a pipe) one plain line is
+printed for each step, so that a log can be read and searched.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class TrainingDisplay:
+    """Show steps, score, KL against its target, β, speed and the time left."""
+
+    def __init__(self, steps: int, *, title: str, target_kl: float | None, done: int = 0) -> None:
+        self._console = Console(highlight=False)
+        self._steps = steps
+        self._title = title
+        self._target = "" if target_kl is None else f" of {target_kl:g}"
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+        )
+        self._task: TaskID = self._progress.add_task(title, total=steps, completed=done, line="")
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the line."""
+        self._console.print(sentence, markup=False)
+
+    def show(self, metrics: Mapping[str, float | int | None]) -> None:
+        """Show the numbers of a finished step."""
+        line = (
+            f"score {_number(metrics['objective/scores'], '+.3f')}  "
+            f"KL {_number(metrics['objective/kl_ref'], '.2f')}"
+            f"±{_number(metrics['objective/kl_ref_se'], '.2f')}{self._target} nats  "
+            f"β {_number(metrics['objective/beta'], '.4g')}  "
+            f"{_number(metrics['tokens_per_second'], '.0f')} tok/s"
+        )
+        self._progress.update(self._task, advance=1, line=line)
+        if not self._live:
+            step = metrics["step"]
+            self._console.print(f"{self._title} {step}/{self._steps}  {line}", markup=False)
+
+
+def _number(value: float | int | None, style: str) -> str:
+    return "–" if value is None else format(value, style)

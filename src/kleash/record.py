@@ -1,0 +1,57 @@
+"""What a run says about itself before it begins: its objective in one line, and its identity."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from kleash import __version__
+from kleash.assembly import Crew
+from kleash.config import Config
+from kleash.models import Identity
+
+
+def objective_line(config: Config, beta: float) -> str:
+    """The objective actually optimised, with its numbers."""
+    score_text = " + ".join(
+        name if reward.weight == 1 else f"{reward.weight:g}·{name}"
+        for name, reward in config.reward_models.items()
+    )
+    if config.score_normalisation != "none":
+        score_text = f"({score_text} − mean)/sd"
+    leash = config.leash
+    if leash.placement == "measure" or beta == 0:
+        return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"
+    moves = (
+        f"β = {beta:.4g} fixed"
+        if leash.target_kl is None
+        else f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
+    )
+    return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
+
+
+def run_meta(
+    config: Config, crew: Crew, reference: Identity, argv: Sequence[str]
+) -> dict[str, Any]:
+    """The contents of run.json: who, with what, from which seed."""
+    return {
+        "argv": list(argv),
+        "seed": config.seed,
+        "device": str(crew.policy.device),
+        "objective": objective_line(config, config.leash.beta or 0.0)
+        if config.leash.beta is not None
+        else None,
+        "reference": dataclasses.asdict(reference),
+        "policy": dataclasses.asdict(crew.policy.identity()),
+        "versions": {
+            "kleash": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }

@@ -1,0 +1,381 @@
+"""What every number of a run means: one table for the report, the documentation and the tests.
+
+`docs/metrics.md` is this table, written by `python -m kleash.report.glossary > docs/metrics.md`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The definition of one key of metrics.jsonl."""
+
+    key: str
+    """As in metrics.jsonl; `<name>` stands for the name of a reward model."""
+    title: str
+    meaning: str
+    formula: str
+    unit: str
+    healthy: str
+
+
+GLOSSARY: tuple[Metric, ...] = (
+    Metric(
+        "objective/kl_ref",
+        "KL to the reference",
+        "How far the policy has gone from the frozen reference: the mean over responses of the "
+        "exact divergence, summed over the tokens of a response. Never clamped.",
+        "mean_y Σ_t KL(π(·|y<t) ‖ π_ref(·|y<t)), y ~ π",
+        "nats per response",
+        "within 20 % of the target; 0 at the first step",
+    ),
+    Metric(
+        "objective/kl_ref_se",
+        "Standard error of the KL",
+        "Sampling error of objective/kl_ref. Responses to the same prompt are one cluster.",
+        "clustered by prompt",
+        "nats per response",
+        "below a tenth of the KL",
+    ),
+    Metric(
+        "objective/kl_ref_k1",
+        "KL to the reference, sampled",
+        "The same quantity from the sampled tokens alone, as most trainers report it. Unbiased "
+        "but noisy, and a single batch may well be negative.",
+        "mean_y Σ_t (log π(y_t) − log π_ref(y_t)), y ~ π",
+        "nats per response",
+        "within a few of its standard errors of objective/kl_ref; a lasting gap means that the "
+        "tokens were not sampled from the policy that was scored",
+    ),
+    Metric(
+        "objective/kl_ref_k1_se",
+        "Standard error of the sampled KL",
+        "Sampling error of objective/kl_ref_k1.",
+        "clustered by prompt",
+        "nats per response",
+        "two to four times that of the exact KL",
+    ),
+    Metric(
+        "objective/kl_ref_per_token",
+        "KL to the reference per token",
+        "Total exact KL divided by the number of response tokens.",
+        "Σ_y Σ_t KL_t / Σ_y length(y)",
+        "nats per token",
+        "moves with objective/kl_ref unless the length changes",
+    ),
+    Metric(
+        "objective/entropy",
+        "Entropy",
+        "How undecided the policy is: mean over responses of the summed entropy of its "
+        "next-token distributions.",
+        "mean_y Σ_t H(π(·|y<t))",
+        "nats per response",
+        "falls slowly; a fall towards 0, or a rise after a fall, is a policy that collapses",
+    ),
+    Metric(
+        "objective/scores",
+        "Score",
+        "What the reward model gives a response: the proxy that is being optimised, after "
+        "normalisation and after the rule for responses that did not end.",
+        "mean_y score(x, y)",
+        "score",
+        "rises, then levels off",
+    ),
+    Metric(
+        "objective/scores_se",
+        "Standard error of the score",
+        "Sampling error of objective/scores.",
+        "clustered by prompt",
+        "score",
+        "below the change one wants to see",
+    ),
+    Metric(
+        "objective/non_score_reward",
+        "Penalty",
+        "What the leash costs: the KL part of the reward.",
+        "−β · mean_y Σ_t kl_t",
+        "score",
+        "at most a good part of the score gained",
+    ),
+    Metric(
+        "objective/rlhf_reward",
+        "Objective",
+        "What training maximises: the score less the price of the KL.",
+        "mean(score) − β · mean_y Σ_t kl_t",
+        "score",
+        "rises; a fall while the score rises is a policy that overspends",
+    ),
+    Metric(
+        "objective/beta",
+        "β",
+        "The price of a nat in force during the step.",
+        "β",
+        "score per nat",
+        "settles when KL has met its target; pinned to a bound means the target is out of reach",
+    ),
+    Metric(
+        "objective/target_kl",
+        "Target KL",
+        "The budget that β is steered by; absent where β is fixed.",
+        "given",
+        "nats per response",
+        "—",
+    ),
+    Metric(
+        "objective/accounting_residual",
+        "Accounting residual",
+        "What is left of the identity objective = score − β·KL, computed by two routes.",
+        "|mean(objective) − (mean(score) − β · mean_y Σ_t kl_t)|",
+        "score",
+        "below 1e-5",
+    ),
+    Metric(
+        "policy/approx_kl",
+        "KL of the update",
+        "How far the policy moved within the step, from the policy that wrote the rollout: k3, "
+        "averaged over tokens. Not the KL to the reference.",
+        "mean_t (e^(−δ) − 1 + δ), δ = log π_rollout − log π",
+        "nats per token",
+        "0.001 to 0.02",
+    ),
+    Metric(
+        "policy/clipfrac",
+        "Clipped fraction",
+        "Share of tokens whose ratio left the clip range.",
+        "mean_t 1[|ratio_t − 1| > ε]",
+        "fraction of tokens",
+        "0.01 to 0.3",
+    ),
+    Metric(
+        "policy/ratio_first_error",
+        "First ratio, off 1 by",
+        "Largest deviation from 1 of any token's ratio on the first minibatch, before anything was "
+        "learned from the rollout.",
+        "max_t |π(y_t) / π_rollout(y_t) − 1|",
+        "ratio",
+        "below 1e-4; anything more means that two paths score the same tokens differently",
+    ),
+    Metric(
+        "policy/ratio_max",
+        "Largest ratio",
+        "Largest ratio of any token in the step.",
+        "max_t π(y_t) / π_rollout(y_t)",
+        "ratio",
+        "below 10",
+    ),
+    Metric(
+        "policy/ratio_min",
+        "Smallest ratio",
+        "Smallest ratio of any token in the step.",
+        "min_t π(y_t) / π_rollout(y_t)",
+        "ratio",
+        "above 0.1",
+    ),
+    Metric(
+        "loss/policy",
+        "Policy loss",
+        "The clipped surrogate; its level says little, since it is built anew at each step.",
+        "−mean_t min(ratio·A, clip(ratio, 1 ± ε)·A)",
+        "score",
+        "near 0",
+    ),
+    Metric(
+        "loss/value",
+        "Value loss",
+        "Squared error of the value model against the returns.",
+        "½ mean_t (V_t − R_t)²",
+        "score²",
+        "falls",
+    ),
+    Metric(
+        "loss/kl",
+        "KL loss",
+        "The part of the KL that is differentiated directly; absent where the whole penalty is in "
+        "the rewards.",
+        "mean_t w_t · KL_t, w_t = β or the weight that the placement gives",
+        "score",
+        "moves with the KL",
+    ),
+    Metric(
+        "loss/pretraining",
+        "Pretraining loss",
+        "Negative log-likelihood of the texts mixed in, where there are any (PPO-ptx).",
+        "−mean_t log π(x_t | x<t), x from the mixed-in texts",
+        "nats per token",
+        "steady; a rise is forgetting",
+    ),
+    Metric(
+        "value/explained_variance",
+        "Explained variance",
+        "How much of the returns the value model foresees.",
+        "1 − var(R − V) / var(R)",
+        "fraction",
+        "rises towards 1; below 0 it does harm",
+    ),
+    Metric(
+        "rollout/length",
+        "Response length",
+        "Tokens the policy wrote, its end-of-sequence token included.",
+        "mean_y length(y)",
+        "tokens",
+        "steady; creeping to the limit is a taste of the reward model for length",
+    ),
+    Metric(
+        "rollout/eos_fraction",
+        "Ended by itself",
+        "Share of responses that the policy ended, rather than the length limit.",
+        "mean_y 1[y ended]",
+        "fraction of responses",
+        "near 1 where responses should end",
+    ),
+    Metric(
+        "rollout/kl_sampler",
+        "KL of the sampler",
+        "Disagreement between the engine that sampled and the model that scored.",
+        "mean_y Σ_t (log π_sampler(y_t) − log π_rollout(y_t)), y ~ π_sampler",
+        "nats per response",
+        "within 1e-3 of 0; beyond, the policy learns from another policy's tokens",
+    ),
+    Metric(
+        "rollout/distinct_2",
+        "Distinct-2",
+        "Share of pairs of neighbouring words that are different within a response.",
+        "mean_y |{(w_i, w_i+1)}| / (words(y) − 1)",
+        "fraction of pairs",
+        "near that of the reference; a fall is repetition",
+    ),
+    Metric(
+        "reward/<name>",
+        "One reward",
+        "Score of one reward model before weighting, where several are summed.",
+        "mean_y score_name(x, y)",
+        "score",
+        "none falls while the sum rises",
+    ),
+    Metric(
+        "reward/total",
+        "Score, before normalisation",
+        "Weighted sum of the reward models, as they give it.",
+        "mean_y Σ_name weight_name · score_name(x, y)",
+        "score",
+        "rises, then levels off",
+    ),
+    Metric(
+        "heldout/gold",
+        "Gold score, held out",
+        "The known rubric on prompts the policy never trained on. Training never sees it.",
+        "mean_y gold(x, y), x held out",
+        "gold score",
+        "rises with the score; a fall while the score rises is over-optimisation",
+    ),
+    Metric(
+        "heldout/gold_se",
+        "Standard error of the gold score",
+        "Sampling error of heldout/gold.",
+        "clustered by prompt",
+        "gold score",
+        "below the change one wants to see",
+    ),
+    Metric(
+        "heldout/responses",
+        "Held-out responses",
+        "How many responses the held-out numbers of this step are means of.",
+        "count",
+        "responses",
+        "—",
+    ),
+    Metric(
+        "heldout/<objective>",
+        "The same on held-out prompts",
+        "Any objective/… or rollout/… number, measured on prompts that are not trained on; scores "
+        "as the reward models give them.",
+        "as objective/…, x held out",
+        "as objective/…",
+        "close to the number in training",
+    ),
+    Metric(
+        "optim/lr",
+        "Learning rate",
+        "Learning rate of the policy at the end of the step.",
+        "given",
+        "1",
+        "as scheduled; too high wastes KL",
+    ),
+    Metric(
+        "optim/grad_norm",
+        "Gradient norm",
+        "Norm of the policy's gradient before clipping, mean over the step's updates.",
+        "‖g‖₂",
+        "score",
+        "no spikes by a factor of ten",
+    ),
+    Metric("step", "Step", "One rollout and the updates from it.", "count", "steps", "—"),
+    Metric("seconds", "Time", "Wall time since the run began.", "—", "s", "—"),
+    Metric("episodes", "Episodes", "Responses written so far.", "count", "responses", "—"),
+    Metric(
+        "tokens_per_second",
+        "Throughput",
+        "Response tokens of the step over its wall time.",
+        "Σ_y length(y) / seconds of the step",
+        "tokens/s",
+        "steady",
+    ),
+    Metric("time/generate", "Time to write", "Writing the responses.", "—", "s", "—"),
+    Metric("time/score", "Time to score", "Policy, reference and values.", "—", "s", "—"),
+    Metric("time/reward", "Time to reward", "The reward models.", "—", "s", "—"),
+    Metric("time/update", "Time to learn", "All updates of the step.", "—", "s", "—"),
+)
+
+_BY_KEY = {metric.key: metric for metric in GLOSSARY}
+
+
+def define(key: str) -> Metric | None:
+    """Look up what a key of metrics.jsonl means; None if the table does not know it.
+
+    Example:
+        >>> define("heldout/objective/kl_ref").title
+        'KL to the reference'
+        >>> define("reward/helpful").title
+        'One reward'
+    """
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    if key.startswith("reward/"):
+        return _BY_KEY["reward/<name>"]
+    if key.startswith("heldout/"):
+        rest = key.removeprefix("heldout/").removeprefix("objective/")
+        found = (_BY_KEY.get(f"{group}/{rest}") for group in ("objective", "rollout"))
+        return next((metric for metric in found if metric is not None), None)
+    return None
+
+
+def markdown() -> str:
+    """The table as the text of `docs/metrics.md`."""
+    head = """# What every number means
+
+This page is written by `python -m kleash.report.glossary > docs/metrics.md`; a test holds it
+equal to the table in `src/kleash/report/glossary.py`, which the report shows too.
+
+Nats throughout. A KL is positive when the policy has drifted. Per response unless the key or the
+unit says per token. There are three KLs and never a bare `kl`: to the **reference**
+(`objective/kl_ref`), of the **update** (`policy/approx_kl`), and of the **sampler**
+(`rollout/kl_sampler`). "Healthy" is where to look twice, not a law.
+
+| key | what it is | formula | unit | healthy |
+|---|---|---|---|---|
+"""
+    rows = [
+        f"| `{metric.key}` | **{metric.title}.** {metric.meaning} | {_cell(metric.formula)} "
+        f"| {metric.unit} | {metric.healthy} |"
+        for metric in GLOSSARY
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def _cell(formula: str) -> str:
+    # A bar would end the cell of a Markdown table.
+    return f"`{formula}`".replace("|", "\\|") if len(formula) > 1 else formula
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,149 @@
+"""Everything that decides the future of a run, put away and taken out again.
+
+    policy/             Hugging Face format, with its tokenizer
+    value.safetensors   the critic
+    optimizer.pt        moments of the optimiser; read with `weights_only`
+    random.safetensors  the random generators
+    state.json          step, episodes, β state, score statistics, place in the prompts, reference
+
+The reference itself is not stored: it is loaded as before, and its identity must be the same.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kleash.assembly import Crew
+from kleash.beta.controllers import BetaState
+from kleash.checkpoint import (
+    list_checkpoints,
+    load_tensors,
+    save_tensors,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from kleash.errors import RunError
+from kleash.models import Identity
+from kleash.prompts import PromptCursor
+from kleash.rewards import ScoreStatistics
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What changes from step to step beside weights and random numbers."""
+
+    step: int
+    episodes: int
+    beta: BetaState
+    scores: ScoreStatistics
+    cursor: PromptCursor
+    mixing: float | None = None
+    """Coefficient of the placement `mixed` in the next step; None for other placements."""
+
+
+def save_run_state(
+    parent: Path, crew: Crew, state: TrainingState, reference: Identity, *, keep: int
+) -> Path:
+    """Write a checkpoint after a step; the older ones beyond `keep` go.
+
+    Raises:
+        RunError: it cannot be written; nothing of it remains.
+    """
+
+    def write(directory: Path) -> None:
+        crew.policy.save(directory / "policy")
+        save_tensors(directory / "value.safetensors", dict(_module(crew).state_dict()))
+        torch.save(crew.optimizer.state_dict(), directory / "optimizer.pt")
+        save_tensors(directory / "random.safetensors", _random_states())
+        record = {**asdict(state), "reference": asdict(reference)}
+        (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    return write_checkpoint(parent, state.step, write, keep=keep)
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """The newest finished checkpoint of a run; None if it has none yet."""
+    found = list_checkpoints(parent) if parent.is_dir() else []
+    return found[-1] if found else None
+
+
+def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> TrainingState:
+    """Put everyone where they were when the checkpoint was written.
+
+    Raises:
+        RunError: the checkpoint is damaged, belongs to another model, or was made with another
+            reference; nothing was changed then.
+    """
+    verify_checkpoint(directory)
+    record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
+    _require_reference(directory, record["reference"], reference)
+    _load_policy(directory / "policy", crew)
+    device = crew.policy.device
+    _module(crew).load_state_dict(load_tensors(directory / "value.safetensors", device))
+    moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
+    crew.optimizer.load_state_dict(moments)
+    _restore_random(load_tensors(directory / "random.safetensors"))
+    return TrainingState(
+        step=record["step"],
+        episodes=record["episodes"],
+        beta=BetaState(**record["beta"]),
+        scores=ScoreStatistics(**record["scores"]),
+        cursor=PromptCursor(**record["cursor"]),
+        mixing=record["mixing"],
+    )
+
+
+def _module(crew: Crew) -> nn.Module:
+    """The critic as a module; both kinds are."""
+    return cast(nn.Module, crew.value)
+
+
+def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity) -> None:
+    if stored["sha256"] != now.sha256:
+        raise RunError(
+            f"the run in {directory} is tied to another reference: it was {stored['path']} with "
+            f"weights {stored['sha256'][:12]}…, got {now.path} with {now.sha256[:12]}…; give back "
+            "the model it began with"
+        )
+
+
+def _load_policy(directory: Path, crew: Crew) -> None:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file, device=str(crew.policy.device))
+    if crew.policy.adapter is not None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(crew.policy.adapter, tensors)
+        return
+    # Tied weights are stored once, under one of their names.
+    known = crew.policy.model.state_dict(keep_vars=True)
+    stored = {known[name].data_ptr() for name in tensors if name in known}
+    missing = [n for n, tensor in known.items() if tensor.data_ptr() not in stored]
+    unknown = [name for name in tensors if name not in known]
+    if missing or unknown:
+        raise RunError(
+            f"{directory} holds another model: weights missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    crew.policy.model.load_state_dict(tensors, strict=False)
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for number, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda:{number}"] = state
+    return states
+
+
+def _restore_random(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, device=name)

@@ -1,0 +1,491 @@
+"""The run directory: everything a training run says about itself, written and read.
+
+    config.yaml      the resolved configuration
+    run.json         status, argv, versions, seed, reference identity, times, message
+    metrics.jsonl    one object a step; keys are defined in `docs/metrics.md`
+    samples.jsonl    one object a kept response, with its per-token numbers
+    checkpoints/     belongs to the checkpoints' own module
+
+Two promises. A reader can open the directory at any moment, also after a crash: whole files are
+replaced atomically, and a line that could not be written completely is taken back. And nothing
+read is ever executed or guessed at: JSON and safe YAML only.
+
+JSON has no NaN and no infinity, and both are findings that must survive. They are written as the
+strings "NaN", "Infinity" and "-Infinity", and read back as floats. All files are plain ASCII, so
+that lone surrogates, NUL and control characters from a model cannot break a line.
+"""
+
+import json
+import math
+import numbers
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import yaml
+
+from kleash.errors import RunError
+from kleash.files import (
+    NON_FINITE,
+    append_whole,
+    cannot_write,
+    plain,
+    plain_json,
+    replace_file,
+)
+
+Kind = Literal["worst", "random", "heldout"]
+Who = Literal["policy", "reference"]
+Status = Literal["running", "finished", "interrupted", "failed"]
+Metrics = dict[str, float | int | None]
+
+MAX_SAMPLES_PER_STEP = 64
+"""More than this many responses kept at one step is a mistake of the caller."""
+MAX_TOKENS_PER_SAMPLE = 4096
+"""Longer responses keep their first tokens; `tokens_cut` says how many are missing."""
+
+_CONFIG, _META, _METRICS, _SAMPLES = "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"
+_STATUSES = ("running", "finished", "interrupted", "failed")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One kept response and what both models say about each of its tokens.
+
+    The per-token lists are empty or as long as `tokens`. For a response of the reference the
+    numbers are those of the same pair of models, along the text that the reference wrote.
+    """
+
+    step: int
+    kind: Kind
+    who: Who
+    prompt: str
+    response: str
+    score: float | None
+    kl: float | None
+    """Σ_t KL(π‖π_ref) along the response, in nats."""
+    tokens: Sequence[str] = ()
+    logprobs: Sequence[float] = ()
+    ref_logprobs: Sequence[float] = ()
+    token_kl: Sequence[float] = ()
+    entropy: Sequence[float] = ()
+    gold: float | None = None
+    """What the held-out rubric says, where there is one."""
+    tokens_cut: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse per-token lists that do not belong to the tokens."""
+        for name in ("logprobs", "ref_logprobs", "token_kl", "entropy"):
+            if (length := len(getattr(self, name))) not in (0, len(self.tokens)):
+                raise ValueError(
+                    f"{name} must be empty or have one number per token "
+                    f"({len(self.tokens)}), got {length}"
+                )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    meta: Mapping[str, Any]
+    metrics: Sequence[Metrics]
+    samples: Sequence[Sample]
+    notes: Sequence[str] = ()
+    """What was not quite right while reading, in sentences."""
+
+    @property
+    def status(self) -> Status:
+        """How the run ended, or "running" if no end was ever recorded."""
+        return cast(Status, self.meta["status"])
+
+    @property
+    def name(self) -> str:
+        """The directory's own name: what the run is called in a report."""
+        return self.path.resolve().name
+
+
+class RunWriter:
+    """Write a run directory while the run goes on.
+
+    Use as a context manager: leaving normally marks the run finished, Ctrl-C marks it
+    interrupted, any other exception marks it failed with its message.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "first"
+        >>> with RunWriter.create(path, config={"beta": 0.1}, meta={"seed": 0}) as run:
+        ...     run.append_metrics({"step": 1, "objective/kl_ref": 0.25})
+        >>> read_run(path).status, read_run(path).metrics
+        ('finished', [{'step': 1, 'objective/kl_ref': 0.25}])
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]):
+        self.path = path
+        self._meta = meta
+        self._last_step = -1
+
+    @classmethod
+    def create(
+        cls, path: Path | str, *, config: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> "RunWriter":
+        """Begin a new run.
+
+        Args:
+            path: the run directory; made if missing.
+            config: the resolved configuration, of plain values.
+            meta: what identifies the run: argv, versions, seed, reference, ...
+
+        Raises:
+            RunError: if the directory already holds a run, or cannot be written.
+        """
+        path = Path(path)
+        if holds_run(path):
+            raise _another_run(path)
+        meta = {"status": "running", "started": _now(), "ended": None, "message": None, **meta}
+        writer = cls(path, meta)
+        existed, made = path.exists(), list[Path]()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in (_METRICS, _SAMPLES):
+                _claim(path / name)
+                made.append(path / name)
+            text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=False)
+            replace_file(path / _CONFIG, text)
+            made.append(path / _CONFIG)
+            writer._write_meta()
+        except BaseException as error:
+            for file in made:
+                file.unlink(missing_ok=True)
+            if not existed and path.is_dir():
+                path.rmdir()
+            if isinstance(error, OSError) and not isinstance(error, RunError):
+                raise cannot_write(path, error) from error
+            raise
+        return writer
+
+    @classmethod
+    def reopen(cls, path: Path | str, *, through_step: int) -> "RunWriter":
+        """Continue a run after `through_step`: later lines are dropped, the status is "running".
+
+        Raises:
+            RunError: if the directory holds no readable run, or cannot be written.
+        """
+        run = read_run(path)
+        writer = cls(run.path, {**run.meta, "status": "running", "ended": None, "message": None})
+        writer._last_step = through_step
+        metrics = [line for line in run.metrics if _step_of(line) <= through_step]
+        samples = [sample for sample in run.samples if sample.step <= through_step]
+        replace_file(run.path / _METRICS, "".join(_json_line(line) for line in metrics))
+        replace_file(run.path / _SAMPLES, "".join(_sample_line(sample) for sample in samples))
+        writer._write_meta()
+        return writer
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints belong; not made here."""
+        return self.path / "checkpoints"
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append the numbers of one step.
+
+        Args:
+            metrics: `step`, an integer that grows, and numbers by key. None is "no such number
+                here"; NaN and infinities are kept as what they are.
+
+        Raises:
+            ValueError: if `step` is missing or does not grow, or a value is not a number.
+            RunError: if the line cannot be written; nothing of it remains then.
+        """
+        step = metrics.get("step")
+        if not isinstance(step, int) or step <= self._last_step:
+            raise ValueError(
+                f"metrics need an integer step above {self._last_step}, got step {step!r}"
+            )
+        for key, value in metrics.items():
+            if isinstance(value, bool) or not (value is None or isinstance(value, numbers.Real)):
+                raise ValueError(f"metric {key!r} must be a number or None, got {value!r}")
+        self._append(_METRICS, _json_line(metrics))
+        self._last_step = step
+
+    def append_samples(self, samples: Iterable[Sample]) -> None:
+        """Append kept responses; long ones keep their first `MAX_TOKENS_PER_SAMPLE` tokens.
+
+        Raises:
+            ValueError: if one step keeps more than `MAX_SAMPLES_PER_STEP`.
+            RunError: if they cannot be written; none of them remains then.
+        """
+        samples = list(samples)
+        if len(samples) > MAX_SAMPLES_PER_STEP:
+            raise ValueError(
+                f"at most {MAX_SAMPLES_PER_STEP} responses are kept at a step, got {len(samples)}; "
+                "choose some with rows_to_keep"
+            )
+        self._append(_SAMPLES, "".join(_sample_line(sample) for sample in samples))
+
+    def update_meta(self, **values: Any) -> None:
+        """Set entries of run.json, replacing the file atomically.
+
+        Raises:
+            RunError: if the file cannot be written; the old one remains then.
+        """
+        self._meta.update(values)
+        self._write_meta()
+
+    def close(self, status: Status, message: str | None = None) -> None:
+        """Record how the run ended.
+
+        Raises:
+            RunError: if run.json cannot be written; it then still says "running".
+        """
+        self.update_meta(status=status, message=message, ended=_now())
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close("finished")
+            return
+        if isinstance(error, KeyboardInterrupt):
+            status, message = "interrupted", "stopped by Ctrl-C"
+        else:
+            status, message = "failed", str(error) or type(error).__name__
+        # A full disk may refuse this line too; the first error is the one worth reading.
+        try:
+            self.close(status, message)
+        except RunError as second:
+            error.add_note(f"and the run could not be marked {status}: {second}")
+
+    def _write_meta(self) -> None:
+        replace_file(self.path / _META, plain_json(self._meta, indent=2) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        append_whole(self.path / name, text)
+
+
+def rows_to_keep(
+    response_kl: Sequence[float], *, worst: int, at_random: int, seed: int
+) -> list[tuple[int, Kind]]:
+    """Choose which responses of a step to keep: those of largest KL, and some at random.
+
+    A KL that is NaN counts as the worst of all: it is what one wants to look at. The random ones
+    are drawn from the rest, so that no response is kept twice.
+
+    Example:
+        >>> rows_to_keep([0.1, 3.0, float("nan"), 0.2], worst=2, at_random=1, seed=0)
+        [(2, 'worst'), (1, 'worst'), (0, 'random')]
+    """
+    order = sorted(
+        range(len(response_kl)),
+        key=lambda row: math.inf if math.isnan(response_kl[row]) else response_kl[row],
+        reverse=True,
+    )
+    # Python's sort is stable also in reverse, so NaN and inf keep their order among themselves.
+    rest = order[worst:]
+    chosen = random.Random(seed).sample(rest, min(at_random, len(rest)))
+    kinds: tuple[Kind, Kind] = ("worst", "random")
+    return [
+        (row, kind)
+        for kind, rows in zip(kinds, (order[:worst], sorted(chosen)), strict=True)
+        for row in rows
+    ]
+
+
+def holds_run(path: Path | str) -> bool:
+    """Whether the directory holds a run, or what is left of one."""
+    return any((Path(path) / name).exists() for name in (_META, _METRICS, _CONFIG, _SAMPLES))
+
+
+def read_run(path: Path | str) -> Run:
+    """Read a run directory, also one that is still being written or that crashed.
+
+    A last line that breaks off is left out and named in `Run.notes`.
+
+    Raises:
+        RunError: if the directory is missing or holds no run, or a file of it is not what it
+            should be; the message names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"expected a run directory, got {str(path)!r}, which is not a directory")
+    if not (path / _META).is_file():
+        raise RunError(
+            f"expected a run directory, but {str(path)!r} holds no run.json; "
+            "give the directory that `kleash train` wrote"
+        )
+    notes: list[str] = []
+    meta = _read_meta(path / _META)
+    config = _read_config(path / _CONFIG)
+    metrics = [_read_metrics(*line) for line in _read_lines(path / _METRICS, notes)]
+    samples = [_read_sample(*line) for line in _read_lines(path / _SAMPLES, notes)]
+    return Run(path, config, meta, metrics, samples, tuple(notes))
+
+
+def _claim(file: Path) -> None:
+    """Create an empty file, exclusively: of two runs that start at once, one is refused."""
+    try:
+        file.open("xb").close()
+    except FileExistsError as error:
+        raise _another_run(file.parent) from error
+
+
+def _another_run(path: Path) -> RunError:
+    return RunError(
+        f"{str(path)!r} already holds a run; give another output directory, or move that run away"
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json_line(value: Mapping[str, Any]) -> str:
+    return plain_json(value) + "\n"
+
+
+def _sample_line(sample: Sample) -> str:
+    cut = max(0, len(sample.tokens) - MAX_TOKENS_PER_SAMPLE)
+    # Six significant digits: what float32 holds, in a third of the bytes.
+    short = {
+        name: [float(f"{number:.6g}") for number in getattr(sample, name)[:MAX_TOKENS_PER_SAMPLE]]
+        for name in ("logprobs", "ref_logprobs", "token_kl", "entropy")
+    }
+    kept = replace(
+        sample,
+        tokens=list(sample.tokens[:MAX_TOKENS_PER_SAMPLE]),
+        tokens_cut=sample.tokens_cut + cut,
+        **short,
+    )
+    return _json_line(asdict(kept))
+
+
+def _step_of(metrics: Mapping[str, float | int | None]) -> int:
+    step = metrics["step"]
+    assert isinstance(step, int)
+    return step
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(f"the run is incomplete: {str(file)!r} is missing") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {str(file)!r}: {error}") from error
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    meta = _parse_object(_read_text(file), str(file))
+    if meta.get("status") not in _STATUSES:
+        raise RunError(
+            f"{str(file)!r} must give a status out of {', '.join(_STATUSES)}, "
+            f"got {meta.get('status')!r}"
+        )
+    return meta
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(_read_text(file))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RunError(f"{str(file)!r} is not YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{str(file)!r} must hold a mapping, got {type(config).__name__}")
+    return {str(key): value for key, value in cast(dict[Any, Any], config).items()}
+
+
+def _read_lines(file: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line as (where it is, its object); a torn last line is noted and left out."""
+    # Only "\n" ends a line; str.splitlines would also break at separators inside strings.
+    lines = _read_text(file).split("\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            value = _parse_object(line, where)
+        except RunError:
+            if number < len(lines):
+                raise
+            notes.append(
+                f"the last line of {file.name} (line {number}) breaks off and was left out"
+            )
+            return
+        yield where, value
+
+
+def _parse_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: expected a JSON object, got what is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return cast(dict[str, Any], value)
+
+
+def _read_metrics(where: str, line: Mapping[str, Any]) -> Metrics:
+    step = line.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise RunError(f"{where}: expected an integer 'step', got {step!r}")
+    return {key: _read_number(where, key, value) for key, value in line.items()}
+
+
+def _read_number(where: str, key: str, value: Any) -> float | int | None:
+    if isinstance(value, str) and value in NON_FINITE:
+        return NON_FINITE[value]
+    if value is None or (type(value) is int and abs(value) < 2**63):
+        return value
+    # json.loads also understands bare NaN and Infinity, which other writers leave.
+    if isinstance(value, float):
+        return value
+    raise RunError(f"{where}: expected a number for {key!r}, got {str(value)[:60]!r}")
+
+
+def _read_sample(where: str, line: Mapping[str, Any]) -> Sample:
+    known: dict[str, Any] = {}
+    for field in fields(Sample):
+        name = field.name
+        if name in line:
+            known[name] = _read_sample_field(where, name, line[name])
+    try:
+        return Sample(**known)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{where}: not a sample: {error}") from error
+
+
+def _read_sample_field(where: str, name: str, value: Any) -> Any:
+    choices = {"kind": ("worst", "random", "heldout"), "who": ("policy", "reference")}
+    match name:
+        case "logprobs" | "ref_logprobs" | "token_kl" | "entropy" if isinstance(value, list):
+            numbers_read = [
+                entry if type(entry) is float else _read_number(where, name, entry)
+                for entry in cast(list[Any], value)
+            ]
+            if None not in numbers_read:
+                return numbers_read
+        case "tokens" if isinstance(value, list):
+            if all(isinstance(entry, str) for entry in cast(list[Any], value)):
+                return cast(list[str], value)
+        case "prompt" | "response" if isinstance(value, str):
+            return value
+        case "kind" | "who" if value in choices[name]:
+            return value
+        case "step" | "tokens_cut" if isinstance(value, int):
+            return value
+        case "score" | "kl" | "gold":
+            return _read_number(where, name, value)
+        case _:
+            pass
+    raise RunError(f"{where}: {name!r} is not what a sample holds: {str(value)[:60]!r}")

@@ -1,0 +1,218 @@
+"""The walk over all tiles that turns upstream weights into gradients of hidden states and heads."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kleash.scoring.forward import Summed
+from kleash.scoring.gradients import (
+    Rows,
+    Upstream,
+    policy_terms,
+    reference_terms,
+    softcap_slope,
+    tile_gradients,
+)
+from kleash.scoring.tiles import (
+    SLICE,
+    Bare,
+    Buffer,
+    Side,
+    Sides,
+    Tiles,
+    compiled,
+    spans,
+    takes_compiled,
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of a model's tensors want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class Gradient:
+    """Gradients of one model's hidden states, weight and bias, added up tile by tile.
+
+    Sums are held in the working dtype, and rounded to the tensor's own at the end.
+    """
+
+    def __init__(self, side: Side, wanted: Wanted, weight_rows: int) -> None:
+        """Make room for what is wanted; `weight_rows` counts the rows of padding too."""
+        self._side = side
+        words, like = side.weight.shape[0], side.hidden
+        self.hidden = self.weight = self.bias = None
+        if wanted.hidden:
+            self.hidden = torch.zeros_like(like, dtype=side.dtype)
+        if wanted.weight:
+            # Rows of words are all written to below; rows of padding have no gradient.
+            self.weight = side.weight.new_empty(weight_rows, like.shape[1])
+            self.weight[words:] = 0
+        if wanted.bias:
+            self.bias = like.new_zeros(weight_rows, dtype=side.dtype)
+
+    def open(self, cols: slice) -> None:
+        """Begin a column of tiles."""
+        self._cols = cols
+        self._words = self._side.columns(cols)
+        if self.weight is not None:
+            self._sum = self.weight[cols]
+            if self._sum.dtype != self._side.dtype:
+                self._sum = torch.empty_like(self._sum, dtype=self._side.dtype)
+
+    def add(self, tile: Float[Tensor, "R C"], rows: slice) -> None:
+        """One product for the hidden states of these rows, one for the weights of the column."""
+        if self.hidden is not None:
+            self.hidden[rows].addmm_(tile, self._words)
+        if self.weight is not None:
+            hidden = self._side.hidden[rows].to(self._side.dtype)
+            torch.addmm(self._sum, tile.T, hidden, beta=min(rows.start, 1), out=self._sum)
+        if self.bias is not None:
+            self.bias[self._cols] += tile.sum(0)
+
+    def close(self) -> None:
+        """End a column of tiles."""
+        if self.weight is not None and self._sum.dtype != self.weight.dtype:
+            self.weight[self._cols] = self._sum.to(self.weight.dtype)
+
+
+def walk_back(
+    sides: Sides,
+    targets: Int[Tensor, " N"],
+    *,
+    upstream: Upstream,
+    summed: Summed,
+    wanted: list[Wanted],
+    weight_rows: list[int],
+    tiles: Tiles,
+) -> list[Gradient]:
+    """Make (or find) each tile of logits again and multiply its gradient out.
+
+    Args:
+        sides: the policy, or the policy and its reference.
+        targets: one word per row.
+        upstream: ∂loss/∂quantity for every row.
+        summed: what the walk forward found.
+        wanted: for each model, which tensors want a gradient; a model on which no weighted
+            quantity depends must want none.
+        weight_rows: for each model, rows of its head, padding included.
+        tiles: shape of the tiles, the same as forward.
+    """
+    gradients = [
+        Gradient(side, want, rows)
+        for side, want, rows in zip(sides, wanted, weight_rows, strict=True)
+    ]
+    needed = [bool(want) or (any(wanted) and upstream.by_log_ratio) for want in wanted]
+    remake = _Remake(sides, needed, tiles, summed)
+    hits = _hits(sides, summed, upstream)
+    outs = [Buffer(side, tiles) for side in sides]
+    rows_of = _rows(sides, summed, upstream, wanted)
+    words = sides[0].weight.shape[0]
+    body = (
+        _compiled_gradients if takes_compiled(tiles, targets.shape[0] * words) else _plain_gradients
+    )
+    for cols in spans(words, tiles.columns):
+        for gradient in gradients:
+            gradient.open(cols)
+        for span in spans(targets.shape[0], tiles.rows):
+            shape = (span.stop - span.start, cols.stop - cols.start)
+            made = [
+                out.tile(*shape) if want else None for out, want in zip(outs, wanted, strict=True)
+            ]
+            body(remake.tile(span, cols), rows_of.cut(span), made)
+            for tile, gradient, hit in zip(made, gradients, hits, strict=True):
+                if tile is not None:
+                    if hit is not None:
+                        _add_at_targets(tile, targets[span], cols, hit[span])
+                    gradient.add(tile, span)
+        for gradient in gradients:
+            gradient.close()
+    return gradients
+
+
+class _Remake:
+    """Bare products of a tile: kept ones where they were kept, else made again."""
+
+    def __init__(self, sides: Sides, needed: list[bool], tiles: Tiles, summed: Summed) -> None:
+        self._sides, self._needed, self._kept = sides, needed, summed.kept
+        self._buffers = [Buffer(side, tiles) for side in sides]
+
+    def tile(self, rows: slice, cols: slice) -> list[Bare | None]:
+        kept = self._kept.get((rows.start, cols.start))
+        made: list[Bare | None] = []
+        for index, side in enumerate(self._sides):
+            if not self._needed[index]:
+                made.append(None)
+            elif kept is not None:
+                made.append(side.bare(kept[index], cols))
+            else:
+                out = self._buffers[index].tile(rows.stop - rows.start, cols.stop - cols.start)
+                made.append(
+                    side.bare(torch.mm(side.rows(rows), side.columns(cols).T, out=out), cols)
+                )
+        return made
+
+
+def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[Wanted]) -> Rows:
+    of, dtype = summed.moments, sides[0].dtype
+
+    def column(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(dtype)[:, None]
+
+    policy = policy_terms(upstream, of, sides[0].gain, dtype) if wanted[0] else None
+    reference = None
+    if len(sides) == 2 and wanted[1]:
+        reference = reference_terms(upstream, of, sides[1].gain, dtype)
+    return Rows(
+        m=of.m.to(dtype)[:, None],
+        n=column(of.n),
+        mean_d=column(of.mean_d) if upstream.about_policy else None,
+        ref_mean_d=column(of.ref_mean_d) if upstream.reverse_kl is not None else None,
+        policy=policy,
+        reference=reference,
+    )
+
+
+def _hits(sides: Sides, summed: Summed, upstream: Upstream) -> list[Float[Tensor, " N"] | None]:
+    """What each model's gradient gets at the target itself: that of the target's logit."""
+    hits: list[Tensor | None] = []
+    weights = (upstream.logprobs, upstream.ref_logprobs)
+    for side, logit, weight in zip(sides, (summed.z, summed.u), weights, strict=False):
+        if weight is None or logit is None:
+            hits.append(None)
+        else:
+            slope = 1.0 if side.cap is None else softcap_slope(logit, side.cap)
+            hits.append((weight * side.gain * slope).to(side.dtype))
+    return hits
+
+
+def _add_at_targets(
+    tile: Float[Tensor, "R C"], targets: Int[Tensor, " R"], cols: slice, hit: Float[Tensor, " R"]
+) -> None:
+    at = targets.long() - cols.start
+    here = (at >= 0) & (at < tile.shape[1])
+    tile.scatter_add_(1, torch.where(here, at, 0)[:, None], torch.where(here, hit, 0.0)[:, None])
+
+
+def _plain_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
+    """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
+    shape = next(out.shape for out in outs if out is not None)
+    for span in spans(shape[0], max(1, SLICE // shape[1])):
+        tile_gradients(
+            [None if one is None else one.cut(span) for one in bare],
+            rows.cut(span),
+            [None if out is None else out[span] for out in outs],
+        )
+
+
+def _compiled_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
+    compiled(tile_gradients)(bare, rows, outs)

@@ -1,0 +1,201 @@
+"""The walk over all tiles that sums them up, and the scores read off the sums."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kleash.scoring.api import Quantity
+from kleash.scoring.sums import Moments, Needs, put_together, sum_names, tile_sums
+from kleash.scoring.tiles import (
+    SLICE,
+    Bare,
+    Buffer,
+    Side,
+    Sides,
+    Tiles,
+    compiled,
+    lacks,
+    logits_of,
+    spans,
+    takes_compiled,
+)
+from kleash.scoring.top_k import TopK
+
+Kept = dict[tuple[int, int], list[Tensor]]
+"""Bare products of tiles, one for each model, by the tile's first row and first column."""
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What one walk over all tiles found out, in float64."""
+
+    moments: Moments
+    z: Float[Tensor, " N"]
+    """The policy's logit of the target."""
+    u: Float[Tensor, " N"] | None
+    """The reference's."""
+    top_k_mass: Float[Tensor, " N"] | None
+    top_k_kl: Float[Tensor, " N"] | None
+    kept: Kept
+
+
+def sum_up(
+    sides: Sides,
+    targets: Int[Tensor, " N"],
+    *,
+    want: tuple[Quantity, ...],
+    top_k: int | None,
+    tiles: Tiles,
+    keep_bytes: int,
+) -> Summed:
+    """Make each tile of logits once, and sum it up for everything that is wanted.
+
+    Args:
+        sides: the policy, or the policy and its reference.
+        targets: one word per row.
+        want: which quantities the sums must suffice for.
+        top_k: how many words to keep apart; None for none.
+        tiles: shape of the tiles.
+        keep_bytes: how many bytes of bare products to keep.
+    """
+    needs = _needs_of(want)
+    names = sum_names(needs, two_models=len(sides) == 2)
+    rows, words = targets.shape[0], sides[0].weight.shape[0]
+    body = _compiled_sums if takes_compiled(tiles, rows * words) else _plain_sums
+    products = _Products(sides, tiles, keep_bytes)
+    columns = list(spans(words, tiles.columns))
+    blocks: list[dict[str, Tensor]] = []
+    for span in spans(rows, tiles.rows):
+        hidden = [side.rows(span) for side in sides]
+        parts = hidden[0].new_empty(len(names), len(columns), hidden[0].shape[0])
+        aim = _Aim(sides, targets[span])
+        top = None if top_k is None else TopK(hidden, top_k)
+        for index, cols in enumerate(columns):
+            bare = products.tile(hidden, span, cols)
+            body(bare, needs, parts[:, index])
+            aim.look(bare, cols)
+            if top is not None:
+                top.add([logits_of(one) for one in bare])
+        sums = put_together(dict(zip(names, parts, strict=True)))
+        blocks.append(sums | aim.logits() | ({} if top is None else top.scores(sums)))
+    found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    return Summed(
+        z=found.pop("z"),
+        u=found.pop("u", None),
+        top_k_mass=found.pop("top_k_mass", None),
+        top_k_kl=found.pop("top_k_kl", None),
+        moments=Moments(**found),
+        kept=products.kept,
+    )
+
+
+def scores_of(
+    summed: Summed, sides: Sides, targets: Int[Tensor, " N"]
+) -> dict[Quantity, Float[Tensor, " N"]]:
+    """Every score that the sums suffice for, in float64."""
+    of = summed.moments
+    scores: dict[Quantity, Tensor | None] = {
+        "logprobs": _unless_banned(summed.z - of.m - of.log_s, sides[0], targets),
+        "entropy": None if of.mean_a is None else of.log_s - of.mean_a,
+        "top_k_mass": summed.top_k_mass,
+        "top_k_kl": summed.top_k_kl,
+    }
+    if len(sides) == 2 and summed.u is not None and of.n is not None and of.log_r is not None:
+        ref_score = summed.u - of.n - of.log_r
+        scores["ref_logprobs"] = _unless_banned(ref_score, sides[1], targets)
+        scores["ref_entropy"] = None if of.mean_b is None else of.log_r - of.mean_b
+        apart = of.log_r - of.log_s
+        kl = None if of.mean_d is None else of.mean_d + apart
+        reverse_kl = None if of.ref_mean_d is None else -of.ref_mean_d - apart
+        policy, reference = sides
+        scores["kl"] = _infinite_if(lacks(reference, policy), kl)
+        scores["reverse_kl"] = _infinite_if(lacks(policy, reference), reverse_kl)
+        scores["log_ratio_variance"] = _infinite_if(lacks(reference, policy), of.variance)
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def _infinite_if(infinite: bool, score: Tensor | None) -> Tensor | None:
+    return score if score is None or not infinite else torch.full_like(score, torch.inf)
+
+
+def _unless_banned(score: Tensor, side: Side, targets: Tensor) -> Tensor:
+    if side.banned is None:
+        return score
+    return torch.where(side.banned[targets.long()], -torch.inf, score)
+
+
+def _needs_of(want: tuple[Quantity, ...]) -> Needs:
+    """Sums that the quantities are made from."""
+    return Needs(
+        entropy="entropy" in want,
+        ref_entropy="ref_entropy" in want,
+        kl="kl" in want,
+        variance="log_ratio_variance" in want,
+        reverse_kl="reverse_kl" in want,
+    )
+
+
+class _Products:
+    """Makes tiles of bare products: in buffers or, within the budget, in memory to keep."""
+
+    def __init__(self, sides: Sides, tiles: Tiles, keep_bytes: int) -> None:
+        self._sides = sides
+        self._buffers = [Buffer(side, tiles) for side in sides]
+        self._left = keep_bytes
+        self.kept: Kept = {}
+
+    def tile(self, hidden: list[Tensor], rows: slice, cols: slice) -> list[Bare]:
+        shape = (hidden[0].shape[0], cols.stop - cols.start)
+        size = len(hidden) * shape[0] * shape[1] * hidden[0].element_size()
+        keep = size <= self._left
+        if keep:
+            self._left -= size
+            outs = [block.new_empty(shape) for block in hidden]
+            self.kept[rows.start, cols.start] = outs
+        else:
+            outs = [buffer.tile(*shape) for buffer in self._buffers]
+        return [
+            side.bare(torch.mm(block, side.columns(cols).T, out=out), cols)
+            for side, block, out in zip(self._sides, hidden, outs, strict=True)
+        ]
+
+
+class _Aim:
+    """Picks the logit of each row's target when its tile comes by."""
+
+    def __init__(self, sides: Sides, targets: Int[Tensor, " R"]) -> None:
+        self._sides = sides
+        self._targets = targets.long()
+        self._found = [side.hidden.new_zeros(targets.shape, dtype=side.dtype) for side in sides]
+
+    def look(self, bare: list[Bare], cols: slice) -> None:
+        at = self._targets - cols.start
+        here = (at >= 0) & (at < cols.stop - cols.start)
+        index = torch.where(here, at, 0)[:, None]
+        self._found = [
+            torch.where(here, one.product.gather(1, index)[:, 0], found)
+            for one, found in zip(bare, self._found, strict=True)
+        ]
+
+    def logits(self) -> dict[str, Tensor]:
+        """The targets' logits by name of the model's logits, in float64."""
+        finished = [
+            logits_of(
+                Bare(found, None if side.bias is None else side.bias[self._targets], side.cap)
+            )
+            for side, found in zip(self._sides, self._found, strict=True)
+        ]
+        return {name: logit.double() for name, logit in zip("zu", finished, strict=False)}
+
+
+def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
+    """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
+    rows, columns = bare[0].product.shape
+    for span in spans(rows, max(1, SLICE // columns)):
+        out[:, span] = tile_sums([one.cut(span) for one in bare], needs)
+
+
+def _compiled_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
+    out.copy_(compiled(tile_sums)(bare, needs))

@@ -1,0 +1,207 @@
+"""Cutting [N, V] logits into tiles, and running arithmetic on one tile at a time.
+
+A tile of logits is a matrix product small enough to stay in the cache while it is summed up. Its
+shape decides speed as much as the arithmetic does: wide and tall enough for the product to be
+efficient, small enough not to be written to main memory.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kleash.types import Head
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Body = Literal["auto", "plain", "compiled"]
+
+SLICE = 1 << 17
+"""Logits per step of the plain body: what it holds at once should fit the second-level cache."""
+
+WORTH_COMPILING = 1 << 27
+"""Logits per call from which "auto" spends some twenty seconds, once, on compiling."""
+
+BANNED = -1e18
+"""Stands for a logit of −∞ inside the tiles.
+
+It lies so far below any logit that its exponential is exactly 0, and unlike −∞ it, its differences
+and their squares stay finite, so that 0 · x is 0 in value and gradient. Whether a KL is infinite is
+read off the heads, never off this number.
+"""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How to walk over the logits: changes time and memory, not results beyond rounding."""
+
+    rows: int = 1024
+    """Rows (tokens) per tile."""
+    columns: int = 1024
+    """Words per tile."""
+    keep_bytes: int = 0
+    """Bytes of logits to keep from forward for backward; what is not kept is computed again."""
+    body: Body = "auto"
+    """Arithmetic on a tile: plain torch, compiled by torch.compile, or "auto": compiled where a
+    C++ compiler works and a call has at least `WORTH_COMPILING` logits."""
+
+    def __post_init__(self) -> None:
+        """Refuse empty tiles and negative budgets."""
+        if self.rows < 1 or self.columns < 1 or self.keep_bytes < 0:
+            raise ValueError(
+                "expected tiles of at least one row and column and keep_bytes of at least 0, "
+                f"got {self}"
+            )
+
+
+DEFAULT_TILES = Tiles()
+
+
+class Bare(NamedTuple):
+    """Products W h, of a tile or one per row, with what turns them into logits."""
+
+    product: Float[Tensor, "*R C"]
+    bias: Float[Tensor, " C"] | None
+    cap: float | None
+
+    def cut(self, rows: slice) -> "Bare":
+        """The same for some of the rows."""
+        return self._replace(product=self.product[rows])
+
+
+def logits_of(bare: Bare) -> Float[Tensor, "*R C"]:
+    """From bare products to logits."""
+    x = bare.product if bare.bias is None else bare.product + bare.bias
+    return x if bare.cap is None else bare.cap * torch.tanh(x)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models, as tensors and numbers ready for tiles.
+
+    From x = gain · W h + bias (the gain is multiplied into h, the bias already holds it):
+
+        logits = x                  without soft-cap, gain = scale / temperature
+        logits = cap · tanh(x)      with it,          gain = scale / softcap, cap = softcap / T
+    """
+
+    hidden: Float[Tensor, "N D"]
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None
+    banned: Bool[Tensor, " V"] | None
+    """Words whose logit is −∞ whatever the hidden state; None where there are none."""
+    gain: float
+    cap: float | None
+    dtype: torch.dtype
+
+    def rows(self, span: slice) -> Float[Tensor, "R D"]:
+        """Hidden states of a tile's rows, in the working dtype, the gain multiplied in."""
+        hidden = self.hidden[span].to(self.dtype)
+        return hidden if self.gain == 1 else hidden * self.gain
+
+    def columns(self, span: slice) -> Float[Tensor, "C D"]:
+        """Head rows of a tile's words, in the working dtype."""
+        return self.weight[span].to(self.dtype)
+
+    def bare(self, product: Float[Tensor, "R C"], span: slice) -> Bare:
+        """A tile's product with the biases of its words."""
+        return Bare(product, None if self.bias is None else self.bias[span], self.cap)
+
+
+def side(
+    hidden: Float[Tensor, "N D"], head: Head, *, temperature: float, dtype: torch.dtype
+) -> Side:
+    """Prepare a model for tiling; banned words get a finite stand-in (see `BANNED`).
+
+    Raises:
+        ValueError: if every word is banned.
+    """
+    gain = head.scale / (temperature if head.softcap is None else head.softcap)
+    bias = banned = None
+    if head.bias is not None:
+        bias = head.bias[: head.words].to(dtype) * gain
+        # A soft-cap lifts a bias of −∞ to a finite logit.
+        if head.softcap is None and bool((unwritable := bias == -torch.inf).any()):
+            if bool(unwritable.all()):
+                raise ValueError("a head must leave a word to write, got a bias of −∞ on all words")
+            banned = unwritable
+            bias = torch.where(banned, BANNED, bias)
+    return Side(
+        hidden=hidden,
+        weight=head.weight[: head.words],
+        bias=bias,
+        banned=banned,
+        gain=gain,
+        cap=None if head.softcap is None else head.softcap / temperature,
+        dtype=dtype,
+    )
+
+
+Sides = tuple[Side] | tuple[Side, Side]
+"""The policy alone, or the policy and its reference."""
+
+
+class Buffer:
+    """Memory for one tile, used again for every tile."""
+
+    def __init__(self, side: Side, tiles: Tiles) -> None:
+        """Room for a whole tile, or for all logits where they are fewer."""
+        rows = min(tiles.rows, side.hidden.shape[0])
+        columns = min(tiles.columns, side.weight.shape[0])
+        self._memory = side.hidden.new_empty(rows * columns, dtype=side.dtype)
+
+    def tile(self, rows: int, columns: int) -> Float[Tensor, "R C"]:
+        """A contiguous matrix of this shape; what was in it is lost."""
+        return self._memory[: rows * columns].view(rows, columns)
+
+
+def lacks(one: Side, other: Side) -> bool:
+    """Whether a word of `other` is banned in `one`: then a KL from `other` to `one` is infinite."""
+    if one.banned is None:
+        return False
+    return bool((one.banned if other.banned is None else one.banned & ~other.banned).any())
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover `total`; one empty slice covers 0."""
+    for start in range(0, max(total, 1), size):
+        yield slice(start, min(start + size, total))
+
+
+def takes_compiled(tiles: Tiles, logits: int) -> bool:
+    """Whether the tile arithmetic of a call over so many logits is to be compiled."""
+    match tiles.body:
+        case "plain":
+            return False
+        case "compiled":
+            return True
+        case "auto":
+            return logits >= WORTH_COMPILING and compiler_works()
+
+
+@functools.cache
+def compiler_works() -> bool:
+    """Try torch.compile once; without a working C++ compiler it fails, and we say so in the log."""
+    try:
+        doubled = torch.compile(_double)(torch.ones(2))
+    except Exception as error:  # torch.compile has no common base for its failures
+        _logger.info("kleash scores with plain torch: torch.compile does not work here (%s)", error)
+        return False
+    return bool((doubled == 2).all())
+
+
+def _double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@functools.cache
+def compiled(body: Callable[..., T]) -> Callable[..., T]:
+    """The body through torch.compile, one kernel for all tile shapes."""
+    return torch.compile(body, dynamic=True)

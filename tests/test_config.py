@@ -1,0 +1,119 @@
+"""A configuration is read, refused with the nearest name, and survives its own YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kleash.config import Config, dump_config, load_config, parse_config, with_world
+from kleash.errors import ConfigError, UsageError
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "policy": {"path": "p"},
+        "reward_models": {"r": {"callable": "m:f"}},
+        "prompts": {"train": "x.jsonl"},
+        "leash": {"beta": 0.1},
+        "output": "runs/x",
+    }
+    return tree | changes
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_what_where_from_and_how(recipe: Path) -> None:
+    load_config(recipe, {}, base=recipe)
+    head = recipe.read_text(encoding="utf-8").split("policy:")[0]
+    for word in ("# What", "# From", "# Run"):
+        assert word in head
+
+
+def test_a_configuration_survives_its_own_yaml() -> None:
+    config = parse_config(minimal(steps=7), where="here")
+    assert parse_config(yaml.safe_load(dump_config(config)), where="there") == config
+
+
+def test_overrides_win_and_dashes_are_underscores(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal(steps=7)))
+    overrides = {"rollout.max-new-tokens": "9", "steps": "8", "reward-models.r.weight": "2"}
+    config = load_config(file, overrides, base=file)
+    assert (config.rollout.max_new_tokens, config.steps) == (9, 8)
+    assert config.reward_models["r"].weight == 2
+
+
+def test_a_fixed_beta_gives_way_only_when_it_is_taken_out(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal()))
+    with pytest.raises(ConfigError, match="exactly one of `beta`"):
+        load_config(file, {"leash.target_kl": "6"}, base=file)
+    config = load_config(file, {"leash.target_kl": "6", "leash.beta": "null"}, base=file)
+    assert (config.leash.beta, config.leash.target_kl) == (None, 6)
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        (minimal(stepz=3), "unknown key `stepz`: did you mean steps?"),
+        (minimal(leash={"beta": 0.1, "placment": "exact"}), "did you mean placement?"),
+        (minimal(policy={}), "`policy.path` is missing"),
+        (minimal(leash={"beta": -1}), "`leash.beta`: .* greater than or equal to 0, got -1"),
+        (minimal(leash={"target_kl": 0}), "`leash.target_kl`: .*greater than 0, got 0"),
+        (minimal(leash={}), "exactly one of `beta` \\(fixed\\) and `target_kl` \\(adaptive\\)"),
+        (minimal(leash={"beta": 0.1, "target_kl": 6}), "exactly one of `beta`"),
+        (minimal(leash={"beta": 0.1, "horizon": 5}), "do nothing with a fixed `beta`"),
+        (minimal(leash={"target_kl": 6, "horizon": 5}), "`horizon` is for"),
+        (minimal(leash={"beta": 0.1, "placement": "measure"}), "charges nothing"),
+        (minimal(rollout={"truncated": "penalise"}), "goes with `truncated: penalise`"),
+        (minimal(rollout={"missing_eos_penalty": 1}), "goes with `truncated: penalise`"),
+        (minimal(value={"kind": "model"}), "`value.path` goes with"),
+        (minimal(reward_models={}), "at least 1 item"),
+        (minimal(reward_models={"r": {}}), "exactly one of `path` and `callable`"),
+        (minimal(reward_models={"r": {"callable": "a:b", "template": "{prompt}"}}), "nothing for"),
+        (minimal(ppo={"minibatches": 3}), "does not divide the 64"),
+        (minimal(heldout={"every": 3}), "does nothing without `prompts.heldout`"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(tree: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_config(tree, where="c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("a: [", "is not YAML"), ("- 1", "should hold keys and values, got list")],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(file, {}, base=file)
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path, {}, base=file)
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("leash.bta", "did you mean --leash.beta?"),
+        ("lesh.beta", "did you mean --leash?"),
+        ("steps.more", "`steps` is a single value"),
+        ("reward_models.r.wieght", "did you mean --reward_models.r.weight?"),
+    ],
+)
+def test_an_override_that_does_not_exist(tmp_path: Path, key: str, sentence: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal(steps=3)))
+    with pytest.raises(UsageError) as caught:
+        load_config(file, {key: "1"}, base=file)
+    assert sentence in str(caught.value)
+
+
+def test_the_world_fills_in_its_directory() -> None:
+    config = parse_config(minimal(policy={"path": "{world}/policy"}, world=0), where="here")
+    filled = with_world(config, Path("/worlds/0"))
+    assert isinstance(filled, Config)
+    assert filled.policy.path == "/worlds/0/policy"
