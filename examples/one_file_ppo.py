@@ -7,8 +7,8 @@ log-probabilities (k1) is charged at every token, and the score is paid on the l
 
     r_t = −β · (log π(y_t) − log π_ref(y_t)) + score · 1[t is the last token]
 
-Then advantages, clipped updates, and β moves so that the KL spent per response meets its target.
-A test holds the numbers of this file against the engine's.
+Then advantages, clipped updates, and β moves so that the KL spent meets its target. A test holds
+the numbers of this file against the engine's.
 
 Left out, because it would hide the algorithm (the engine has all of it): the exact KL, here only
 estimated from the token drawn; scoring without logits in memory, here [batch, token, vocab] tensors
@@ -109,8 +109,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the real tokens."""
-    kept = x[mask]
-    scaled = (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
+    scaled = (x - x[mask].mean()) * torch.rsqrt(x[mask].var(correction=0) + 1e-8)
     return torch.where(mask, scaled, 0.0)
 
 
@@ -129,8 +128,7 @@ def losses(policy: Any, critic: nn.Module, texts: Texts, lesson: Lesson) -> tupl
 
 def batches(path: Path, tokenizer: Any, size: int) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Prompts and their ids, for ever, in an order shuffled anew each time round."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts: list[str] = [json.loads(line)["prompt"] for line in lines if line.strip()]
+    prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
     while True:
         for rows in torch.randperm(len(prompts)).split(size):
             texts = [prompts[i] for i in rows]

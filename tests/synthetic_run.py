@@ -16,6 +16,7 @@ HOSTILE = (
     "line\u2028separator\u2029 and \ufeff mark",
     "{{ 7 * 7 }} {% raw %} ${7*7} javascript:alert(1)",
     "x" * 100_000,
+    "</script <!-- <script <b>\u202ebold\u202c</b>",
 )
 """Text that must show as text."""
 

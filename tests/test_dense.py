@@ -206,6 +206,8 @@ def test_top_k_kl_is_a_lower_bound_that_grows_to_the_kl():
 HEAD = Head(torch.zeros(4, 3))
 HIDDEN = torch.zeros(2, 3)
 TARGETS = torch.tensor([0, 3])
+UNFIT = Head(torch.zeros(4, 3))
+object.__setattr__(UNFIT, "bias", torch.zeros(3))  # the annotations would refuse it at once
 REFUSED = [
     ({"temperature": 0.0}, r"temperature must be a positive number, got 0\.0"),
     ({"temperature": math.nan}, "temperature must be a positive number, got nan"),
@@ -220,7 +222,7 @@ REFUSED = [
     ({"hidden": torch.zeros(2, 5)}, "policy: head is for width 3, got hidden states of 5"),
     ({"head": Head(torch.zeros(4, 3), vocab_size=5)}, r"vocab_size must lie in 1…4, got 5"),
     ({"head": Head(torch.zeros(4, 3), vocab_size=0)}, r"vocab_size must lie in 1…4, got 0"),
-    ({"head": Head(torch.zeros(4, 3), torch.zeros(3))}, r"a bias of 4 rows, got \[3\]"),
+    ({"head": UNFIT}, r"a bias of 4 rows, got \[3\]"),
     ({"head": Head(torch.zeros(4, 3), softcap=0.0)}, r"softcap must be positive or None, got 0"),
     ({"targets": torch.tensor([0])}, r"one target per row, 2 in all, got \[1\]"),
     ({"targets": torch.tensor([0, 4])}, "targets must lie in 0…3, got 4"),

@@ -246,20 +246,20 @@ def test_real_models_write(name: str) -> None:
     ids = [policy.tokenizer(t)["input_ids"] for t in texts]
     torch.manual_seed(0)
     limit = 450 if name == "stories260K" else 48
-    rollout = generate(policy, prompts(policy, *ids, copies=4), SamplingSpec(limit))
+    rollout = generate(policy, prompts(policy, *ids, copies=2), SamplingSpec(limit))
     check_masks(policy, rollout, limit)
     if name == "stories260K":
         assert rollout.ended.any()
     written = response_texts(policy.tokenizer, rollout)
-    for row, (text, added) in enumerate(zip(texts, written[::4], strict=True)):
-        kept = rollout.response_ids[4 * row][rollout.response_mask[4 * row]].tolist()
+    for row, (text, added) in enumerate(zip(texts, written[::2], strict=True)):
+        kept = rollout.response_ids[2 * row][rollout.response_mask[2 * row]].tolist()
         whole = policy.tokenizer.decode(ids[row] + kept, skip_special_tokens=True)
         assert whole.strip() == (text + added).strip()
     differences = [
         (
             rollout.sampler_logprobs[r][rollout.response_mask[r]] - replay(policy, rollout, r, 1.0)
         ).abs()
-        for r in range(8)
+        for r in range(4)
         if rollout.sampler_logprobs is not None
     ]
     # Single precision through 450 cached steps: 1e-5 on average is far above what is found.

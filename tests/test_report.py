@@ -269,6 +269,13 @@ def value(text):
     return float(text.replace("−", "-"))
 
 
+def test_the_data_cannot_leave_its_element(report):
+    data = report.read_text("utf-8").split('id="data">')[1].split("</script>")[0]
+    assert not set(data) & set("<>&\u2028\u2029") and data.isascii()
+    shown = [sample["prompt"] for sample in json.loads(data)["samples"]]
+    assert shown[: len(HOSTILE)] == list(HOSTILE)
+
+
 @pytest.mark.browser
 @needs_chromium
 def test_hostile_text_is_text(browser, report):
@@ -287,7 +294,8 @@ def test_hostile_text_is_text(browser, report):
         assert shown[4] == "aU+0000bU+0007cU+001B[31m"
         assert shown[5] == "lone U+D800 and U+DFFF surrogates"
         assert shown[6] == "lineU+2028separatorU+2029 and U+FEFF mark"
-        assert shown[7:] == list(HOSTILE[7:])
+        assert shown[7:9] == list(HOSTILE[7:9])
+        assert shown[9] == "</script <!-- <script <b>U+202EboldU+202C</b>"
         tokens = [details.nth(n).locator(".t").nth(1).text_content() for n in range(len(HOSTILE))]
         assert tokens == shown
         assert page.title() == "leashed · kleash report"

@@ -1,4 +1,4 @@
-"""RLOO: the exact expected gradient over all pairs of strings, padding, errors, and a sampled run."""
+"""RLOO: the expected gradient over all pairs of strings, its advantages, padding, refusals."""
 
 import math
 from dataclasses import replace
@@ -10,6 +10,7 @@ from test_ppo import ragged, with_padding
 
 from kleash.algorithms.experience import select
 from kleash.algorithms.rloo import RLOOSettings, loss, prepare
+from kleash.errors import NonFiniteError
 from kleash.types import Fresh
 
 
@@ -35,7 +36,7 @@ def all_pairs(scores):
 
 
 def expected_gradient(prepare, loss, settings, scores, beta):
-    """Gradient of the mean response, over all pairs; the loss is linear in what it is weighted by."""
+    """Gradient of the mean response over all pairs; the loss is linear in what it is given."""
     models, scored, rows, probability = all_pairs(scores)
     batch = prepare(scored, beta, settings)
     w = probability[:, None] / 2
@@ -107,6 +108,18 @@ def test_dropped_responses_are_out_of_the_loss_but_still_a_baseline():
     assert torch.equal(batch.mask.any(-1), ended)
     assert torch.equal(batch.advantages[ended], whole.advantages[ended])
     assert not batch.advantages[~ended].any()
+
+
+def test_an_infinite_kl_names_response_and_token():
+    scored, fresh = ragged()
+    settings = RLOOSettings(placement="exact")
+    batch = prepare(scored, 0.2, settings)
+    kl = fresh.kl.clone()
+    kl[6, 1] = math.inf
+    with pytest.raises(
+        NonFiniteError, match=r"every exact KL must be finite.* token 1 of response 6"
+    ):
+        loss(batch, Fresh(fresh.logprobs, kl=kl), settings, tokens=1)
 
 
 def test_there_is_no_critic_to_bootstrap_with():

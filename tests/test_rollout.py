@@ -130,6 +130,7 @@ def test_padding_changes_not_a_bit(
         prompt_mask=widen(rollout.prompt_mask, 50, 0, False),
         response_ids=widen(other(rollout.response_ids, rollout.response_mask), 0, 50, 12),
         response_mask=widen(rollout.response_mask, 0, 50, False),
+        sampler_logprobs=None,
     )
     padded = read(changed, policy, reference, value, microbatch=5)
     width = rollout.response_ids.shape[1]
@@ -156,6 +157,8 @@ def test_a_response_is_scored_the_same_alone(tmp_path: Path, kind: tiny.Architec
             response_ids=rollout.response_ids[row : row + 1, :n],
             response_mask=rollout.response_mask[row : row + 1, :n],
             ended=rollout.ended[row : row + 1],
+            prompt_index=rollout.prompt_index[row : row + 1],
+            sampler_logprobs=None,
         )
         alone = read(one, policy, reference)
         for name in ("rollout_logprobs", "ref_logprobs", "kl", "entropy"):

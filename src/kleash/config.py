@@ -49,8 +49,6 @@ class PolicyConfig(_Section):
 
     path: str
     """Directory of a Hugging Face causal language model, or its hub name."""
-    revision: str | None = None
-    """Revision of a hub model."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     attention: Attention = "sdpa"
@@ -64,8 +62,6 @@ class ReferenceConfig(_Section):
 
     path: str | None = None
     """Directory or hub name; none: the policy as it is before the first update."""
-    revision: str | None = None
-    """Revision of a hub model."""
     reference_differs: bool = False
     """Say that the policy does not start at the reference. Otherwise that is an error."""
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from kleash.assembly import Crew
 from kleash.kl.statistics import clustered_mean, response_kl
-from kleash.measures import Number, distinct_n, objective_measures
+from kleash.measures import Number, objective_measures
 from kleash.prompts import Prompt, batch_prompts
 from kleash.reward_models import Content, text_of
 from kleash.rollout import generate, response_texts, score
 from kleash.runs import Kind, Sample, Who, rows_to_keep
+from kleash.texts import distinct_n
 from kleash.types import Rollout, ScoredRollout
 
 

@@ -19,6 +19,7 @@ from kleash.kl.mixing import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.masked import masked_mean
+from kleash.texts import distinct_n
 from kleash.types import Experience, ScoredRollout
 
 Number = float | int | None
@@ -74,24 +75,6 @@ def accounting_residual(experience: Experience, charge: Tensor, *, beta: float) 
     penalised = response_kl(charge, experience.mask)[kept].double()
     objective = scored.scores[kept].double() - beta * penalised
     return float((rewards.mean() - objective.mean()).abs())
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams of words ÷ all n-grams, within each text, averaged over texts that have any.
-
-    1 means that no text repeats itself; None if no text has n words.
-
-    Example:
-        >>> distinct_n(["a b a b", "one two three"], 2)
-        0.8333333333333333
-    """
-    shares: list[float] = []
-    for text in texts:
-        words = text.split()
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        if grams:
-            shares.append(len(set(grams)) / len(grams))
-    return sum(shares) / len(shares) if shares else None
 
 
 def _with_error(key: str, estimate: Estimate) -> dict[str, Number]:

@@ -309,7 +309,7 @@ def _backward(config: Config, crew: Crew, minibatch: Experience) -> list[tuple[L
             crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
         )
         (mix.coefficient * likelihood).backward()
-        losses[0][0].metrics["loss/pretraining"] = float(likelihood)
+        losses[0][0].metrics["loss/pretraining"] = float(likelihood.detach())
         for loss, _ in losses[1:]:
             loss.metrics["loss/pretraining"] = 0.0
     return losses

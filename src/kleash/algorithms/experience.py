@@ -6,7 +6,7 @@ Left out: everything in which PPO, GRPO and RLOO differ, which is how advantages
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -200,30 +200,53 @@ def finish(
     """
     total = torch.stack([weights.get(key, 1.0) * part for key, part in losses.items()]).sum()
     with torch.no_grad():
-        mask, old = experience.mask, experience.scored.rollout_logprobs
-        ratio = policy_ratio(fresh.logprobs, old, mask)
         numbers = {
             **losses,
-            "policy/approx_kl": masked_sum(sampled_kl(old, fresh.logprobs, "k3"), mask) / tokens,
-            "policy/clipfrac": masked_sum(((ratio - 1).abs() > clip_range).float(), mask) / tokens,
-            "policy/ratio_max": torch.where(mask, ratio, -torch.inf).amax(),
-            "policy/ratio_min": torch.where(mask, ratio, torch.inf).amin(),
+            **_policy_numbers(experience, fresh.logprobs, clip_range=clip_range, tokens=tokens),
         }
-        dtype = numbers["policy/approx_kl"].dtype
-        read = torch.stack([total.to(dtype), *(n.to(dtype) for n in numbers.values())]).tolist()
-    metrics = dict(zip(numbers, read[1:], strict=True))
+        read = torch.stack([total, *(number.to(total.dtype) for number in numbers.values())])
+        total_now, *metrics_now = read.tolist()
+    metrics = dict(zip(numbers, metrics_now, strict=True))
     # k3 is infinite or NaN as soon as one log-ratio is, also where clipping hides it from the loss.
-    if not math.isfinite(read[0]) or not math.isfinite(metrics["policy/approx_kl"]):
-        require_finite("policy ratio", torch.where(mask, ratio, 1.0), mask)
-        require_finite("log-probability", fresh.logprobs, mask)
-        for name, numbers_now in (("value", fresh.values), ("exact KL", fresh.kl)):
-            if numbers_now is not None:
-                require_finite(name, numbers_now, mask)
-        raise NonFiniteError(
-            f"the loss must be finite, got {read[0]} from finite ratios, values and KL: "
-            "lower the learning rate, or look for what overflowed in the scores"
-        )
+    if not math.isfinite(total_now) or not math.isfinite(metrics["policy/approx_kl"]):
+        _refuse(experience, fresh)
     return Loss(total=total, metrics=metrics)
+
+
+def _policy_numbers(
+    experience: Experience,
+    logprobs: Float[Tensor, "batch token"],
+    *,
+    clip_range: float,
+    tokens: int,
+) -> dict[str, Float[Tensor, ""]]:
+    mask, old = experience.mask, experience.scored.rollout_logprobs
+    ratio = policy_ratio(logprobs, old, mask)
+    return {
+        "policy/approx_kl": masked_sum(sampled_kl(old, logprobs, "k3"), mask) / tokens,
+        "policy/clipfrac": masked_sum(((ratio - 1).abs() > clip_range).float(), mask) / tokens,
+        "policy/ratio_max": torch.where(mask, ratio, -torch.inf).amax(),
+        "policy/ratio_min": torch.where(mask, ratio, torch.inf).amin(),
+    }
+
+
+def _refuse(experience: Experience, fresh: Fresh) -> NoReturn:
+    """Name what is not finite in a loss that is not."""
+    mask = experience.mask
+    ratio = policy_ratio(fresh.logprobs, experience.scored.rollout_logprobs, mask)
+    suspects = {
+        "policy ratio": ratio,
+        "log-probability": fresh.logprobs,
+        "value": fresh.values,
+        "exact KL": fresh.kl,
+    }
+    for name, numbers in suspects.items():
+        if numbers is not None:
+            require_finite(name, numbers, mask)
+    raise NonFiniteError(
+        "the loss must be finite, got an overflow from finite ratios, values and KL: lower the "
+        "learning rate, or look at the size of the scores"
+    )
 
 
 def require_finite(

@@ -1,7 +1,7 @@
 """What a controller is told, what it remembers, and what its settings must be."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _SMALLEST, _LARGEST = 1e-60, 1e60
 """A variance or KL beyond these is a fault of the measurement, and its square no number."""
@@ -78,6 +78,7 @@ class BetaState:
     trim: float = 0.0
 
 
+@runtime_checkable
 class BetaController(Protocol):
     """The shape of a controller: `init` once, `update` after every rollout."""
 

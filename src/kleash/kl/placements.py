@@ -191,9 +191,8 @@ def charges(
         reward_exact   KL_t
         others         0
 
-    KL_t itself is a function of the state alone, no consequence of token t: `exact` leaves it to
-    the loss term. A value model fitted to the resulting returns learns those charges, which for
-    `exact` exclude the KL of the present state.
+    KL_t is a function of the state alone: `exact` leaves it to the loss term, so that a value
+    model fitted to these returns leaves out the KL of the present state.
 
     Args:
         placement: one of the names of `Placement`.
@@ -207,8 +206,7 @@ def charges(
         Charges in nats, 0 outside the mask. No gradient flows through them.
 
     Raises:
-        ValueError: if there is no such placement, or `mixing` is given where it means nothing or
-            missing where it is needed.
+        ValueError: if there is no such placement, or `mixing` is missing or out of place.
 
     Example:
         >>> row = dict(
@@ -227,7 +225,7 @@ def charges(
         case "exact":
             charge = _next_kl(kl, mask)
         case "mixed":
-            k1 = sampled_kl(logprobs, ref_logprobs, "k1")
+            k1 = sampled_kl(logprobs, ref_logprobs)
             charge = k1 + coefficient * (_next_kl(kl, mask) - k1)
         case "reward_exact":
             charge = at_least_float32(kl)

@@ -286,7 +286,7 @@ def _accuracies(
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float] | Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 

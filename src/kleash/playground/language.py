@@ -207,8 +207,8 @@ def split_questions(held_out: int, *, seed: int) -> tuple[list[Question], list[Q
 def write_reply(topic: Topic, rng: random.Random) -> str:
     """A reply as the desk writes it: of a kind drawn from `MIXTURE`, sometimes polite.
 
-    >>> write_reply(topic_named("card"), random.Random(3))
-    'first find the payment settings . then remove the old card . finally add the new card .'
+    >>> write_reply(topic_named("card"), random.Random(0))
+    'have a lovely day . remove the old card .'
     """
     kind = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
     sentences = _body(kind, topic, rng)

@@ -121,7 +121,7 @@ def check_request(
 
 
 def _check_want(
-    want: Collection[Quantity], *, has_reference: bool, top_k: int | None, words: int
+    want: Collection[str], *, has_reference: bool, top_k: int | None, words: int
 ) -> None:
     if isinstance(want, str) or not want or not set(want) <= set(QUANTITIES):
         raise ValueError(f"want must name some of {', '.join(QUANTITIES)}, got {want!r}")

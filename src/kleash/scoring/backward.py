@@ -102,8 +102,8 @@ def walk_back(
         targets: one word per row.
         upstream: ∂loss/∂quantity for every row.
         summed: what the walk forward found.
-        wanted: for each model, which tensors want a gradient; a model on which no weighted
-            quantity depends must want none.
+        wanted: for each model, which tensors want a gradient; none of a model on which no weighted
+            quantity depends.
         weight_rows: for each model, rows of its head, padding included.
         tiles: shape of the tiles, the same as forward.
     """
@@ -111,6 +111,8 @@ def walk_back(
         Gradient(side, want, rows)
         for side, want, rows in zip(sides, wanted, weight_rows, strict=True)
     ]
+    if not any(wanted):
+        return gradients
     needed = [bool(want) or (any(wanted) and upstream.by_log_ratio) for want in wanted]
     remake = _Remake(sides, needed, tiles, summed)
     hits = _hits(sides, summed, upstream)

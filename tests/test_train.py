@@ -1,0 +1,389 @@
+"""The loop on tiny models: it runs, it adds up, it resumes, and it refuses in one sentence."""
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import tiny
+
+import kleash.train
+from kleash.checkpoint import load_tensors
+from kleash.config import Config, parse_config
+from kleash.errors import (
+    ConfigError,
+    KleashError,
+    ModelError,
+    NonFiniteError,
+    RewardError,
+    RunError,
+)
+from kleash.runs import read_run
+from kleash.train import train
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(response.split().count("w3")) for response in responses]
+
+
+def of_no_use(prompts: list[str], responses: list[str]) -> list[float]:
+    return [0.0] * (len(responses) - 1)
+
+
+def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:
+    return [0.0] * (len(responses) - 1) + [float("nan")]
+
+
+def raises(prompts: list[str], responses: list[str]) -> list[float]:
+    raise ZeroDivisionError("no such response")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    tiny.save_model(folder / "policy")
+    tiny.save_model(folder / "other", seed=1)
+    tiny.save_classifier(folder / "reward")
+    for name, count in (("prompts", 6), ("heldout", 3)):
+        lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "texts.jsonl").write_text(json.dumps({"text": "w1 w2 w3 w4"}))
+    return folder
+
+
+def settings(material: Path, output: Path, **changes: Any) -> Config:
+    """A small run; a change of a section is merged into it."""
+    tree: dict[str, Any] = {
+        "policy": {"path": str(material / "policy")},
+        "reward_models": {"w3": {"callable": "test_train:prefer_w3"}},
+        "prompts": {
+            "train": str(material / "prompts.jsonl"),
+            "heldout": str(material / "heldout.jsonl"),
+        },
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
+        "leash": {"beta": 0.1},
+        "ppo": {"minibatches": 2},
+        "optimizer": {"lr": 1e-3},
+        "heldout": {"every": 2},
+        "logging": {"checkpoint_every": 2},
+        "steps": 4,
+        "output": str(output),
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
+    return parse_config(tree, where="the test")
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
+        for line in read_run(path).metrics
+    ]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((path / "checkpoints").iterdir())[-1]
+    return load_tensors(newest / "policy" / "model.safetensors") | {
+        f"value.{name}": tensor
+        for name, tensor in load_tensors(newest / "value.safetensors").items()
+    }
+
+
+def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: Path) -> None:
+    path = train(settings(material, tmp_path / "run"), argv=["kleash", "train"])
+    run = read_run(path)
+    assert run.status == "finished"
+    assert run.meta["argv"] == ["kleash", "train"]
+    assert len(run.meta["reference"]["sha256"]) == 64
+    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in run.metrics if "heldout/scores" in line] == [0, 2, 4]
+    # Before the first update the policy is the reference, whichever way it is measured.
+    assert run.metrics[1]["objective/kl_ref"] == pytest.approx(0, abs=1e-9)
+    assert cast(float, run.metrics[4]["objective/kl_ref"]) > 1e-4
+    for line in run.metrics[1:]:
+        assert cast(float, line["policy/ratio_first_error"]) < 1e-5
+        assert abs(cast(float, line["rollout/kl_sampler"])) < 1e-4
+        assert cast(float, line["objective/accounting_residual"]) < 1e-5
+        assert "kl" not in line
+    assert {sample.kind for sample in run.samples} == {"worst", "random", "heldout"}
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "run.json",
+        "samples.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"leash": {"placement": "exact"}},
+        {"leash": {"placement": "mixed"}},
+        {"leash": {"beta": 0.0, "placement": "measure"}},
+        {"leash": {"placement": "loss_k3", "allow_biased": True}},
+        {"leash": {"beta": None, "target_kl": 1.0}, "score_normalisation": "initial"},
+        {"leash": {"beta": None, "target_kl": 1.0, "controller": "ziegler_paper"}},
+        {
+            "leash": {
+                "beta": None,
+                "target_kl": 1.0,
+                "controller": "ziegler_code",
+                "initial_beta": 0.2,
+            },
+            "score_normalisation": "running",
+        },
+        {"rollout": {"truncated": "bootstrap", "responses_per_prompt": 2}},
+        {"rollout": {"truncated": "penalise", "missing_eos_penalty": 1.0}},
+        {"value": {"kind": "trunk"}, "optimizer": {"schedule": "linear", "warmup_steps": 2}},
+        {"policy": {"lora": {"rank": 2, "targets": ["q_proj"]}}},
+    ],
+    ids=lambda changes: "-".join(str(v) for c in changes.values() for v in (c.values() if isinstance(c, dict) else [c])),
+)
+def test_interrupted_and_resumed_is_the_run_that_was_not(
+    material: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(settings(material, tmp_path / "whole", **changes))
+
+    config = settings(material, tmp_path / "broken", **changes)
+    step = kleash.train._step
+
+    def interrupted(config: Config, crew: Any, controller: Any, state: Any, run: Any) -> Any:
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return step(config, crew, controller, state, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kleash.train, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert read_run(tmp_path / "broken").status == "interrupted"
+    train(config)
+
+    assert numbers(tmp_path / "broken") == numbers(whole)
+    if "lora" not in changes.get("policy", {}):
+        ours, theirs = weights(tmp_path / "broken"), weights(whole)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_value_model_of_its_own_and_a_pretraining_mix(material: Path, tmp_path: Path) -> None:
+    config = settings(
+        material,
+        tmp_path / "run",
+        value={"kind": "model", "path": str(material / "reward")},
+        reward_models={"rm": {"path": str(material / "reward"), "weight": 0.5}},
+        pretraining={"texts": str(material / "texts.jsonl"), "texts_per_minibatch": 2},
+    )
+    metrics = read_run(train(config)).metrics
+    likelihoods = [cast(float, line["loss/pretraining"]) for line in metrics[1:]]
+    assert likelihoods[-1] < likelihoods[0]
+
+
+def test_the_gradient_does_not_depend_on_the_microbatch(material: Path, tmp_path: Path) -> None:
+    paths = [
+        train(
+            settings(
+                material,
+                tmp_path / str(size),
+                ppo={"microbatch_size": size},
+                steps=1,
+                # Plain gradient descent would show it as well; Adam's first step is ±lr, so that
+                # a gradient of the wrong scale would hide: look at its norm instead.
+            )
+        )
+        for size in (1, 3, 8)
+    ]
+    norms = [numbers(path)[1]["optim/grad_norm"] for path in paths]
+    assert norms[0] == pytest.approx(norms[2], rel=1e-5)
+    assert norms[1] == pytest.approx(norms[2], rel=1e-5)
+
+
+def test_measuring_costs_the_run_nothing_but_time(material: Path, tmp_path: Path) -> None:
+    """β = 0 goes the same way whether the placement is said to measure or to charge."""
+    paths = [
+        train(settings(material, tmp_path / placement, leash={"beta": 0, "placement": placement}))
+        for placement in ("measure", "reward_k1")
+    ]
+    first, second = (weights(path) for path in paths)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_tighter_leash_stays_nearer(material: Path, tmp_path: Path) -> None:
+    far = [
+        cast(
+            float,
+            read_run(
+                train(
+                    settings(
+                        material, tmp_path / str(beta), leash={"beta": beta}, steps=12, heldout={"every": 0}
+                    )
+                )
+            ).metrics[-1]["objective/kl_ref"],
+        )
+        for beta in (10.0, 1.0, 0.0)
+    ]
+    assert far == sorted(far)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"policy": {"path": "/nowhere"}}, ModelError, "expected a model at '/nowhere'"),
+        ({"prompts": {"train": "/nowhere.jsonl"}}, KleashError, "expected a prompt file"),
+        ({"device": "cuda:7"}, ConfigError, "a device this machine has, got 'cuda:7'"),
+        (
+            {"leash": {"placement": "loss_k1"}},
+            ConfigError,
+            "placement 'loss_k1' has a zero gradient",
+        ),
+        (
+            {"reward_models": {"w3": {"callable": "test_train:of_no_use"}}},
+            RewardError,
+            "to return .* scores, one per response",
+        ),
+        (
+            {"reward_models": {"w3": {"callable": "test_train:not_a_number"}}},
+            RewardError,
+            "response ",
+        ),
+        (
+            {"reward_models": {"w3": {"callable": "test_train:raises"}}},
+            RewardError,
+            "no such response",
+        ),
+        ({"logging": {"trackers": ["wandb"]}}, ConfigError, "'wandb' is not installed"),
+    ],
+)
+def test_what_shows_at_the_start_begins_nothing(
+    material: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    changes = {"score_normalisation": "initial", **changes}
+    with pytest.raises(error, match=sentence):
+        train(settings(material, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_reference_stops_before_anything_is_learnt(material: Path, tmp_path: Path) -> None:
+    reference = {"path": str(material / "other")}
+    with pytest.raises(ModelError, match="the reference is not the policy this run starts from"):
+        train(settings(material, tmp_path / "run", reference=reference))
+    assert read_run(tmp_path / "run").status == "failed"
+    meant = reference | {"reference_differs": True}
+    path = train(settings(material, tmp_path / "meant", reference=meant))
+    assert cast(float, read_run(path).metrics[1]["objective/kl_ref"]) > 0.01
+
+
+def test_an_output_that_is_taken(material: Path, tmp_path: Path) -> None:
+    config = settings(material, tmp_path / "run", steps=1)
+    train(config)
+    with pytest.raises(RunError, match="already holds this run, finished"):
+        train(config)
+    with pytest.raises(RunError, match="already holds a run of another configuration"):
+        train(settings(material, tmp_path / "run", steps=2))
+
+
+def test_resuming_needs_the_reference_it_began_with(material: Path, tmp_path: Path) -> None:
+    config = settings(material, tmp_path / "run", steps=2)
+    train(config)
+    state = tmp_path / "run" / "checkpoints" / "step-000002" / "state.json"
+    text = state.read_text()
+    first = json.loads(text)["reference"]["sha256"]
+    state.write_text(text.replace(first, "0" * 64))
+    mark_unfinished(tmp_path / "run")
+    rewrite_manifest(state.parent)
+    with pytest.raises(RunError, match="tied to another reference"):
+        train(config)
+
+
+def mark_unfinished(path: Path) -> None:
+    meta = path / "run.json"
+    meta.write_text(meta.read_text().replace('"finished"', '"interrupted"'))
+
+
+def rewrite_manifest(directory: Path) -> None:
+    from kleash.checkpoint import _write_manifest
+
+    (directory / "manifest.json").unlink()
+    _write_manifest(directory)
+
+
+def test_a_reference_that_changes_stops_the_run(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = kleash.train._step
+
+    def meddling(config: Config, crew: Any, controller: Any, state: Any, run: Any) -> Any:
+        with torch.no_grad():
+            next(crew.reference.model.parameters()).add_(1e-3)
+        return step(config, crew, controller, replace(state, step=max(state.step, 1)), run)
+
+    monkeypatch.setattr(kleash.train, "_step", meddling)
+    with pytest.raises(RunError, match="the reference changed while training"):
+        train(settings(material, tmp_path / "run"))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, torch.Tensor] = {}
+    crews: list[Any] = []
+    backward = kleash.train._backward
+
+    def poisoned(config: Config, crew: Any, minibatch: Any) -> Any:
+        losses = backward(config, crew, minibatch)
+        crews.append(crew)
+        before.update({n: p.detach().clone() for n, p in crew.policy.model.named_parameters()})
+        next(iter(crew.policy.parameters())).grad[0] = float("inf")
+        return losses
+
+    monkeypatch.setattr(kleash.train, "_backward", poisoned)
+    with pytest.raises(NonFiniteError, match="the update was refused"):
+        train(settings(material, tmp_path / "run"))
+    after = dict(crews[0].policy.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_stays_readable(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kleash.resume.save_tensors", full)
+    with pytest.raises(RunError, match="cannot write the checkpoint .*: the disk is full"):
+        train(settings(material, tmp_path / "run"))
+    run = read_run(tmp_path / "run")
+    assert run.status == "failed"
+    assert "the disk is full" in run.meta["message"]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_several_processes_are_refused(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="runs in one process, got WORLD_SIZE=2"):
+        train(settings(material, tmp_path / "run"))
+
+
+def test_metrics_reach_tensorboard(material: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings(material, tmp_path / "run", logging={"trackers": ["tensorboard"]}, steps=2))
+    (folder,) = {event.parent for event in (tmp_path / "run").rglob("events.out.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("objective/kl_ref")]
+    written = [line["objective/kl_ref"] for line in numbers(tmp_path / "run")[1:]]
+    assert logged == pytest.approx(written, rel=1e-6)
