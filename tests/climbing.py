@@ -29,15 +29,13 @@ class Lane:
 class Pace:
     """How long and how fast."""
 
-    iterations: int = 400
+    iterations: int
     rollouts: int = 512
     group: int = 1
     epochs: int = 4
     minibatches: int = 4
     lr: float = 0.05
     value_lr: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    power: float = 1.0
 
 
 def climb(
@@ -58,11 +56,8 @@ def climb(
     values = torch.zeros(n, len(world.prefixes), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam(
         [{"params": [logits], "lr": pace.lr}, {"params": [values], "lr": pace.value_lr}],
-        betas=pace.betas,
     )
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: 1 - (i / pace.iterations) ** pace.power
-    )
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / pace.iterations)
     everything = scored_rollout(
         world, world.rollout, policy=logits[0], reference=model.reference, scores=model.scores
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from kleash.errors import ConfigError, PromptError
-from kleash.generation import SamplingSpec, generate, overridden_settings, response_texts
+from kleash.generation import SamplingSpec, _Sampler, generate, overridden_settings, response_texts
 from kleash.models import Policy, load_policy
 from kleash.prompts import Prompt, PromptBatch, batch_prompts
 from kleash.types import Rollout
@@ -56,6 +56,21 @@ def test_the_samplers_log_probabilities_can_be_replayed(
         expected = replay(policy, rollout, row, temperature)
         torch.testing.assert_close(got[:length].double(), expected, atol=1e-5, rtol=0)
         assert not got[length:].any()
+
+
+def test_steps_that_the_library_takes_back_are_not_counted() -> None:
+    """On a GPU `generate` may find out a step late that all rows have ended, and undo it."""
+    sampler = _Sampler(temperature=1.0, words=4)
+    logits = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    for step in range(3):
+        sampler(ids[:, : step + 1], logits[step])
+    for length in (3, 2, 1):
+        got = sampler.logprobs(ids[:, 1 : 1 + length])
+        for step in range(length):
+            table = logits[step, :, :4].log_softmax(-1)
+            expected = table.gather(1, ids[:, step + 1, None])[:, 0]
+            torch.testing.assert_close(got[:, step], expected)
 
 
 def test_draws_follow_the_distribution(policy: Policy) -> None:

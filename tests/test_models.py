@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kleash.errors import ModelError
 from kleash.heads import apply_head, check_head, read_head
-from kleash.loading import load_causal_lm, load_config, quiet
+from kleash.loading import load_causal_lm, load_config, quiet, switch_off_dropout
 from kleash.models import (
     AdapterSpec,
     LanguageModel,
@@ -38,7 +38,7 @@ def batch(prompts: list[list[int]], responses: list[list[int]], *, left: int = 0
     return prompt_ids, prompt_mask, response_ids, response_mask
 
 
-def logprobs_alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+def logprobs_alone(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
     """The obvious way: the whole model on one unpadded text."""
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
@@ -74,6 +74,7 @@ def test_head_is_the_models_own(policy: Policy) -> None:
     kind = policy.model.config.model_type
     assert policy.head.scale == pytest.approx({"cohere": 0.25, "granite": 1 / 3}.get(kind, 1.0))
     assert policy.head.softcap == (1.5 if kind == "gemma2" else None)
+    assert (policy.head.bias is not None) == (kind == "phi")
     assert policy.head.weight.data_ptr() == policy.model.get_output_embeddings().weight.data_ptr()
 
 
@@ -124,6 +125,28 @@ def test_dropout_is_off_even_in_training_mode(tmp_path: Path) -> None:
         assert torch.allclose(
             logprobs(policy, inputs, 0, 4), logprobs_alone(policy.model.eval(), PROMPT, RESPONSE)
         )
+
+
+class _Forgetful(nn.Module):
+    """Dropout in the three places where models keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Dropout(0.5)
+        self.attention_dropout = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.module(nn.functional.dropout(x, 0.5, training=self.training))
+        return nn.functional.dropout(x, self.attention_dropout, training=True)
+
+
+def test_dropout_is_off_wherever_a_model_keeps_it() -> None:
+    model = _Forgetful().train()
+    switch_off_dropout(model)
+    x = torch.ones(1000)
+    assert torch.equal(model(x), x)
+    assert not model.training
+    assert model.module.p == 0
 
 
 def test_padded_vocabulary_rows_are_no_words(tmp_path: Path) -> None:

@@ -146,11 +146,11 @@ def test_tokenizer_knows_every_word_and_gives_it_back(tmp_path):
         (f"{STEPS[0]} then open your profile .", 0.7 - 0.5 + 0.3),
         (f"{KIND} have a lovely day .", 0.3 - 0.5 + 0.3),
         (f"{KIND} have a lovely day . we are happy to help .", 0.3 - 1.0 + 0.3),
-        ("it is quite easy .", 0.3),
-        ("then", -0.7 - 0.5),
+        ("it is quite easy .", -0.3 + 0.3),
+        ("then", -0.3 - 0.7 - 0.5),
         ("", -0.7 - 0.5),
         ("first find the payment settings", 0.7 - 0.7),
-        (f"{FULL} {' '.join('abcdefghijklmnopq')} .", 2.8 - 0.05 * 6),
+        (f"{FULL} {' '.join('abcdefghijklmnopq')} .", 2.8 - 0.3 - 0.05 * 6),
     ],
 )
 def test_gold_score_is_the_sum_worked_out_by_hand(reply, worth):
@@ -241,15 +241,20 @@ def test_supervision_learns_a_reply_and_where_it_ends(tmp_path):
     tokenizer = language.build_tokenizer()
     pairs = [(CARD, "try again later ."), ("how do i track my parcel ?", "it is quite easy .")]
     model = learning.supervise(
-        pairs * 32, tokenizer, SMALL.shape, learning.Schooling(16, 1e-2, epochs=30), seed=0
+        pairs * 32,
+        tokenizer,
+        learning.Shape(width=32, layers=2, heads=2, feedforward=64),
+        learning.Schooling(16, 1e-2, epochs=20),
+        seed=0,
     )
     build._save(tmp_path, model, tokenizer)
     replies, rollout = sampling.write_replies(
-        load_policy(tmp_path), [p for p, _ in pairs] * 4, seed=0, max_new_tokens=12
+        load_policy(tmp_path), [p for p, _ in pairs] * 32, seed=0, max_new_tokens=12
     )
-    assert replies == [reply for _, reply in pairs] * 4
+    for which, (_, taught) in enumerate(pairs):
+        assert collections.Counter(replies[which::2])[taught] > 16  # chance: one in 138⁵
     assert rollout.ended.all()
-    assert rollout.prompt_index.tolist() == [0, 1] * 4
+    assert rollout.prompt_index.tolist() == [0, 1] * 32
 
 
 def test_reward_model_learns_choices_and_padding_does_not_matter():

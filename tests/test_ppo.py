@@ -200,24 +200,48 @@ def test_the_gradient_of_a_biased_placement_is_not(placement):
 
 # Sampled, with everything on: rollouts, critic, epochs, minibatches, clipping, whitening
 
-LADDER = (2.0, 1.0, 0.5)
 
-
-def test_sampled_ppo_reaches_the_optimum():
-    model, settings = fixed_point_model(), PPOSettings()
-    world = model.world
-    lanes = [Lane(beta, seed) for beta in (1.0, 0.3) for seed in range(5)]
+def trained(lanes, settings, iterations):
+    """(world, per lane: logits and the optimum's) after PPO from the reference."""
+    model = fixed_point_model()
     policies = climb(
         model,
         lanes,
         lambda scored, beta: prepare(scored, beta, settings),
         lambda batch, fresh, tokens: loss(batch, fresh, settings, tokens=tokens),
-        Pace(),
+        Pace(iterations),
     )
-    for lane, logits in zip(lanes, policies, strict=True):
-        best = world.optimal_logits(model.reference, model.scores, lane.beta)
-        distance = float(world.kl(logits, best))
-        assert 0 <= distance <= (1e-3 if lane.beta == 1.0 else 5e-3), (lane, distance)
+    best = [model.world.optimal_logits(model.reference, model.scores, x.beta) for x in lanes]
+    return model, list(zip(lanes, policies, best, strict=True))
+
+
+@pytest.mark.slow
+def test_sampled_ppo_reaches_the_optimum():
+    """A quarter of the exact KL: it pulls back words that were not drawn.
+
+    With k1 alone about half of the seeds at β = 0.3 stop at KL(π‖π*) = 0.096 = −log(1 − 0.091):
+    one string, worth 9 % of the optimum and 0.03 % of the reference, was never written while its
+    words were still likely, and k1 charges only what is written.
+    """
+    lanes = [Lane(beta, seed) for beta in (1.0, 0.3) for seed in range(5)]
+    model, runs = trained(lanes, PPOSettings(placement="mixed", mixing=0.25), 200)
+    for lane, logits, best in runs:
+        distance = float(model.world.kl(logits, best))
+        assert distance <= (1e-3 if lane.beta == 1.0 else 5e-3), lane
+
+
+@pytest.mark.slow
+def test_sampled_ppo_with_k1_reaches_the_optimum_and_beta_orders_kl_and_score():
+    ladder = [Lane(beta, 0) for beta in (4.0, 2.0, 1.0, 0.5)]
+    model, runs = trained([*ladder, *(Lane(1.0, seed) for seed in range(1, 5))], PPOSettings(), 100)
+    world = model.world
+    for lane, logits, best in runs:
+        if lane.beta >= 1:
+            assert float(world.kl(logits, best)) <= 1e-3, lane
+    kls = [float(world.kl(logits, model.reference)) for _, logits, _ in runs[: len(ladder)]]
+    scores = [float(world.mean_score(logits, model.scores)) for _, logits, _ in runs[: len(ladder)]]
+    assert kls == sorted(kls)
+    assert scores == sorted(scores)
 
 
 # What a step must not depend on

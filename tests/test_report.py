@@ -16,7 +16,7 @@ from kleash.report import charts
 from kleash.report.charts import Band, Chart, Point, Series, draw, format_number, labelled_ticks
 from kleash.report.curves import chart_groups, responses_per_step
 from kleash.report.glossary import GLOSSARY, define, markdown
-from kleash.report.heatmap import KL_LEVELS, MAX_RESPONSES, level, page_samples
+from kleash.report.heatmap import KL_LEVELS, MAX_RESPONSES, level, page_samples, spaced
 from kleash.report.page import write_report
 from kleash.runs import RunWriter, Sample, read_run
 
@@ -115,6 +115,17 @@ def test_levels(kl, expected):
     assert level(float(kl)) == expected
 
 
+@given(
+    words=st.lists(st.text("ab", min_size=1), max_size=6),
+    gaps=st.lists(st.sampled_from([" ", "\n", "  "]), min_size=6, max_size=6),
+)
+def test_tokens_get_their_spaces_back(words, gaps):
+    response = "".join(gap + word for gap, word in zip(gaps, words, strict=False))
+    assert "".join(spaced([*words, "<eos>"], response)) == response + "<eos>"
+    whole = [response[:3], response[3:]] if len(response) > 3 else [response]
+    assert spaced(whole, response) == whole
+
+
 def test_charts_follow_the_run(tmp_path):
     run = read_run(write_synthetic_run(tmp_path / "run", steps=20))
     groups = dict(chart_groups([run], ["run"]))
@@ -151,7 +162,10 @@ def test_a_bare_run_still_has_charts(tmp_path):
 
 def test_responses_per_step():
     lines = [{"step": 0}, *({"step": k, "episodes": 32 * k} for k in (1, 2, 3, 5))]
-    assert responses_per_step(lines) == 32 and responses_per_step([{"step": 1}]) is None
+    assert responses_per_step(lines) == 32
+    assert (
+        responses_per_step([*lines, lines[-1]]) == 32 and responses_per_step([{"step": 1}]) is None
+    )
 
 
 def test_a_page_holds_an_equal_share_of_each_run(tmp_path):
@@ -515,6 +529,7 @@ def test_phone(browser, tmp_path, runs):
         page.locator("#samples th", has_text="Score").locator("button").click()
         page.locator("#samples button.open").first.click()
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.locator("#samples td.text").first.bounding_box()["width"] > 300
         size = page.locator(".grid text").first.evaluate("t => t.getBoundingClientRect().height")
         assert size >= 8
 

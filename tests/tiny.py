@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -30,7 +31,7 @@ logging.disable_progress_bar()
 REAL = Path(__file__).parents[2] / "shared" / "real"
 """An optional folder of real inputs beside the checkout."""
 
-Architecture = Literal["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite"]
+Architecture = Literal["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite", "phi"]
 ARCHITECTURES: tuple[Architecture, ...] = (
     "gpt2",
     "llama",
@@ -38,6 +39,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     "gemma2",
     "cohere",
     "granite",
+    "phi",
 )
 
 CHAT_TEMPLATE = (
@@ -110,6 +112,9 @@ def config(kind: Architecture, rows: int, **settings: Any) -> PretrainedConfig:
             return CohereConfig(**{**common, "logit_scale": 0.25, **settings})
         case "granite":
             return GraniteConfig(**{**common, "logits_scaling": 3.0, **settings})
+        case "phi":
+            # The one with a bias in its head.
+            return PhiConfig(**{**common, **settings})
 
 
 def save_model(
@@ -125,6 +130,10 @@ def save_model(
     tok = tok or tokenizer()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(kind, rows or len(tok), **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder

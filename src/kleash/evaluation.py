@@ -85,6 +85,7 @@ def evaluate_heldout(
         key.replace("objective/", "heldout/"): value
         for key, value in objective_measures(scored, beta=beta).items()
     }
+    metrics["heldout/responses"] = len(written.responses)
     metrics["heldout/distinct_2"] = distinct_n(written.responses, 2)
     metrics["heldout/length"] = float(written.rollout.response_mask.sum(-1).double().mean())
     metrics["heldout/eos_fraction"] = float(written.rollout.ended.double().mean())

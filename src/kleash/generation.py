@@ -139,12 +139,12 @@ def generate(
     longest = max(ids.shape[1] for ids, _ in parts)
     ids = torch.cat([_pad_columns(ids, longest, policy.pad_id) for ids, _ in parts])
     logprobs = torch.cat([_pad_columns(lp, longest, 0.0) for _, lp in parts])
-    lengths, ended = _lengths(ids, policy.stop_ids, [part.shape for part, _ in parts])
+    lengths, ended = _lengths(ids, policy.stop_ids)
     mask = torch.arange(longest, device=ids.device) < lengths[:, None]
     return Rollout(
         prompt_ids=prompts.ids,
         prompt_mask=prompts.mask,
-        response_ids=torch.where(mask, ids, policy.pad_id),
+        response_ids=ids,
         response_mask=mask,
         ended=ended,
         prompt_index=prompts.index,
@@ -250,14 +250,16 @@ def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Generator[N
 
 
 def _lengths(
-    ids: Int[Tensor, "batch token"], stops: Sequence[int], shapes: Sequence[torch.Size]
+    ids: Int[Tensor, "batch token"], stops: Sequence[int]
 ) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Length of each response, its first stop token included, and whether it has one."""
-    written = torch.cat([torch.full((n,), t, device=ids.device) for n, t in shapes])
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    stop = torch.isin(ids, torch.tensor(stops, device=ids.device)) & (columns < written[:, None])
+    """Length of each response, its first stop token included, and whether it has one.
+
+    A response without one is as long as the limit, and so as the batch: padding begins only after
+    a stop token, which is why a padding id that is a stop id as well does no harm.
+    """
+    stop = torch.isin(ids, torch.tensor(stops, device=ids.device))
     ended = stop.any(dim=1)
-    return torch.where(ended, stop.long().argmax(dim=1) + 1, written), ended
+    return torch.where(ended, stop.long().argmax(dim=1) + 1, ids.shape[1]), ended
 
 
 def _pad_columns(x: Tensor, width: int, fill: int | float) -> Tensor:

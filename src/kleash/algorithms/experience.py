@@ -157,12 +157,11 @@ def policy_losses(
             f"placement {placement!r} differentiates the exact KL, got Fresh.kl=None: score the "
             "minibatch with the reference too"
         )
-    # Selected before they are squared or exponentiated: zero times NaN would be a gradient.
     terms = loss_terms(
         placement,
-        logprobs=torch.where(mask, fresh.logprobs, 0.0),
-        rollout_logprobs=torch.where(mask, scored.rollout_logprobs, 0.0),
-        ref_logprobs=torch.where(mask, scored.ref_logprobs, 0.0),
+        logprobs=fresh.logprobs,
+        rollout_logprobs=scored.rollout_logprobs,
+        ref_logprobs=scored.ref_logprobs,
         kl=scored.kl if fresh.kl is None else fresh.kl,
         mask=mask,
     )

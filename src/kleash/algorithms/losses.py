@@ -75,8 +75,7 @@ def clipped_policy_loss(
     """
     _require_positive(clip_range=clip_range, tokens=tokens)
     ratio = policy_ratio(logprobs, rollout_logprobs, mask)
-    # Selected before they multiply: zero times NaN would be a gradient.
-    advantages = torch.where(mask, advantages.detach(), 0.0)
+    advantages = advantages.detach()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -masked_sum(torch.minimum(ratio * advantages, clipped * advantages), mask) / tokens
 
@@ -124,6 +123,7 @@ def clipped_value_loss(
         https://github.com/openai/lm-human-preferences/blob/master/lm_human_preferences/train_policy.py
     """
     _require_positive(tokens=tokens)
+    # Selected before they are squared: zero times NaN would be a gradient.
     values = torch.where(mask, values, 0.0)
     returns = torch.where(mask, returns.detach(), 0.0)
     errors = (values - returns).square()

@@ -22,7 +22,7 @@ from kleash.beta.tilting import Tilted, best_of_n_at, best_of_n_gain, spread, ti
 LEAST_SAMPLES = 5.0
 """Effective samples that nine prompts in ten must have."""
 LARGEST_EXCESS = 0.05
-"""Largest share of KL or gain that the jackknife may add beyond the trivial 1/N."""
+"""Largest share of KL or gain that the jackknife may add beyond the trivial 1/N, noise included."""
 _DRAWS = 1000
 _SMALLEST_KL = 1e-3
 _GRID_STEP = 0.06
@@ -233,10 +233,12 @@ def _prepared(
 
 def _row(scores: Float[Tensor, "prompt sample"], beta: Interval, bootstrap: _Bootstrap) -> PlanRow:
     tilted = tilt(scores, beta.value)
-    stretch = tilted.excess.tolist()
-    kl, gain, objective = (bootstrap.interval(tilted.corrected[:, i], stretch[i]) for i in range(3))
+    stretch = tilted.excess.mean(0).tolist()
     means = scores.mean(1)
-    score, total = (bootstrap.interval(means + tilted.corrected[:, i], stretch[i]) for i in (1, 2))
+    kl, gain = (bootstrap.interval(tilted.corrected[:, i], stretch[i]) for i in (0, 1))
+    score, objective = (
+        bootstrap.interval(means + tilted.corrected[:, i], stretch[i]) for i in (1, 2)
+    )
     n = best_of_n_at(kl.value, scores.shape[1])
     reason = _reason(tilted, kl.value, gain.value)
     return PlanRow(
@@ -244,7 +246,7 @@ def _row(scores: Float[Tensor, "prompt sample"], beta: Interval, bootstrap: _Boo
         kl=kl,
         score=score,
         gain=gain,
-        objective=total,
+        objective=objective,
         plant_gain=_plant_gain(scores, beta.value),
         effective_samples=_least_effective(tilted),
         best_of_n=n,
@@ -267,8 +269,8 @@ def _reason(tilted: Tilted, kl: float, gain: float) -> str:
             f"a tenth of the prompts rest on {least:.1f} effective samples or fewer of "
             f"{tilted.samples}; {LEAST_SAMPLES:g} are needed"
         )
-    excess = tilted.excess.tolist()
-    worst = max(abs(excess[0]) / max(kl, 1e-300), abs(excess[1]) / max(gain, 1e-300))
+    excess = tilted.excess.mean(0).abs() + tilted.excess.std(0) / math.sqrt(len(tilted.excess))
+    worst = max(float(excess[0]) / max(kl, 1e-300), float(excess[1]) / max(gain, 1e-300))
     if worst > LARGEST_EXCESS:
         return (
             f"{tilted.samples} samples a prompt are too few: correcting for it moves the result "
@@ -325,7 +327,9 @@ def _budget_row(
     bounds = _beta_bounds(budget, grid, curves, bootstrap, beta)
     tilted = tilt(scores, beta)
     # Where the KL may be higher than thought by `excess`, so may β, by 1/gain of it.
-    shift = math.exp(float(tilted.excess[0]) / budget / max(_plant_gain(scores, beta), 0.5))
+    shift = math.exp(
+        float(tilted.excess[:, 0].mean()) / budget / max(_plant_gain(scores, beta), 0.5)
+    )
     interval = Interval(beta, bounds[0] * min(1.0, shift), bounds[1] * max(1.0, shift))
     return _row(scores, interval, bootstrap)
 

@@ -30,14 +30,13 @@ class Tilted:
     samples: int
 
     @property
-    def excess(self) -> Float[Tensor, " quantity"]:
-        """Mean correction, less the 1/N by which any variance of N samples falls short.
+    def excess(self) -> Float[Tensor, "prompt quantity"]:
+        """Correction of each prompt, less the 1/N by which any variance of N samples falls short.
 
         The 1/N is exact where the tilt is small; the rest is the first term of a series, and
         about as large as what the jackknife leaves uncorrected.
         """
-        mean = self.corrected.mean(0)
-        return mean - self.plain.mean(0) - mean / self.samples
+        return self.corrected * (1 - 1 / self.samples) - self.plain
 
 
 def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> Tilted:
@@ -135,7 +134,7 @@ def best_of_n_gain(scores: Float[Tensor, "prompt sample"], n: float) -> float:
         ValueError: if `n` is not between 1 and N.
 
     Example:
-        >>> best_of_n_gain(torch.tensor([[0.0, 3.0, 6.0]]), 2)      # maxima of pairs: 3, 6, 6
+        >>> best_of_n_gain(torch.tensor([[0.0, 3.0, 6.0]]), 2.0)      # maxima of pairs: 3, 6, 6
         2.0
     """
     samples = scores.shape[1]

@@ -7,6 +7,7 @@ worth the sum of these parts (`GoldParts`):
     +0.4   all its steps there, in order
     −0.5   each step of something else
     −0.4   each step said again
+    −0.3   each sentence that is neither a step nor polite: vague, garbled
     +0.3   a polite phrase;  −0.5 each one more
     −2.0 · (1 − distinct-3), the share of three-word runs that only repeat
     +0.3   ends with a full stop;  −0.7 breaks off
@@ -31,6 +32,7 @@ class GoldParts:
     complete: float
     foreign: float
     repeated: float
+    idle: float
     polite: float
     distinct: float
     ends: float
@@ -82,15 +84,16 @@ def explain(prompt: str, response: str) -> GoldParts:
     said = sentences(response)
     words = response.replace(".", " . ").split()
     steps = [sentence for sentence in said if sentence in _STEPS]
+    polite = sum(sentence in POLITE for sentence in said)
     unique = list(dict.fromkeys(steps))
     own = [step for step in unique if _STEPS[step] == topic.name]
-    polite = sum(sentence in POLITE for sentence in said)
     distinct = distinct_n([" ".join(words)], 3)  # None: too short to repeat anything
     return GoldParts(
         answers=0.7 * len(own),
         complete=0.4 if tuple(own) == topic.steps else 0.0,
         foreign=-0.5 * (len(unique) - len(own)),
         repeated=-0.4 * (len(steps) - len(unique)),
+        idle=-0.3 * (len(said) - len(steps) - polite),
         polite=0.3 - 0.5 * (polite - 1) if polite else 0.0,
         distinct=0.0 if distinct is None else -2.0 * (1.0 - distinct),
         ends=0.3 if words[-1:] == ["."] else -0.7,
@@ -105,7 +108,7 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
         ValueError: if a prompt is no question of the help desk, or the lists differ in length.
 
     >>> score(["how do i close my account ?"], ["it is quite easy ."])
-    [0.3]
+    [0.0]
     """
     return [
         explain(prompt, response).total for prompt, response in zip(prompts, responses, strict=True)

@@ -52,13 +52,38 @@ def _entry(sample: Sample, run: int) -> dict[str, Any]:
         "score": sample.score,
         "gold": sample.gold,
         "kl": sample.kl,
-        "tokens": list(sample.tokens),
+        "tokens": spaced(sample.tokens, sample.response),
         "logprobs": _short(sample.logprobs),
         "ref_logprobs": _short(sample.ref_logprobs),
         "token_kl": _short(sample.token_kl),
         "entropy": _short(sample.entropy),
         "tokens_cut": sample.tokens_cut,
     }
+
+
+def spaced(tokens: Sequence[str], response: str) -> list[str]:
+    """Give tokens back the white space that decoding them one by one took away.
+
+    A token that does not continue the response, such as a special one, stays as it is.
+
+    Example:
+        >>> spaced(["open", "the", "file", ".", "<eos>"], "open the file.")
+        ['open', ' the', ' file', '.', '<eos>']
+    """
+    found: list[str] = []
+    at = 0
+    for token in tokens:
+        gap = at
+        while gap < len(response) and response[gap].isspace():
+            gap += 1
+        for start in (at, gap):
+            if response.startswith(token, start):
+                found.append(response[at:start] + token)
+                at = start + len(token)
+                break
+        else:
+            found.append(token)
+    return found
 
 
 def _short(values: Sequence[float]) -> list[float]:

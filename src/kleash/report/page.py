@@ -219,6 +219,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = environment.filters
     filters |= {
         "duration": _duration,
+        "error": _error,
         "moment": _moment,
         "number": _number,
         "percent": "{:.0%}".format,
@@ -241,6 +242,10 @@ def _with_error(value: float | None, error: float | None) -> str:
     if value is None or error is None:
         return _number(value)
     return format_with_error(float(value), float(error))
+
+
+def _error(value: float, error: float) -> str:
+    return format_with_error(float(value), float(error)).split(" ± ")[1]
 
 
 def _moment(text: object) -> str:

@@ -142,5 +142,7 @@ def _check_model(who: str, hidden: Float[Tensor, "N D"], head: Head) -> None:
         raise ValueError(f"{who}: vocab_size must lie in 1…{rows}, got {head.vocab_size}")
     if head.bias is not None and head.bias.shape != (rows,):
         raise ValueError(f"{who}: expected a bias of {rows} rows, got {list(head.bias.shape)}")
+    if not 0 < head.scale < float("inf"):
+        raise ValueError(f"{who}: scale must be a positive number, got {head.scale!r}")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"{who}: softcap must be positive or None, got {head.softcap!r}")

@@ -12,10 +12,10 @@ from kleash.scoring.gradients import (
     Upstream,
     policy_terms,
     reference_terms,
-    softcap_slope,
     tile_gradients,
 )
 from kleash.scoring.tiles import (
+    LN2,
     SLICE,
     Bare,
     Buffer,
@@ -23,6 +23,7 @@ from kleash.scoring.tiles import (
     Sides,
     Tiles,
     compiled,
+    softcap_slope,
     spans,
     takes_compiled,
 )
@@ -175,8 +176,8 @@ def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[Wanted]
     if len(sides) == 2 and wanted[1]:
         reference = reference_terms(upstream, of, sides[1].gain, dtype)
     return Rows(
-        m=of.m.to(dtype)[:, None],
-        n=column(of.n),
+        m=(of.m / sides[0].gain).to(dtype)[:, None],
+        n=None if of.n is None else column(of.n / sides[-1].gain),
         mean_d=column(of.mean_d) if upstream.about_policy else None,
         ref_mean_d=column(of.ref_mean_d) if upstream.reverse_kl is not None else None,
         policy=policy,
@@ -192,8 +193,8 @@ def _hits(sides: Sides, summed: Summed, upstream: Upstream) -> list[Float[Tensor
         if weight is None or logit is None:
             hits.append(None)
         else:
-            slope = 1.0 if side.cap is None else softcap_slope(logit, side.cap)
-            hits.append((weight * side.gain * slope).to(side.dtype))
+            slope = softcap_slope(logit / side.gain, side.inner)
+            hits.append((weight * LN2 * side.gain * slope).to(side.dtype))
     return hits
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from kleash.scoring.api import Quantity
 from kleash.scoring.sums import Moments, Needs, put_together, sum_names, tile_sums
 from kleash.scoring.tiles import (
+    LN2,
     SLICE,
     Bare,
     Buffer,
@@ -17,7 +18,7 @@ from kleash.scoring.tiles import (
     Tiles,
     compiled,
     lacks,
-    logits_of,
+    raw_logits,
     spans,
     takes_compiled,
 )
@@ -29,7 +30,7 @@ Kept = dict[tuple[int, int], list[Tensor]]
 
 @dataclass(frozen=True)
 class Summed:
-    """What one walk over all tiles found out, in float64."""
+    """What one walk over all tiles found out, in float64; logits in bits."""
 
     moments: Moments
     z: Float[Tensor, " N"]
@@ -64,6 +65,7 @@ def sum_up(
     names = sum_names(needs, two_models=len(sides) == 2)
     rows, words = targets.shape[0], sides[0].weight.shape[0]
     body = _compiled_sums if takes_compiled(tiles, rows * words) else _plain_sums
+    gains = [side.gain for side in sides]
     products = _Products(sides, tiles, keep_bytes)
     columns = list(spans(words, tiles.columns))
     blocks: list[dict[str, Tensor]] = []
@@ -71,14 +73,14 @@ def sum_up(
         hidden = [side.rows(span) for side in sides]
         parts = hidden[0].new_empty(len(names), len(columns), hidden[0].shape[0])
         aim = _Aim(sides, targets[span])
-        top = None if top_k is None else TopK(hidden, top_k)
+        top = None if top_k is None else TopK(hidden, top_k, gains)
         for index, cols in enumerate(columns):
             bare = products.tile(hidden, span, cols)
             body(bare, needs, parts[:, index])
             aim.look(bare, cols)
             if top is not None:
-                top.add([logits_of(one) for one in bare])
-        sums = put_together(dict(zip(names, parts, strict=True)))
+                top.add([raw_logits(one) for one in bare])
+        sums = put_together(dict(zip(names, parts, strict=True)), gains)
         blocks.append(sums | aim.logits() | ({} if top is None else top.scores(sums)))
     found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return Summed(
@@ -94,25 +96,26 @@ def sum_up(
 def scores_of(
     summed: Summed, sides: Sides, targets: Int[Tensor, " N"]
 ) -> dict[Quantity, Float[Tensor, " N"]]:
-    """Every score that the sums suffice for, in float64."""
+    """Every score that the sums suffice for, in float64 and nats."""
     of = summed.moments
     scores: dict[Quantity, Tensor | None] = {
-        "logprobs": _unless_banned(summed.z - of.m - of.log_s, sides[0], targets),
-        "entropy": None if of.mean_a is None else of.log_s - of.mean_a,
+        "logprobs": _unless_banned(LN2 * (summed.z - of.m - of.log_s), sides[0], targets),
+        "entropy": None if of.mean_a is None else LN2 * (of.log_s - of.mean_a),
         "top_k_mass": summed.top_k_mass,
         "top_k_kl": summed.top_k_kl,
     }
     if len(sides) == 2 and summed.u is not None and of.n is not None and of.log_r is not None:
-        ref_score = summed.u - of.n - of.log_r
+        ref_score = LN2 * (summed.u - of.n - of.log_r)
         scores["ref_logprobs"] = _unless_banned(ref_score, sides[1], targets)
-        scores["ref_entropy"] = None if of.mean_b is None else of.log_r - of.mean_b
+        scores["ref_entropy"] = None if of.mean_b is None else LN2 * (of.log_r - of.mean_b)
         apart = of.log_r - of.log_s
-        kl = None if of.mean_d is None else of.mean_d + apart
-        reverse_kl = None if of.ref_mean_d is None else -of.ref_mean_d - apart
+        kl = None if of.mean_d is None else LN2 * (of.mean_d + apart)
+        reverse_kl = None if of.ref_mean_d is None else LN2 * (-of.ref_mean_d - apart)
         policy, reference = sides
         scores["kl"] = _infinite_if(lacks(reference, policy), kl)
         scores["reverse_kl"] = _infinite_if(lacks(policy, reference), reverse_kl)
-        scores["log_ratio_variance"] = _infinite_if(lacks(reference, policy), of.variance)
+        variance = None if of.variance is None else LN2**2 * of.variance
+        scores["log_ratio_variance"] = _infinite_if(lacks(reference, policy), variance)
     return {name: score for name, score in scores.items() if score is not None}
 
 
@@ -181,13 +184,12 @@ class _Aim:
 
     def logits(self) -> dict[str, Tensor]:
         """The targets' logits by name of the model's logits, in float64."""
-        finished = [
-            logits_of(
-                Bare(found, None if side.bias is None else side.bias[self._targets], side.cap)
-            )
-            for side, found in zip(self._sides, self._found, strict=True)
-        ]
-        return {name: logit.double() for name, logit in zip("zu", finished, strict=False)}
+        named: dict[str, Tensor] = {}
+        for name, side, found in zip("zu", self._sides, self._found, strict=False):
+            bias = None if side.bias is None else side.bias[self._targets]
+            raw = raw_logits(Bare(found, bias, side.inner, side.gain))
+            named[name] = raw.double() * side.gain
+        return named
 
 
 def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:

@@ -13,6 +13,7 @@ derivatives with respect to the policy's logits z and the reference's u are
     log_ratio_variance    p_v ((d_v − d̄)² − Var + 2 (d_v − d̄))        −2 p_v (d_v − d̄)
 
 so each tile's gradient is a short polynomial in d and a, with one coefficient per row and power.
+The table is in nats; a, b, d and the logits are in bits, and the coefficients make up for it.
 """
 
 from collections.abc import Iterable
@@ -24,13 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kleash.scoring.sums import Moments
-from kleash.scoring.tiles import Bare, logits_of
+from kleash.scoring.tiles import LN2, Bare, raw_logits, softcap_slope
 
 Column = Float[Tensor, "R 1"]
 
 
 class PolicyTerms(NamedTuple):
-    """∂/∂z = e^a · (constant + by_d · (d−d̄) + by_d2 · (d−d̄)² + by_a · a) − by_q · e^b."""
+    """∂/∂x = 2^a · (constant + by_d · (d−d̄) + by_d2 · (d−d̄)² + by_a · a) − by_q · 2^b."""
 
     constant: Column
     by_d: Column | None = None
@@ -40,7 +41,7 @@ class PolicyTerms(NamedTuple):
 
 
 class ReferenceTerms(NamedTuple):
-    """∂/∂u = e^b · (constant + by_d · (d−d̃) + by_b · b) + e^a · (by_p + by_pd · (d−d̄))."""
+    """∂/∂y = 2^b · (constant + by_d · (d−d̃) + by_b · b) + 2^a · (by_p + by_pd · (d−d̄))."""
 
     constant: Column
     by_d: Column | None = None
@@ -52,6 +53,7 @@ class ReferenceTerms(NamedTuple):
 class Rows(NamedTuple):
     """Everything a tile's gradient needs to know about its rows, in the working dtype.
 
+    m and n are greatest raw logits.
     `policy` or `reference` is None where that side asks for no gradient.
     """
 
@@ -116,23 +118,23 @@ class Upstream:
 
 def policy_terms(up: Upstream, moments: Moments, gain: float, dtype: torch.dtype) -> PolicyTerms:
     """Coefficients of ∂loss/∂(W h) of the policy, up to the soft-cap's derivative."""
-    per_p = gain * (-moments.log_s).exp()
+    per_p = LN2 * gain * (-moments.log_s).exp2()
     constant = torch.zeros_like(moments.log_s)
     by_d = by_d2 = by_a = by_q = None
     if up.logprobs is not None:
         constant = constant - up.logprobs
     if up.entropy is not None:
-        constant = constant + up.entropy * _known(moments.mean_a)
-        by_a = -up.entropy
+        constant = constant + up.entropy * LN2 * _known(moments.mean_a)
+        by_a = -LN2 * up.entropy
     if up.kl is not None:
-        by_d = up.kl
+        by_d = LN2 * up.kl
     if up.log_ratio_variance is not None:
-        constant = constant - up.log_ratio_variance * _known(moments.variance)
-        by_d = _plus(by_d, 2 * up.log_ratio_variance)
-        by_d2 = up.log_ratio_variance
+        constant = constant - up.log_ratio_variance * LN2**2 * _known(moments.variance)
+        by_d = _plus(by_d, 2 * LN2 * up.log_ratio_variance)
+        by_d2 = LN2**2 * up.log_ratio_variance
     if up.reverse_kl is not None:
         constant = constant + up.reverse_kl
-        by_q = up.reverse_kl * gain * (-_known(moments.log_r)).exp()
+        by_q = up.reverse_kl * LN2 * gain * (-_known(moments.log_r)).exp2()
     return PolicyTerms(
         constant=(constant * per_p).to(dtype)[:, None],
         by_d=_column(by_d, per_p, dtype),
@@ -146,22 +148,22 @@ def reference_terms(
     up: Upstream, moments: Moments, gain: float, dtype: torch.dtype
 ) -> ReferenceTerms:
     """Coefficients of ∂loss/∂(W h) of the reference, up to the soft-cap's derivative."""
-    per_p = gain * (-moments.log_s).exp()
-    per_q = gain * (-_known(moments.log_r)).exp()
+    per_p = LN2 * gain * (-moments.log_s).exp2()
+    per_q = LN2 * gain * (-_known(moments.log_r)).exp2()
     constant = torch.zeros_like(moments.log_s)
     by_d = by_b = by_p = by_pd = None
     if up.ref_logprobs is not None:
         constant = constant - up.ref_logprobs
     if up.ref_entropy is not None:
-        constant = constant + up.ref_entropy * _known(moments.mean_b)
-        by_b = -up.ref_entropy
+        constant = constant + up.ref_entropy * LN2 * _known(moments.mean_b)
+        by_b = -LN2 * up.ref_entropy
     if up.kl is not None:
         constant = constant + up.kl
         by_p = -up.kl
     if up.reverse_kl is not None:
-        by_d = -up.reverse_kl
+        by_d = -LN2 * up.reverse_kl
     if up.log_ratio_variance is not None:
-        by_pd = -2 * up.log_ratio_variance
+        by_pd = -2 * LN2 * up.log_ratio_variance
     return ReferenceTerms(
         constant=(constant * per_q).to(dtype)[:, None],
         by_d=_column(by_d, per_q, dtype),
@@ -193,26 +195,21 @@ def tile_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None
         _known(outs[1]).copy_(_through_softcap(gradient, u, reference))
 
 
-def _through_softcap(gradient: Tensor, logits: Tensor | None, bare: Bare | None) -> Tensor:
-    if bare is None or bare.cap is None:
+def _through_softcap(gradient: Tensor, raw: Tensor | None, bare: Bare | None) -> Tensor:
+    if bare is None or bare.inner is None:
         return gradient
-    return gradient * softcap_slope(_known(logits), bare.cap)
-
-
-def softcap_slope(logits: Tensor, cap: float) -> Tensor:
-    """d(cap · tanh x)/dx in terms of the result."""
-    return cap - logits.square() / cap
+    return gradient * softcap_slope(_known(raw), bare.inner)
 
 
 def _exponentials(
     bare: Bare | None, top: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Logits, logits below their maximum, and e to that."""
+    """Raw logits, how far they lie below the maximum in bits, and 2 to that."""
     if bare is None:
         return None, None, None
-    logits = logits_of(bare)
-    below = logits - _known(top)
-    return logits, below, below.exp()
+    raw = raw_logits(bare)
+    below = (raw - _known(top)) * bare.gain
+    return raw, below, below.exp2()
 
 
 def _policy_gradient(

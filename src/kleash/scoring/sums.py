@@ -1,22 +1,24 @@
 """What a tile of logits adds to the scores, and how tiles are put together.
 
 Within a tile everything is relative to the tile's own maxima, so no exponential overflows and
-differences of large logits are taken before anything is rounded. With m = max z, n = max u,
+differences of large logits are taken before anything is rounded. All is in bits. With m = max z,
+n = max u,
 
-    a = z − m,  b = u − n,  d = a − b,  s = Σ e^a,  r = Σ e^b
+    a = z − m,  b = u − n,  d = a − b,  s = Σ 2^a,  r = Σ 2^b
 
 a tile is summed up by m, s, n, r and means under its own two softmaxes. Tiles are put together in
 float64, as one adds up means and variances of groups (Chan, Golub & LeVeque, 1979): the rounding
 of a score is that of its logits and of one tile's sums.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.scoring.tiles import Bare, logits_of
+from kleash.scoring.tiles import Bare, raw_logits, spans
 
 
 class Needs(NamedTuple):
@@ -30,9 +32,10 @@ class Needs(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """A row's sums over all words, in float64, relative to its maxima m and n.
+    """A row's sums over all words, in float64 and bits, relative to its maxima m and n.
 
-    With E_p and E_q the means under p = e^(z−m)/s and q = e^(u−n)/r. None where not needed.
+    With E_p and E_q the means under p = 2^a/s and q = 2^b/r. Logarithms are to base 2. None where
+    not needed.
     """
 
     m: Float[Tensor, " N"]
@@ -72,20 +75,14 @@ def tile_sums(bare: list[Bare], needs: Needs) -> Float[Tensor, "sums R"]:
 
     Only torch functions without side effects, so that it can be compiled as it stands.
     """
-    z = logits_of(bare[0])
-    m = z.amax(1)
-    a = z - m[:, None]
-    p = a.exp()
+    m, a, p = _below_maximum(bare[0])
     s = p.sum(1)
     out = [m, s]
     if needs.entropy:
         out.append((p * a).sum(1) / s)
     if len(bare) == 1:
         return torch.stack(out)
-    u = logits_of(bare[1])
-    n = u.amax(1)
-    b = u - n[:, None]
-    q = b.exp()
+    n, b, q = _below_maximum(bare[1])
     r = q.sum(1)
     out += [n, r]
     if needs.ref_entropy:
@@ -102,21 +99,43 @@ def tile_sums(bare: list[Bare], needs: Needs) -> Float[Tensor, "sums R"]:
     return torch.stack(out)
 
 
+def _below_maximum(bare: Bare) -> tuple[Float[Tensor, " R"], Tensor, Tensor]:
+    """Greatest raw logit of each row, how far the others lie below it in bits, and 2 to that."""
+    raw = raw_logits(bare)
+    top = raw.amax(1)
+    below = (raw - top[:, None]) * bare.gain
+    return top, below, below.exp2()
+
+
 def put_together(
-    parts: dict[str, Float[Tensor, "tiles R"]],
+    parts: dict[str, Float[Tensor, "tiles R"]], gains: Sequence[float]
 ) -> dict[str, Float[Tensor, " R"]]:
     """Fields of `Moments` for whole rows from those of their tiles.
 
     Args:
         parts: for each of `sum_names`, one number per tile and row.
+        gains: for each model, bits per unit of raw logit.
     """
-    part = {name: values.double() for name, values in parts.items()}
-    m, up, weight, log_s = _normaliser(part["m"], part["s"])
+    columns = [
+        _whole_rows({name: values[:, span].double() for name, values in parts.items()}, gains)
+        for span in spans(parts["m"].shape[1], PIECE)
+    ]
+    return {name: torch.cat([piece[name] for piece in columns]) for name in columns[0]}
+
+
+PIECE = 128
+"""Rows put together at once: bounds the memory that float64 takes."""
+
+
+def _whole_rows(
+    part: dict[str, Float[Tensor, "tiles R"]], gains: Sequence[float]
+) -> dict[str, Float[Tensor, " R"]]:
+    m, up, weight, log_s = _normaliser(part["m"] * gains[0], part["s"])
     moments: dict[str, Tensor] = {"m": m, "log_s": log_s}
     if "mean_a" in part:
         moments["mean_a"] = (weight * (part["mean_a"] + up)).sum(0)
     if "n" in part:
-        n, ref_up, ref_weight, log_r = _normaliser(part["n"], part["r"])
+        n, ref_up, ref_weight, log_r = _normaliser(part["n"] * gains[1], part["r"])
         moments |= {"n": n, "log_r": log_r}
         if "mean_b" in part:
             moments["mean_b"] = (ref_weight * (part["mean_b"] + ref_up)).sum(0)
@@ -138,6 +157,6 @@ def _normaliser(
     """A row's maximum, how far each tile lies below it, each tile's share, and log of the sum."""
     top = maxima.amax(0)
     below = maxima - top
-    mass = sums * below.exp()
+    mass = sums * below.exp2()
     total = mass.sum(0)
-    return top, below, mass / total, total.log()
+    return top, below, mass / total, total.log2()
