@@ -1,4 +1,4 @@
-"""Write `docs/configuration.md` from the configuration's own fields: `python docs/make_configuration.py`."""
+"""Write `docs/configuration.md` from the code: `python docs/make_configuration.py`."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +38,13 @@ def _section(prefix: str, section: type[BaseModel], about: str) -> list[str]:
             sentence = " ".join((field.description or "").split())
             own.append(f"| `{key}` | {_default(field)} | {sentence} |")
     title = prefix.rstrip(".") or "the run"
-    head = [f"\n## {title}\n", " ".join(about.split()), "", "| key | default | what |", "|---|---|---|"]
+    head = [
+        f"\n## {title}\n",
+        " ".join(about.split()),
+        "",
+        "| key | default | what |",
+        "|---|---|---|",
+    ]
     return [*head, *own, *inner]
 
 

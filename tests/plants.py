@@ -222,9 +222,7 @@ class SampledPPO:
                     values=self.scales[whose] * self.values[whose, at],
                 )
                 self.optimizer.zero_grad()
-                ppo.loss(
-                    part, fresh, self.settings, tokens=int(part.mask.sum())
-                ).total.backward()
+                ppo.loss(part, fresh, self.settings, tokens=int(part.mask.sum())).total.backward()
                 self.optimizer.step()
         self.decay.step()
 

@@ -69,10 +69,10 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"inner/weights.safetensors should have \d+ bytes, got"):
         verify_checkpoint(path)
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(RunError, match="bytes of inner/weights.safetensors changed"):
+    with pytest.raises(RunError, match=r"bytes of inner/weights.safetensors changed"):
         verify_checkpoint(path)
     weights.unlink()
-    with pytest.raises(RunError, match="weights.safetensors is missing"):
+    with pytest.raises(RunError, match=r"weights.safetensors is missing"):
         verify_checkpoint(path)
     (path / "manifest.json").unlink()
     with pytest.raises(RunError, match="not a whole checkpoint"):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 import tiny
+import torch
 
 import kleash.train
 from kleash.checkpoint import load_tensors
@@ -144,7 +144,11 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         {"value": {"kind": "trunk"}, "optimizer": {"schedule": "linear", "warmup_steps": 2}},
         {"policy": {"lora": {"rank": 2, "targets": ["q_proj"]}}},
     ],
-    ids=lambda changes: "-".join(str(v) for c in changes.values() for v in (c.values() if isinstance(c, dict) else [c])),
+    ids=lambda changes: "-".join(
+        str(value)
+        for change in changes.values()
+        for value in (change.values() if isinstance(change, dict) else [change])
+    ),
 )
 def test_interrupted_and_resumed_is_the_run_that_was_not(
     material: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -222,7 +226,11 @@ def test_a_tighter_leash_stays_nearer(material: Path, tmp_path: Path) -> None:
             read_run(
                 train(
                     settings(
-                        material, tmp_path / str(beta), leash={"beta": beta}, steps=12, heldout={"every": 0}
+                        material,
+                        tmp_path / str(beta),
+                        leash={"beta": beta},
+                        steps=12,
+                        heldout={"every": 0},
                     )
                 )
             ).metrics[-1]["objective/kl_ref"],
@@ -361,7 +369,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_stays_readable(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("kleash.resume.save_tensors", full)
-    with pytest.raises(RunError, match="cannot write the checkpoint .*: the disk is full"):
+    with pytest.raises(RunError, match=r"cannot write the checkpoint .*: the disk is full"):
         train(settings(material, tmp_path / "run"))
     run = read_run(tmp_path / "run")
     assert run.status == "failed"

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
 
 from kleash.errors import ModelError
 from kleash.models import Policy, load_policy
@@ -113,13 +113,20 @@ def test_a_classifier_that_reads_both_ways_is_refused(policy: Policy, tmp_path: 
         load_value_model(tmp_path, policy)
 
 
-def test_a_trunk_that_looks_ahead_is_refused(policy: Policy, tmp_path: Path) -> None:
-    from kleash.values import _require_causal
-
-    _save_bert(policy, tmp_path)
-    trunk = BertForSequenceClassification.from_pretrained(tmp_path).eval().bert
+def test_models_that_look_ahead_are_refused(policy: Policy, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=25,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="states depend on later tokens"):
-        _require_causal(trunk, torch.device("cpu"), tmp_path)
+        load_value_model(tmp_path, policy)
+    with pytest.raises(ModelError, match="states depend on later tokens"):
+        load_policy(tmp_path)
 
 
 def test_an_untrained_reward_model_is_refused(policy: Policy, tmp_path: Path) -> None:

@@ -84,6 +84,24 @@ def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
         )
 
 
+def check_causal(trunk: nn.Module, path: str | Path) -> None:
+    """Check that a state does not change when a later token does.
+
+    Raises:
+        ModelError: if it does: the model reads both ways, and no next-token distribution or value
+            of an unfinished text can be had from it.
+    """
+    device = next(trunk.parameters()).device
+    texts = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]], device=device)
+    with torch.no_grad():
+        first, second = trunk(input_ids=texts)[0][:, :3].float()
+    if not (first - second).abs().max() <= 1e-4 * first.abs().max():
+        raise ModelError(
+            f"expected a causal model in {str(path)!r}, got one whose states depend on later "
+            "tokens: take a decoder"
+        )
+
+
 def _number(config: object, name: str, default: float) -> float:
     value = getattr(config, name, None)
     return default if value is None else float(value)

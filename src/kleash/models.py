@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import ModelError
-from kleash.heads import check_head, read_head
+from kleash.heads import check_causal, check_head, read_head
 from kleash.loading import (
     Attention,
     Dtype,
@@ -337,6 +337,7 @@ def _checked_words(
 ) -> int:
     rows = read_head(model, 1).weight.shape[0]
     words = number_of_words(tokenizer, rows, path)
+    check_causal(model.base_model, path)
     check_head(model, read_head(model, words), path)
     return words
 

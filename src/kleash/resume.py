@@ -43,6 +43,8 @@ class TrainingState:
     beta: BetaState
     scores: ScoreStatistics
     cursor: PromptCursor
+    seconds: float = 0.0
+    """Time spent in steps so far, interruptions left out."""
     mixing: float | None = None
     """Coefficient of the placement `mixed` in the next step; None for other placements."""
 
@@ -95,6 +97,7 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
         beta=BetaState(**record["beta"]),
         scores=ScoreStatistics(**record["scores"]),
         cursor=PromptCursor(**record["cursor"]),
+        seconds=record["seconds"],
         mixing=record["mixing"],
     )
 

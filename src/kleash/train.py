@@ -240,7 +240,8 @@ def _step(
     )
 
     metrics |= _bookkeeping(config, crew, written, clock, scored, beta=beta)
-    metrics |= {"step": step, "episodes": episodes}
+    after = replace(after, seconds=state.seconds + clock.total)
+    metrics |= {"step": step, "episodes": episodes, "seconds": after.seconds}
     every = config.heldout.every
     if step == config.steps or (every and step % every == 0):
         metrics |= _evaluate(config, crew, after, run)
@@ -393,7 +394,6 @@ def _bookkeeping(
         "objective/beta": beta,
         "objective/target_kl": config.leash.target_kl,
         **clock.seconds,
-        "seconds": clock.total,
         "tokens_per_second": tokens / clock.total,
     }
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kleash.errors import ModelError
-from kleash.heads import read_head
+from kleash.heads import check_causal, read_head
 from kleash.loading import (
     Attention,
     Dtype,
@@ -145,7 +145,7 @@ def load_value_model(
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     value = ValueModel(model.base_model, layer.to(device=device))
-    _require_causal(value.trunk, torch.device(device), path)
+    check_causal(value.trunk, path)
     return value
 
 
@@ -163,15 +163,3 @@ def _score_layer(model: nn.Module, path: str | Path) -> nn.Linear:
         layer.weight.copy_(weight)
         layer.bias.copy_(bias if isinstance(bias, Tensor) else torch.zeros(1))
     return layer
-
-
-def _require_causal(trunk: nn.Module, device: torch.device, path: str | Path) -> None:
-    """Compare a state before and after a later token changes."""
-    texts = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]], device=device)
-    with torch.no_grad():
-        first, second = trunk(input_ids=texts)[0][:, :3].float()
-    if not torch.allclose(first, second, atol=1e-3):
-        raise ModelError(
-            f"expected a causal value model in {str(path)!r}, got one whose states depend on later "
-            "tokens: take a decoder"
-        )

@@ -19,8 +19,12 @@ _SPEED_WEIGHT = 0.5
 """Weight of the newest change in the running speed."""
 _VARIANCE_WEIGHT = 0.3
 """Weight of the newest variance in its running (geometric) mean."""
-_LEAST_WEIGHT = 0.5
-"""Weight of the feedback while next to nothing of the budget is spent."""
+_LEAST_WEIGHT, _WEIGHT_SLOPE = 0.2, 1.5
+"""Weight of the feedback: while next to nothing of the budget is spent, and per share of it spent.
+
+It is 1 from two thirds of the budget on: a weight that still rose at the target would take noise
+above it for more than noise below it.
+"""
 _NEAREST = 1e-3
 """Smallest believed ratio of the coming √KL to today's: no policy runs through its reference."""
 
@@ -42,16 +46,16 @@ class BudgetBeta:
     target and reward scale:
 
         e = clip(ln(KL_ahead/target), ±error_max)       √KL_ahead = √KL + look_ahead · speed
-        trim ← trim + w · e/(g · settling)              g = Var(r)/(β²·KL), w = ½…1
+        trim ← trim + w · e/(g · settling)              g = Var(r)/(β²·KL), w = 0.2…1
         ln β = ln β_feedforward + trim                  changing by at most ±rate_max
 
     Drift grows steadily in √KL rather than in KL, hence the look-ahead there; it is the
     proportional part of a loop that integrates, and keeps β from falling while the KL is already
     on its way. Speed that noise could have produced counts as none (dead band). The
     integral sees every reading, because it averages noise away, less the downward bias
-    (s.e./KL)²/2 of a noisy number's logarithm. The weight w is the share of the budget in use:
-    far below it the closed form is the better guide. Nothing is integrated that the rate limit
-    or a bound would withhold.
+    (s.e./KL)²/2 of a noisy number's logarithm. The weight w grows with the share of the budget
+    in use: far below it the closed form is the better guide. Nothing is integrated that the rate
+    limit or a bound would withhold.
 
     The batch size enters through the standard error only. A reading that is NaN, infinite or
     negative changes nothing but its count; one of exactly 0 only says that training has not
@@ -88,8 +92,8 @@ class BudgetBeta:
     target_kl: float
     initial: float
     plant_gain: float | None = None
-    settling: float = 6.0
-    look_ahead: float = 6.0
+    settling: float = 5.0
+    look_ahead: float = 5.0
     rate_max: float = 0.5
     error_max: float = 1.0
     beta_min: float = 1e-8
@@ -163,7 +167,7 @@ class BudgetBeta:
     def _move(self, state: BetaState, kl: float) -> BetaState:
         """β towards feed-forward and trim, within the rate limit and the bounds."""
         assert state.feedforward is not None and state.gain is not None
-        weight = max(_LEAST_WEIGHT, min(1.0, kl / self.target_kl))
+        weight = max(_LEAST_WEIGHT, min(1.0, _WEIGHT_SLOPE * kl / self.target_kl))
         push = weight * state.error / (state.gain * self.settling)
         base, old = math.log(state.feedforward), math.log(state.beta)
         if abs(gap := base + state.trim - old) > self.rate_max and gap * push > 0:

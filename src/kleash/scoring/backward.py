@@ -16,13 +16,13 @@ from kleash.scoring.gradients import (
 )
 from kleash.scoring.tiles import (
     LN2,
-    SLICE,
     Bare,
     Buffer,
     Side,
     Sides,
     Tiles,
     compiled,
+    slices,
     softcap_slope,
     spans,
     takes_compiled,
@@ -167,19 +167,20 @@ class _Remake:
 
 def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[Wanted]) -> Rows:
     of, dtype = summed.moments, sides[0].dtype
+    gains = [side.gain for side in sides]
 
-    def column(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(dtype)[:, None]
+    def column(bits: Tensor | None, gain: float) -> Tensor | None:
+        return None if bits is None else (bits / gain).to(dtype)[:, None]
 
-    policy = policy_terms(upstream, of, sides[0].gain, dtype) if wanted[0] else None
+    policy = policy_terms(upstream, of, gains, dtype) if wanted[0] else None
     reference = None
     if len(sides) == 2 and wanted[1]:
-        reference = reference_terms(upstream, of, sides[1].gain, dtype)
+        reference = reference_terms(upstream, of, gains, dtype)
     return Rows(
-        m=(of.m / sides[0].gain).to(dtype)[:, None],
-        n=None if of.n is None else column(of.n / sides[-1].gain),
-        mean_d=column(of.mean_d) if upstream.about_policy else None,
-        ref_mean_d=column(of.ref_mean_d) if upstream.reverse_kl is not None else None,
+        m=(of.m / gains[0]).to(dtype)[:, None],
+        n=column(of.n, gains[-1]),
+        mean_d=column(of.mean_d, gains[0]) if upstream.about_policy else None,
+        ref_mean_d=column(of.ref_mean_d, gains[0]) if upstream.reverse_kl is not None else None,
         policy=policy,
         reference=reference,
     )
@@ -209,7 +210,7 @@ def _add_at_targets(
 def _plain_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
     """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
     shape = next(out.shape for out in outs if out is not None)
-    for span in spans(shape[0], max(1, SLICE // shape[1])):
+    for span in slices(*shape):
         tile_gradients(
             [None if one is None else one.cut(span) for one in bare],
             rows.cut(span),

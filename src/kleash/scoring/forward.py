@@ -10,7 +10,6 @@ from kleash.scoring.api import Quantity
 from kleash.scoring.sums import Moments, Needs, put_together, sum_names, tile_sums
 from kleash.scoring.tiles import (
     LN2,
-    SLICE,
     Bare,
     Buffer,
     Side,
@@ -19,6 +18,7 @@ from kleash.scoring.tiles import (
     compiled,
     lacks,
     raw_logits,
+    slices,
     spans,
     takes_compiled,
 )
@@ -195,7 +195,7 @@ class _Aim:
 def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
     """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
     rows, columns = bare[0].product.shape
-    for span in spans(rows, max(1, SLICE // columns)):
+    for span in slices(rows, columns):
         out[:, span] = tile_sums([one.cut(span) for one in bare], needs)
 
 

@@ -13,10 +13,10 @@ derivatives with respect to the policy's logits z and the reference's u are
     log_ratio_variance    p_v ((d_v − d̄)² − Var + 2 (d_v − d̄))        −2 p_v (d_v − d̄)
 
 so each tile's gradient is a short polynomial in d and a, with one coefficient per row and power.
-The table is in nats; a, b, d and the logits are in bits, and the coefficients make up for it.
+The table is in nats; a, b and d are in units of raw logits, and the coefficients make up for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.scoring.sums import Moments
+from kleash.scoring.sums import Moments, in_units_of
 from kleash.scoring.tiles import LN2, Bare, raw_logits, softcap_slope
 
 Column = Float[Tensor, "R 1"]
 
 
 class PolicyTerms(NamedTuple):
-    """∂/∂x = 2^a · (constant + by_d · (d−d̄) + by_d2 · (d−d̄)² + by_a · a) − by_q · 2^b."""
+    """∂/∂z = 2^(g·a) · (constant + by_d · (d−d̄) + by_d2 · (d−d̄)² + by_a · a) − by_q · 2^(h·b)."""
 
     constant: Column
     by_d: Column | None = None
@@ -41,7 +41,7 @@ class PolicyTerms(NamedTuple):
 
 
 class ReferenceTerms(NamedTuple):
-    """∂/∂y = 2^b · (constant + by_d · (d−d̃) + by_b · b) + 2^a · (by_p + by_pd · (d−d̄))."""
+    """∂/∂u = 2^(h·b) · (constant + by_d · (d−d̃) + by_b · b) + 2^(g·a) · (by_p + by_pd · (d−d̄))."""
 
     constant: Column
     by_d: Column | None = None
@@ -116,25 +116,28 @@ class Upstream:
         return any(weight is not None for weight in used)
 
 
-def policy_terms(up: Upstream, moments: Moments, gain: float, dtype: torch.dtype) -> PolicyTerms:
-    """Coefficients of ∂loss/∂(W h) of the policy, up to the soft-cap's derivative."""
-    per_p = LN2 * gain * (-moments.log_s).exp2()
+def policy_terms(
+    up: Upstream, moments: Moments, gains: Sequence[float], dtype: torch.dtype
+) -> PolicyTerms:
+    """Coefficients of ∂loss/∂(raw logits) of the policy."""
+    nats = LN2 * gains[0]
+    per_p = nats * (-moments.log_s).exp2()
     constant = torch.zeros_like(moments.log_s)
     by_d = by_d2 = by_a = by_q = None
     if up.logprobs is not None:
         constant = constant - up.logprobs
     if up.entropy is not None:
         constant = constant + up.entropy * LN2 * _known(moments.mean_a)
-        by_a = -LN2 * up.entropy
+        by_a = -nats * up.entropy
     if up.kl is not None:
-        by_d = LN2 * up.kl
+        by_d = nats * up.kl
     if up.log_ratio_variance is not None:
         constant = constant - up.log_ratio_variance * LN2**2 * _known(moments.variance)
-        by_d = _plus(by_d, 2 * LN2 * up.log_ratio_variance)
-        by_d2 = LN2**2 * up.log_ratio_variance
+        by_d = _plus(by_d, 2 * nats * up.log_ratio_variance)
+        by_d2 = nats**2 * up.log_ratio_variance
     if up.reverse_kl is not None:
         constant = constant + up.reverse_kl
-        by_q = up.reverse_kl * LN2 * gain * (-_known(moments.log_r)).exp2()
+        by_q = up.reverse_kl * nats * (-_known(moments.log_r)).exp2()
     return PolicyTerms(
         constant=(constant * per_p).to(dtype)[:, None],
         by_d=_column(by_d, per_p, dtype),
@@ -145,25 +148,26 @@ def policy_terms(up: Upstream, moments: Moments, gain: float, dtype: torch.dtype
 
 
 def reference_terms(
-    up: Upstream, moments: Moments, gain: float, dtype: torch.dtype
+    up: Upstream, moments: Moments, gains: Sequence[float], dtype: torch.dtype
 ) -> ReferenceTerms:
-    """Coefficients of ∂loss/∂(W h) of the reference, up to the soft-cap's derivative."""
-    per_p = LN2 * gain * (-moments.log_s).exp2()
-    per_q = LN2 * gain * (-_known(moments.log_r)).exp2()
+    """Coefficients of ∂loss/∂(raw logits) of the reference."""
+    nats, ref_nats = LN2 * gains[0], LN2 * gains[1]
+    per_p = ref_nats * (-moments.log_s).exp2()
+    per_q = ref_nats * (-_known(moments.log_r)).exp2()
     constant = torch.zeros_like(moments.log_s)
     by_d = by_b = by_p = by_pd = None
     if up.ref_logprobs is not None:
         constant = constant - up.ref_logprobs
     if up.ref_entropy is not None:
         constant = constant + up.ref_entropy * LN2 * _known(moments.mean_b)
-        by_b = -LN2 * up.ref_entropy
+        by_b = -ref_nats * up.ref_entropy
     if up.kl is not None:
         constant = constant + up.kl
         by_p = -up.kl
     if up.reverse_kl is not None:
-        by_d = -LN2 * up.reverse_kl
+        by_d = -nats * up.reverse_kl
     if up.log_ratio_variance is not None:
-        by_pd = -2 * LN2 * up.log_ratio_variance
+        by_pd = -2 * nats * up.log_ratio_variance
     return ReferenceTerms(
         constant=(constant * per_q).to(dtype)[:, None],
         by_d=_column(by_d, per_q, dtype),
@@ -184,14 +188,16 @@ def tile_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None
     policy, reference = (*bare, None)[:2]
     z, a, p = _exponentials(policy, rows.m)
     u, b, q = _exponentials(reference, rows.n)
-    apart = None if a is None or b is None else a - b
+    apart = None
+    if policy is not None and reference is not None:
+        apart = _known(a) - in_units_of((policy, reference), _known(b))
     d = None if apart is None or rows.mean_d is None else apart - rows.mean_d
     if rows.policy is not None:
-        gradient = _policy_gradient(rows.policy, p, q, a, d)
+        gradient = _policy_gradient(rows.policy, _known(p), q, a, d)
         _known(outs[0]).copy_(_through_softcap(gradient, z, policy))
     if rows.reference is not None:
         ref_d = None if apart is None or rows.ref_mean_d is None else apart - rows.ref_mean_d
-        gradient = _reference_gradient(rows.reference, p, q, b, d, ref_d)
+        gradient = _reference_gradient(rows.reference, p, _known(q), b, d, ref_d)
         _known(outs[1]).copy_(_through_softcap(gradient, u, reference))
 
 
@@ -204,44 +210,44 @@ def _through_softcap(gradient: Tensor, raw: Tensor | None, bare: Bare | None) ->
 def _exponentials(
     bare: Bare | None, top: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Raw logits, how far they lie below the maximum in bits, and 2 to that."""
+    """Raw logits, how far they lie below the maximum, and 2 to that in bits."""
     if bare is None:
         return None, None, None
     raw = raw_logits(bare)
-    below = (raw - _known(top)) * bare.gain
-    return raw, below, below.exp2()
+    below = raw - _known(top)
+    return raw, below, (below * bare.gain).exp2_()
 
 
 def _policy_gradient(
-    terms: PolicyTerms, p: Tensor | None, q: Tensor | None, a: Tensor | None, d: Tensor | None
+    terms: PolicyTerms, p: Tensor, q: Tensor | None, a: Tensor | None, d: Tensor | None
 ) -> Tensor:
     factor = terms.constant
     if terms.by_d is not None:
-        slope = terms.by_d if terms.by_d2 is None else terms.by_d + _known(d) * terms.by_d2
-        factor = factor + _known(d) * slope
+        slope = terms.by_d if terms.by_d2 is None else _known(d) * terms.by_d2 + terms.by_d
+        factor = (_known(d) * slope).add_(factor)
     if terms.by_a is not None:
-        factor = factor + _known(a) * terms.by_a
-    gradient = _known(p) * factor
-    return gradient if terms.by_q is None else gradient - _known(q) * terms.by_q
+        factor = (_known(a) * terms.by_a).add_(factor)
+    gradient = p * factor
+    return gradient if terms.by_q is None else gradient.sub_(_known(q) * terms.by_q)
 
 
 def _reference_gradient(
     terms: ReferenceTerms,
     p: Tensor | None,
-    q: Tensor | None,
+    q: Tensor,
     b: Tensor | None,
     d: Tensor | None,
     ref_d: Tensor | None,
 ) -> Tensor:
     factor = terms.constant
     if terms.by_d is not None:
-        factor = factor + _known(ref_d) * terms.by_d
+        factor = (_known(ref_d) * terms.by_d).add_(factor)
     if terms.by_b is not None:
-        factor = factor + _known(b) * terms.by_b
-    gradient = _known(q) * factor
+        factor = (_known(b) * terms.by_b).add_(factor)
+    gradient = q * factor
     if terms.by_pd is not None:
-        gradient = gradient + _known(p) * _known(d) * terms.by_pd
-    return gradient if terms.by_p is None else gradient + _known(p) * terms.by_p
+        gradient.add_((_known(p) * terms.by_pd).mul_(_known(d)))
+    return gradient if terms.by_p is None else gradient.add_(_known(p) * terms.by_p)
 
 
 def _cut(terms: Iterable[Column | None], rows: slice) -> list[Any]:

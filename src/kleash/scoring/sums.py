@@ -1,13 +1,13 @@
 """What a tile of logits adds to the scores, and how tiles are put together.
 
 Within a tile everything is relative to the tile's own maxima, so no exponential overflows and
-differences of large logits are taken before anything is rounded. All is in bits. With m = max z,
-n = max u,
+differences of large logits are taken before anything is rounded. With z and u raw logits, m = max z,
+n = max u, and gains g and h in bits per unit of raw logit,
 
-    a = z − m,  b = u − n,  d = a − b,  s = Σ 2^a,  r = Σ 2^b
+    a = z − m,  b = u − n,  d = a − b · h/g,  s = Σ 2^(g·a),  r = Σ 2^(h·b)
 
-a tile is summed up by m, s, n, r and means under its own two softmaxes. Tiles are put together in
-float64, as one adds up means and variances of groups (Chan, Golub & LeVeque, 1979): the rounding
+a tile is summed up by m, s, n, r and means of a, b, d under its own two softmaxes. Tiles are put together in
+float64 and bits, as one adds up means and variances of groups (Chan, Golub & LeVeque, 1979): the rounding
 of a score is that of its logits and of one tile's sums.
 """
 
@@ -34,7 +34,7 @@ class Needs(NamedTuple):
 class Moments(NamedTuple):
     """A row's sums over all words, in float64 and bits, relative to its maxima m and n.
 
-    With E_p and E_q the means under p = 2^a/s and q = 2^b/r. Logarithms are to base 2. None where
+    With E_p and E_q the means under p and q. Logarithms are to base 2. None where
     not needed.
     """
 
@@ -73,7 +73,8 @@ def sum_names(needs: Needs, *, two_models: bool) -> list[str]:
 def tile_sums(bare: list[Bare], needs: Needs) -> Float[Tensor, "sums R"]:
     """Sum up one tile of the policy, or of policy and reference: `sum_names` names the rows.
 
-    Only torch functions without side effects, so that it can be compiled as it stands.
+    Works in place on its own intermediates: the fewer there are, the more of them stay in cache.
+    Nothing else has a side effect, so that it can be compiled as it stands.
     """
     m, a, p = _below_maximum(bare[0])
     s = p.sum(1)
@@ -87,24 +88,30 @@ def tile_sums(bare: list[Bare], needs: Needs) -> Float[Tensor, "sums R"]:
     out += [n, r]
     if needs.ref_entropy:
         out.append((q * b).sum(1) / r)
-    d = a - b
+    d = a.sub_(in_units_of(bare, b))
+    ref_mean_d = [q.mul_(d).sum(1) / r] if needs.reverse_kl else []
     if needs.kl or needs.variance:
         mean_d = (p * d).sum(1) / s
         out.append(mean_d)
         if needs.variance:
             # About the tile's own mean: Σp·d² − (Σp·d)² would cancel where the means are far off 0.
-            out.append((p * (d - mean_d[:, None]).square()).sum(1) / s)
-    if needs.reverse_kl:
-        out.append((q * d).sum(1) / r)
-    return torch.stack(out)
+            d = d.sub_(mean_d[:, None])
+            out.append(p.mul_(d).mul_(d).sum(1) / s)
+    return torch.stack(out + ref_mean_d)
+
+
+def in_units_of(bare: Sequence[Bare], b: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
+    """The reference's b in units of the policy's raw logits; as a rule they have the same."""
+    ratio = bare[1].gain / bare[0].gain
+    return b if ratio == 1 else b * ratio
 
 
 def _below_maximum(bare: Bare) -> tuple[Float[Tensor, " R"], Tensor, Tensor]:
-    """Greatest raw logit of each row, how far the others lie below it in bits, and 2 to that."""
+    """Greatest raw logit of each row, how far the others lie below it, and 2 to that in bits."""
     raw = raw_logits(bare)
     top = raw.amax(1)
-    below = (raw - top[:, None]) * bare.gain
-    return top, below, below.exp2()
+    below = raw - top[:, None]
+    return top, below, (below * bare.gain).exp2_()
 
 
 def put_together(
@@ -116,8 +123,11 @@ def put_together(
         parts: for each of `sum_names`, one number per tile and row.
         gains: for each model, bits per unit of raw logit.
     """
+    own, other = gains[0], gains[-1]
+    unit = {"m": own, "s": 1.0, "mean_a": own, "mean_d": own, "variance": own**2}
+    unit |= {"n": other, "r": 1.0, "mean_b": other, "ref_mean_d": own}
     columns = [
-        _whole_rows({name: values[:, span].double() for name, values in parts.items()}, gains)
+        _whole_rows({name: values[:, span].double() * unit[name] for name, values in parts.items()})
         for span in spans(parts["m"].shape[1], PIECE)
     ]
     return {name: torch.cat([piece[name] for piece in columns]) for name in columns[0]}
@@ -127,15 +137,13 @@ PIECE = 128
 """Rows put together at once: bounds the memory that float64 takes."""
 
 
-def _whole_rows(
-    part: dict[str, Float[Tensor, "tiles R"]], gains: Sequence[float]
-) -> dict[str, Float[Tensor, " R"]]:
-    m, up, weight, log_s = _normaliser(part["m"] * gains[0], part["s"])
+def _whole_rows(part: dict[str, Float[Tensor, "tiles R"]]) -> dict[str, Float[Tensor, " R"]]:
+    m, up, weight, log_s = _normaliser(part["m"], part["s"])
     moments: dict[str, Tensor] = {"m": m, "log_s": log_s}
     if "mean_a" in part:
         moments["mean_a"] = (weight * (part["mean_a"] + up)).sum(0)
     if "n" in part:
-        n, ref_up, ref_weight, log_r = _normaliser(part["n"] * gains[1], part["r"])
+        n, ref_up, ref_weight, log_r = _normaliser(part["n"], part["r"])
         moments |= {"n": n, "log_r": log_r}
         if "mean_b" in part:
             moments["mean_b"] = (ref_weight * (part["mean_b"] + ref_up)).sum(0)

@@ -4,8 +4,8 @@ A tile of logits is a matrix product small enough to stay in the cache while it 
 shape decides speed as much as the arithmetic does: wide and tall enough for the product to be
 efficient, small enough not to be written to main memory.
 
-Within tiles logits are in bits (nats · log2 e), because 2^x is the cheapest exponential there is:
-on a CPU, torch takes e^x in two and a half times the time. Scores are turned back into nats.
+Exponentials are 2^x, the cheapest there is (torch on a CPU takes e^x in two and a half times the
+time), so sums over tiles are held in bits; scores are turned back into nats.
 """
 
 import functools
@@ -31,7 +31,8 @@ LN2 = math.log(2)
 """Nats per bit."""
 
 SLICE = 1 << 17
-"""Logits per step of the plain body: what it holds at once should fit the second-level cache."""
+"""Logits per thread and step of the plain body: few enough to stay in the second-level cache,
+enough to be worth a call."""
 
 WORTH_COMPILING = 1 << 27
 """Logits per call from which "auto" spends some twenty seconds, once, on compiling."""
@@ -190,6 +191,11 @@ def spans(total: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover `total`; one empty slice covers 0."""
     for start in range(0, max(total, 1), size):
         yield slice(start, min(start + size, total))
+
+
+def slices(rows: int, columns: int) -> Iterator[slice]:
+    """Rows that the plain body takes at once."""
+    return spans(rows, max(1, SLICE * torch.get_num_threads() // columns))
 
 
 def takes_compiled(tiles: Tiles, logits: int) -> bool:
