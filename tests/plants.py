@@ -39,6 +39,8 @@ class Reading:
 
 
 class Plant(Protocol):
+    lanes: Sequence[Lane]
+
     def measure(self) -> list[Reading]: ...
     def advance(self, betas: Sequence[float]) -> None: ...
 
@@ -90,8 +92,9 @@ class Lagging:
         for tilt, lane, generator in zip(self.tilts, self.lanes, self.generators, strict=True):
             scores = self.model.scores * lane.scale
             log_p = world.string_logprobs(self.model.reference)
-            best = (log_p + tilt * scores).softmax(-1)
-            kl = float((best * (best.log() - log_p)).sum()) if tilt > 0 else 0.0
+            log_best = (log_p + tilt * scores).log_softmax(-1)
+            best = log_best.exp()
+            kl = float((best * (log_best - log_p)).sum()) if tilt > 0 else 0.0
             off = self.noise * kl * float(torch.randn((), generator=generator))
             variance = float(variance_under(best, scores))
             readings.append(Reading(kl, Measurement(kl + off, self.noise * kl, 128, variance)))
@@ -259,7 +262,7 @@ class Course:
     overshoot: float
     """Peak over target, less 1."""
     end: float
-    """Mean of the last tenth over target, less 1."""
+    """Mean of the last ten iterations over target, less 1."""
     after_third: float
     """Mean after the first third over target, less 1."""
     beta: float
@@ -279,7 +282,7 @@ def course(
     return Course(
         settling=int(off[-1]) + 1 if len(off) else 0,
         overshoot=float(kl.max()) / target - 1,
-        end=float(kl[-n // 10 :].mean()) / target - 1,
+        end=float(kl[-10:].mean()) / target - 1,
         after_third=float(kl[n // 3 :].mean()) / target - 1,
         beta=float(beta[-n // 3 :].mean()) / exact_beta - 1,
     )

@@ -79,6 +79,14 @@ def test_conversations_go_through_its_chat_template(tmp_path: Path) -> None:
     assert score == pytest.approx(standalone(path, ids), abs=1e-6)
 
 
+def test_a_chat_template_alone_decides_about_special_tokens(tmp_path: Path) -> None:
+    tok = tiny.tokenizer(bos="<s>", chat_template=tiny.CHAT_TEMPLATE)
+    path = tiny.save_classifier(tmp_path, tok=tok)
+    (score,) = ClassifierReward(path).score([[{"role": "user", "content": "w4"}]], ["w5"]).tolist()
+    ids = tok("<user> w4 <assistant> w5", add_special_tokens=False)["input_ids"]
+    assert score == pytest.approx(standalone(path, ids), abs=1e-6)
+
+
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     reward = ClassifierReward(tiny.save_classifier(tmp_path))
     with pytest.raises(RewardError, match="with a chat template"):

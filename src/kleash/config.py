@@ -26,7 +26,7 @@ from kleash.errors import ConfigError, UsageError
 from kleash.kl.placements import Placement
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 class _Section(BaseModel):
@@ -51,8 +51,8 @@ class PolicyConfig(_Section):
     """Directory of a Hugging Face causal language model, or its hub name."""
     dtype: Dtype = "float32"
     """Type of the weights."""
-    attention: Attention = "sdpa"
-    """Attention kernel; policy and reference use the same."""
+    attention: Attention = "auto"
+    """Attention kernel, `auto` for the model's own choice; policy and reference use the same."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
 

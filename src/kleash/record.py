@@ -12,6 +12,7 @@ import transformers
 from kleash import __version__
 from kleash.assembly import Crew
 from kleash.config import Config
+from kleash.generation import overridden_settings
 from kleash.models import Identity
 
 
@@ -35,18 +36,18 @@ def objective_line(config: Config, beta: float) -> str:
 
 
 def run_meta(
-    config: Config, crew: Crew, reference: Identity, argv: Sequence[str]
+    config: Config, crew: Crew, reference: Identity, argv: Sequence[str], *, beta: float
 ) -> dict[str, Any]:
     """The contents of run.json: who, with what, from which seed."""
     return {
         "argv": list(argv),
         "seed": config.seed,
         "device": str(crew.policy.device),
-        "objective": objective_line(config, config.leash.beta or 0.0)
-        if config.leash.beta is not None
-        else None,
+        "objective": objective_line(config, beta),
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(crew.policy.identity()),
+        # Settings of the model's own generation_config.json that were put aside.
+        "sampling_put_aside": overridden_settings(crew.policy),
         "versions": {
             "kleash": __version__,
             "python": platform.python_version(),

@@ -103,7 +103,7 @@ def train(config: Config, *, argv: Sequence[str] = ()) -> Path:
     if begun:
         run = RunWriter.reopen(path, through_step=state.step if checkpoint else -1)
     else:
-        meta = run_meta(config, crew, reference, argv)
+        meta = run_meta(config, crew, reference, argv, beta=state.beta.beta)
         run = RunWriter.create(path, config=yaml.safe_load(dump_config(config)), meta=meta)
     display = TrainingDisplay(
         config.steps, title=path.name, target_kl=config.leash.target_kl, done=state.step

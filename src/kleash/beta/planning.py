@@ -24,8 +24,8 @@ LEAST_SAMPLES = 5.0
 LARGEST_EXCESS = 0.05
 """Largest share of KL or gain that the jackknife may add beyond the trivial 1/N, noise included."""
 _DRAWS = 1000
-_SMALLEST_KL = 1e-3
-_GRID_STEP = 0.06
+_GRID_STEP = 0.15
+"""Of ln β, between points of the curves on which the bootstrap looks β up."""
 _GAIN_STEP = 0.05
 
 
@@ -170,7 +170,7 @@ def plan_for_budgets(
     if (sd := spread(scores)) == 0:
         reason = "the scores do not vary within any prompt: nothing can be gained by any KL"
         return [NoRow(budget, reason) for budget in budgets]
-    grid = _grid(sd, min(*budgets, _SMALLEST_KL), scores.shape[1])
+    grid = _grid(sd, min(budgets), scores.shape[1])
     curves = torch.stack([tilt(scores, beta).corrected[:, 0] for beta in grid], dim=1)
     return [_budget_row(scores, budget, grid, curves, bootstrap) for budget in budgets]
 
@@ -296,8 +296,8 @@ def _plant_gain(scores: Float[Tensor, "prompt sample"], beta: float) -> float:
 
 
 def _grid(sd: float, smallest_kl: float, samples: int) -> list[float]:
-    """βs in decreasing order, from half of `smallest_kl` down to where every prompt saturates."""
-    high = sd / math.sqrt(smallest_kl)
+    """βs in decreasing order, from about half of `smallest_kl` down to where all is saturated."""
+    high = sd / min(math.sqrt(smallest_kl), 2 * math.sqrt(math.log(samples)))
     low = sd / (20 * math.sqrt(2 * math.log(samples)))
     steps = math.ceil(math.log(high / low) / _GRID_STEP)
     return [high * (low / high) ** (i / steps) for i in range(steps + 1)]

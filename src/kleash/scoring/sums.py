@@ -1,14 +1,14 @@
 """What a tile of logits adds to the scores, and how tiles are put together.
 
 Within a tile everything is relative to the tile's own maxima, so no exponential overflows and
-differences of large logits are taken before anything is rounded. With z and u raw logits, m = max z,
-n = max u, and gains g and h in bits per unit of raw logit,
+differences of large logits are taken before anything is rounded. With z and u raw logits, m and n
+their maxima, and gains g and h in bits per unit of raw logit,
 
     a = z − m,  b = u − n,  d = a − b · h/g,  s = Σ 2^(g·a),  r = Σ 2^(h·b)
 
-a tile is summed up by m, s, n, r and means of a, b, d under its own two softmaxes. Tiles are put together in
-float64 and bits, as one adds up means and variances of groups (Chan, Golub & LeVeque, 1979): the rounding
-of a score is that of its logits and of one tile's sums.
+a tile is summed up by m, s, n, r and means of a, b, d under its own two softmaxes. Tiles are put
+together in float64 and bits, as one adds up means and variances of groups (Chan, Golub & LeVeque,
+1979): the rounding of a score is that of its logits and of one tile's sums.
 """
 
 from collections.abc import Sequence
