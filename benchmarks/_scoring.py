@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kleash.scoring import dense, streaming
+from kleash.scoring import streaming
 from kleash.scoring.api import Quantity
 from kleash.scoring.tiles import Tiles
 from kleash.types import Head
@@ -105,13 +105,6 @@ def kl_materialised(case: Case) -> Tensor:
     logp = torch.log_softmax(case.hidden @ case.weight.T, dim=1)
     logq = torch.log_softmax(case.ref_hidden @ case.ref_weight.T, dim=1)
     return (logp.exp() * (logp - logq)).sum(1)
-
-
-def everything_dense(case: Case) -> object:
-    """Every quantity by the obvious implementation."""
-    return dense.token_scores(
-        case.hidden, Head(case.weight), case.targets, reference=case.reference, want=EVERYTHING
-    )
 
 
 def streamed(tiles: Tiles, want: tuple[Quantity, ...] = EVERYTHING) -> Callable[[Case], object]:

@@ -132,7 +132,9 @@ class Worker:
         stdin.flush()
         line = stdout.readline()
         if not line:
-            raise SystemExit(f"a worker failed with exit code {self._process.wait()}; see above")
+            raise SystemExit(
+                f"a worker failed with exit code {self._process.wait()}: --verbose shows why"
+            )
         return Iteration(**json.loads(line))
 
     def close(self) -> None:
@@ -273,7 +275,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if _start("build", options, folder).wait():
-            raise SystemExit("the models could not be built; see --verbose")
+            raise SystemExit("the models could not be built: --verbose shows why")
         results = measure(options, folder)
     print(table(results, options))
     print()

@@ -28,7 +28,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -260,7 +259,8 @@ def run_trl(folder: Path, shape: Shape, epochs: int) -> None:
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "policy")
+    # Not AutoTokenizer, which for some architectures makes a tokenizer of another kind.
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     tokenizer.add_special_tokens({"pad_token": "<beyond>"})
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]

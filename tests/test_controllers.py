@@ -151,9 +151,10 @@ def test_a_horizon_must_be_positive(settings: dict[str, int]):
 
 
 def test_a_gain_must_be_one_of_the_two():
-    gain: Any = "article"
-    with pytest.raises((ValueError, TypeError), match="gain"):
-        AdaptiveBeta(target_kl=1.0, initial=1.0, gain=gain)
+    controller = AdaptiveBeta(target_kl=1.0, initial=1.0)
+    object.__setattr__(controller, "gain", "article")  # past the type checker that tests run under
+    with pytest.raises(ValueError, match="gain must be 'paper' or 'code', got 'article'"):
+        controller.__post_init__()
 
 
 @pytest.mark.parametrize("name", ["plant_gain", "settling", "rate_max", "error_max", "look_ahead"])
@@ -238,11 +239,11 @@ def test_an_unknown_noise_counts_as_none(unknown: float):
 
 def test_noise_does_not_bias_the_integral():
     """KL readings with mean at the target and 20 % of noise leave β where it is, on average."""
-    generator = torch.Generator().manual_seed(0)
     controller = BudgetBeta(1.0, 1.0, look_ahead=0.0)
-    kls = (1 + 0.2 * torch.randn(3000, generator=generator)).tolist()
-    assert read(controller, *kls, standard_error=0.2).trim == pytest.approx(0, abs=2)
-    # Without the correction −0.02 · 3000/(2 · 5) = −6; terms of fourth order leave +1.6.
+    off = 0.2 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    kls = torch.cat([1 + off, 1 - off]).tolist()  # in pairs, so that the mean is the target's
+    assert read(controller, *kls, standard_error=0.2).trim == pytest.approx(0, abs=1)
+    # Without the correction −0.02 · 1000/(2 · 5) = −2; terms of fourth order leave +0.3.
 
 
 def test_the_batch_size_does_not_matter():
@@ -348,9 +349,10 @@ SPREAD_START = {target: initial_beta(target, score_sd(MODEL)) for target in EXAC
 
 @pytest.mark.parametrize(("rate", "delay"), [(0.1, 0), (0.2, 2), (0.5, 0), (0.5, 2)])
 def test_the_budget_is_held_on_a_lagging_plant(rate: float, delay: int):
+    """Readings as noisy as those of 128 responses: 2.5 % of the KL."""
     targets = [0.1, 0.5, 1.0, 2.0]
     lanes = [Lane(1.0, seed) for seed in range(4)]
-    plant = Lagging(MODEL, lanes, rate=rate, noise=0.05, delay=delay)
+    plant = Lagging(MODEL, lanes, rate=rate, noise=0.025, delay=delay)
     assert_held(plant, SPREAD_START, targets, 120)
 
 
@@ -358,7 +360,7 @@ def test_the_budget_is_held_on_a_lagging_plant(rate: float, delay: int):
 def test_a_wrong_start_is_put_right_by_the_scores(wrong: float):
     targets = [0.1, 0.5, 1.0, 2.0]
     lanes = [Lane(1.0, seed) for seed in range(4)]
-    plant = Lagging(MODEL, lanes, rate=0.1, noise=0.05)
+    plant = Lagging(MODEL, lanes, rate=0.1, noise=0.025)
     start = {target: beta * wrong for target, beta in SPREAD_START.items()}
     controllers = [BudgetBeta(target, start[target]) for target in targets]
     history = closed_loop(plant, controllers, 120)

@@ -223,6 +223,7 @@ REFUSED = [
     ({"head": Head(torch.zeros(4, 3), vocab_size=5)}, r"vocab_size must lie in 1…4, got 5"),
     ({"head": Head(torch.zeros(4, 3), vocab_size=0)}, r"vocab_size must lie in 1…4, got 0"),
     ({"head": UNFIT}, r"a bias of 4 rows, got \[3\]"),
+    ({"head": Head(torch.zeros(4, 3), scale=-1.0)}, r"scale must be a positive number, got -1\.0"),
     ({"head": Head(torch.zeros(4, 3), softcap=0.0)}, r"softcap must be positive or None, got 0"),
     ({"targets": torch.tensor([0])}, r"one target per row, 2 in all, got \[1\]"),
     ({"targets": torch.tensor([0, 4])}, "targets must lie in 0…3, got 4"),

@@ -39,6 +39,10 @@ def drawn(prompts: int, samples: int, seed: int = 0) -> Tensor:
     return MODEL.scores[rows].view(prompts, samples)
 
 
+def heavy_tailed(prompts: int, samples: int) -> Tensor:
+    return -torch.rand(prompts, samples, generator=torch.Generator().manual_seed(0)).log()
+
+
 @dataclass(frozen=True)
 class Population:
     """Prompts that differ: each with a reference and a score per string of its own."""
@@ -137,13 +141,13 @@ def test_a_beta_that_scores_cannot_be_divided_by_is_refused():
 
 
 def test_the_jackknife_takes_most_of_the_bias_away():
-    """10,000 groups of 16: the bias is there, and a fifth of it is left."""
-    scores, beta = drawn(10_000, 16), 0.7
+    """5,000 groups of 32: the bias is there, and less than a third of it is left."""
+    scores, beta = drawn(5_000, 32), 0.7
     exact = MODEL.world.optimal_kl(MODEL.reference, MODEL.scores, beta)
     tilted = tilt(scores, beta)
     plain, corrected = float(tilted.plain[:, 0].mean()), float(tilted.corrected[:, 0].mean())
-    assert plain < 0.93 * exact
-    assert abs(corrected - exact) < (exact - plain) / 5
+    assert plain < 0.9 * exact
+    assert abs(corrected - exact) < (exact - plain) / 3
 
 
 # --- best of n
@@ -183,7 +187,7 @@ def test_best_of_n_is_found_by_its_kl(kl: float):
 
 
 def test_what_a_plan_claims_is_within_three_percent_and_it_refuses_the_rest():
-    scores = drawn(1024, 64)
+    scores = drawn(512, 128)
     mean = float((MODEL.world.probabilities(MODEL.reference) * MODEL.scores).sum())
     known = list[float]()
     for row in plan_for_betas(scores, beta_ladder(scores, 10)):
@@ -202,19 +206,19 @@ def test_what_a_plan_claims_is_within_three_percent_and_it_refuses_the_rest():
         assert row.plant_gain == pytest.approx(variance / (beta**2 * kl), rel=0.05)
         objective = score - beta * kl
         assert row.objective.value == pytest.approx(objective, abs=0.03 * (score - mean))
-    assert 3 <= len(known) < 10 and max(known) > 0.5
+    assert 3 <= len(known) < 10 and max(known) > 0.7
 
 
 def test_the_beta_for_a_budget_is_within_three_percent_or_refused():
     budgets = [0.05, 0.2, 0.5, 1.0, 3.0, 6.0]
-    rows = plan_for_budgets(drawn(1024, 64), budgets)
+    rows = plan_for_budgets(drawn(512, 128), budgets)
+    assert [row.known for row in rows] == [True, True, True, True, False, False]
     for budget, row in zip(budgets[:4], rows, strict=False):
         exact = MODEL.world.beta_for_kl(MODEL.reference, MODEL.scores, budget)
-        assert isinstance(row, PlanRow) and row.known
+        assert isinstance(row, PlanRow)
         assert row.kl.value == pytest.approx(budget, rel=1e-6)
         assert row.beta.value == pytest.approx(exact, rel=0.03)
         assert row.beta.low < row.beta.value < row.beta.high
-    assert not rows[4].known and not rows[5].known
     assert isinstance(rows[5], NoRow) and "fewer than 6" in rows[5].reason
 
 
@@ -247,7 +251,7 @@ def test_pooling_the_prompts_would_be_wrong_and_is_not_done():
 @pytest.mark.parametrize(
     ("scores", "beta", "reason"),
     [
-        (drawn(64, 4), 1.0, "4 samples a prompt are too few"),
+        (heavy_tailed(256, 32), 2.0, "32 samples a prompt are too few"),
         (drawn(64, 16), 0.2, "a tenth of the prompts rest on"),
         (drawn(64, 3) * 100, 0.1, "more than the log N = 1.10 nats"),
     ],

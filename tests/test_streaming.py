@@ -1,14 +1,18 @@
 """Tiles against the obvious implementation in float64, in value, gradient, error and extremes."""
 
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kleash.scoring import dense, streaming, tiles
+from kleash.scoring import backward, dense, forward, streaming, tiles
 from kleash.scoring.api import OF_TOP_K, QUANTITIES
 from kleash.scoring.forward import sum_up
 from kleash.scoring.tiles import Tiles
@@ -54,9 +58,7 @@ def scored(scorer, tensors, words, targets, upstream, *, want=DIFFERENTIABLE, he
 
 def weights_for(rows, seed=0):
     make = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(rows, generator=make, dtype=torch.float64) for name in DIFFERENTIABLE
-    }
+    return {name: torch.randn(rows, generator=make, dtype=torch.float64) for name in DIFFERENTIABLE}
 
 
 def assert_same(found, expected, **tolerance):
@@ -100,9 +102,7 @@ cuts = st.builds(
     bans=st.tuples(*[st.sets(st.integers(0, 8), max_size=3)] * 2),
     same_bans=st.booleans(),
 )
-def test_same_values_and_gradients_as_dense(
-    shape, cut, seed, head, temperature, bans, same_bans
-):
+def test_same_values_and_gradients_as_dense(shape, cut, seed, head, temperature, bans, same_bans):
     words = shape["words"]
     tensors = tensors_of(seed, **shape)
     for bias, banned in ((tensors[2], bans[0]), (tensors[5], bans[0] if same_bans else bans[1])):
@@ -172,22 +172,21 @@ def test_what_is_frozen_gets_no_gradient_and_no_product(frozen, monkeypatch):
     tensors = tensors_of(3, rows=3, words=7)
     for index, tensor in enumerate(tensors):
         tensor.requires_grad_(index != frozen)
-    products = []
-    # A gradient product is an addmm; count those that fill a tensor of the frozen one's shape.
-    addmm, addmm_ = torch.addmm, torch.Tensor.addmm_
-    monkeypatch.setattr(
-        torch, "addmm", lambda *a, **k: products.append(a[0].shape) or addmm(*a, **k)
-    )
-    monkeypatch.setattr(
-        torch.Tensor, "addmm_", lambda s, *a, **k: products.append(s.shape) or addmm_(s, *a, **k)
-    )
     (hidden, head), reference = models_of(tensors, 7)
     scores = streaming.token_scores(
         hidden, head, torch.tensor([1, 2, 3]), reference=reference, want=["kl"], tiles=PLAIN
     )
+    products = []
+    mm, addmm_ = torch.mm, torch.Tensor.addmm_
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append("mm") or mm(*a, **k))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda *a, **k: products.append("addmm") or addmm_(*a, **k)
+    )
     scores.kl.sum().backward()
     assert [tensor.grad is None for tensor in tensors] == [index == frozen for index in range(6)]
-    assert len(products) == 4 - (frozen not in (2, 5))
+    # Two to make the tile again, two for the heads; two for the hidden states.
+    assert products.count("mm") == 4 - (frozen in (1, 4))
+    assert products.count("addmm") == 2 - (frozen in (0, 3))
 
 
 def test_the_reference_needs_no_gradient_for_the_policy_s_logprobs():
@@ -236,7 +235,9 @@ def test_one_model_suffices_for_one_model_s_scores(want, monkeypatch):
 
 
 def test_a_shared_head_gets_both_sides_gradients():
-    hidden, weight, _, _, _, _ = (tensor.requires_grad_() for tensor in tensors_of(6, rows=3, words=7))
+    hidden, weight, _, _, _, _ = (
+        tensor.requires_grad_() for tensor in tensors_of(6, rows=3, words=7)
+    )
     other = (hidden.detach() + 0.3).requires_grad_()
     gradients = []
     for scorer in (dense, streaming):
@@ -273,7 +274,7 @@ def rms(errors):
 @pytest.mark.parametrize("size", [1.0, 30.0, 2500.0])
 @pytest.mark.parametrize("near", [0.001, 0.3])
 def test_no_larger_error_than_dense_in_the_same_dtype(dtype, size, near):
-    rows, width, words = 32, 64, 1500
+    rows, width, words = 24, 64, 1000
     errors = {}
     for seed in range(3):
         make = torch.Generator().manual_seed(seed)
@@ -313,8 +314,8 @@ def test_no_larger_error_than_dense_in_the_same_dtype(dtype, size, near):
                 ratio[0].append(plain[part].detach().double() - truth[part].detach())
                 ratio[1].append(ours[part].detach().double() - truth[part].detach())
     for (name, part), (plain, ours) in errors.items():
-        # A tenth for the luck of rounding: the two add the same products in another order.
-        assert rms(ours) <= 1.1 * rms(plain) + 1e-9, (name, part, rms(ours), rms(plain))
+        # A tenth and 1e-8 for the luck of rounding: both add the same products in another order.
+        assert rms(ours) <= 1.1 * rms(plain) + 1e-8, (name, part, rms(ours), rms(plain))
 
 
 def test_autocast_does_not_round_the_logits():
@@ -416,3 +417,146 @@ def test_memory_is_kept_only_for_what_will_be_differentiated():
     for budget, tiles_kept in ((0, 0), (tile - 1, 0), (tile, 1), (3 * tile + 1, 3), (9**9, 6)):
         kept = sum_up(sides, targets, keep_bytes=budget, **request).kept
         assert len(kept) == tiles_kept
+
+
+@pytest.mark.parametrize("side_without", [2, 5])
+def test_a_word_that_one_side_lacks_makes_one_kl_infinite(side_without):
+    tensors = tensors_of(14, rows=3, words=6)
+    tensors[side_without][4] = -torch.inf
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    case = (tensors, 6, torch.tensor([0, 1, 2]), weights_for(3))
+    values, gradients = scored(streaming, *case, tiles=Tiles(2, 2, body="plain"))
+    assert_same((values, gradients), scored(dense, *case))
+    assert values["kl"].isinf().all() == (side_without == 5)
+    assert values["reverse_kl"].isinf().all() == (side_without == 2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_bfloat16_on_a_gpu_is_multiplied_as_it_is_and_summed_in_float32(monkeypatch):
+    """A CPU has no such product; a stand-in for it shows that the walks ask for the right one."""
+    mm, asked = torch.mm, []
+
+    def half_mm(left, right, *, out, out_dtype=None):
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return out.copy_(mm(left.float(), right.float()))
+
+    tensors = [
+        tensor.bfloat16().requires_grad_() for tensor in tensors_of(15, rows=5, words=9, pad=1)
+    ]
+    upstream = {name: weight.float() for name, weight in weights_for(5).items()}
+    case = (tensors, 9, torch.tensor([0, 8, 3, 3, 1]), upstream)
+    expected = scored(streaming, *case, tiles=Tiles(2, 4, body="plain"))
+    monkeypatch.setattr(tiles.Side, "on_gpu", property(lambda _: True))
+    monkeypatch.setattr(torch, "mm", half_mm)
+    found = scored(streaming, *case, tiles=Tiles(2, 4, body="plain"))
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert_same(found[:1], expected[:1], rtol=0, atol=0)
+    # The tile of gradients is rounded to bfloat16 before it is multiplied.
+    assert_same(found[1:], expected[1:], rtol=2**-5, atol=2**-5)
+
+
+def test_the_triton_body_is_taken_from_its_module(monkeypatch):
+    stand_in = SimpleNamespace(
+        tile_sums=forward._plain_sums, tile_gradients=backward._plain_gradients
+    )
+    monkeypatch.setitem(sys.modules, "kleash.scoring.triton", stand_in)
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(16, rows=3, words=6)]
+    case = (tensors, 6, torch.tensor([0, 1, 2]), weights_for(3))
+    assert_same(scored(streaming, *case, tiles=Tiles(body="triton")), scored(dense, *case))
+
+
+def test_a_gpu_gets_larger_tiles_and_triton_where_it_is_installed(monkeypatch):
+    model = tiles.side(
+        torch.zeros(2, 3), Head(torch.zeros(4, 3)), temperature=1.0, dtype=torch.float32
+    )
+    assert tiles.body_for(Tiles(), model) == "plain"
+    monkeypatch.setattr(tiles.Side, "on_gpu", property(lambda _: True))
+    for found, body in ((object(), "triton"), (None, "plain")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        assert tiles.body_for(Tiles(), model) == body
+    gpu, cpu = (tiles.default_tiles(torch.device(name)) for name in ("cuda", "cpu"))
+    assert gpu.columns > cpu.columns
+
+
+def fake_compile(made):
+    """torch.compile, but for the compiling."""
+    return lambda body, **kwargs: made.append(body.__name__) or body
+
+
+@pytest.fixture
+def no_memory_of_compiling():
+    tiles.compiled.cache_clear()
+    tiles.compiler_works.cache_clear()
+    yield
+    tiles.compiled.cache_clear()
+    tiles.compiler_works.cache_clear()
+
+
+@pytest.mark.usefixtures("no_memory_of_compiling")
+def test_both_walks_take_the_compiled_body_for_whole_tiles(monkeypatch):
+    made, shapes = [], set()
+
+    def run(body):
+        return lambda tile, *rest: shapes.add(tile[0].product.shape) or body(tile, *rest)
+
+    monkeypatch.setattr(torch, "compile", lambda body, **_: made.append(body.__name__) or run(body))
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(1, rows=4, words=8)]
+    case = (tensors, 8, torch.tensor([0, 3, 7, 7]), weights_for(4))
+    found = scored(streaming, *case, tiles=Tiles(2, 3, body="compiled"))
+    assert made == ["tile_sums", "tile_gradients"]
+    assert shapes == {(2, 3)}, "remnants are not compiled for"
+    assert_same(found, scored(dense, *case))
+
+
+@pytest.mark.usefixtures("no_memory_of_compiling")
+def test_auto_compiles_large_calls_where_a_compiler_works(monkeypatch):
+    def model(rows):
+        return tiles.side(
+            torch.zeros(rows, 1), Head(torch.zeros(256, 1)), temperature=1.0, dtype=torch.float32
+        )
+
+    monkeypatch.setattr(tiles, "WORTH_COMPILING", 1024)
+    monkeypatch.setattr(torch, "compile", fake_compile([]))
+    assert tiles.body_for(Tiles(), model(3)) == "plain"
+    assert tiles.body_for(Tiles(), model(4)) == "compiled"
+    assert tiles.body_for(PLAIN, model(4)) == "plain"
+
+    def broken(*_):
+        raise RuntimeError("no C++ compiler")
+
+    tiles.compiler_works.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda _: broken)
+    assert tiles.body_for(Tiles(), model(4)) == "plain"
+
+
+COMPILED = """
+import sys, torch
+from kleash.scoring import streaming, tiles
+from kleash.types import Head
+make = torch.Generator().manual_seed(0)
+given = [torch.randn(*shape, generator=make) for shape in ((5, 4), (70, 4), (70,), (5, 3), (70, 3))]
+found = []
+for body in ("plain", "compiled"):
+    hidden, weight, bias, ref_hidden, ref_weight = (t.clone().requires_grad_() for t in given)
+    scores = streaming.token_scores(
+        hidden, Head(weight, bias), torch.arange(5), reference=(ref_hidden, Head(ref_weight)),
+        want=("logprobs", "kl", "reverse_kl", "entropy", "log_ratio_variance"),
+        tiles=tiles.Tiles(4, 64, body=body),
+    )
+    values = [v for v in vars(scores).values() if v is not None]
+    loss = sum(v.square().sum() for v in values)
+    found.append([*values, *torch.autograd.grad(loss, (hidden, weight, bias, ref_hidden))])
+for ours, plain in zip(*found, strict=True):
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+print(tiles.compiler_works())
+"""
+
+
+@pytest.mark.slow
+def test_really_compiled_says_the_same():
+    """In a process of its own: what the tests' type checks wrap around functions is not traced."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "True"

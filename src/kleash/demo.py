@@ -141,5 +141,7 @@ def _print_samples(console: Console, leashed: Run, free: Run) -> None:
         for name, samples in told.items():
             sample = samples[prompt]
             gold = "" if sample.gold is None else f"  (gold {sample.gold:+.1f})"
-            console.print(f"  {name:<14}{sample.response.strip()}{gold}", markup=False)
+            console.print(
+                f"  {name:<14}{sample.response.strip()}{gold}", markup=False, soft_wrap=True
+            )
     console.print()

@@ -233,7 +233,7 @@ def _step(
     after = TrainingState(
         step=step,
         episodes=episodes,
-        beta=controller.update(state.beta, _measurement(metrics, scored)),
+        beta=controller.update(state.beta, _measurement(config, metrics, scored)),
         scores=seen,
         cursor=cursor,
         mixing=next_mixing(settings, experience, beta),
@@ -347,13 +347,16 @@ def _needs_exact_kl(crew: Crew) -> bool:
     return crew.settings.placement in ("exact", "mixed", "loss_exact")
 
 
-def _measurement(metrics: dict[str, Number], scored: ScoredRollout) -> Measurement:
+def _measurement(config: Config, metrics: dict[str, Number], scored: ScoredRollout) -> Measurement:
+    """What the controller reads. A starting β that was given is taken at its word; only one that
+    came from the spread of the scores goes on following it."""
     error = metrics["objective/kl_ref_se"]
+    given = config.leash.initial_beta is not None
     return Measurement(
         response_kl=cast(float, metrics["objective/kl_ref"]),
         standard_error=float("nan") if error is None else error,
         responses=len(scored.scores),
-        score_variance=score_variance(scored),
+        score_variance=None if given else score_variance(scored),
     )
 
 

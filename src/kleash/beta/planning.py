@@ -27,6 +27,8 @@ _DRAWS = 1000
 _GRID_STEP = 0.15
 """Of ln β, between points of the curves on which the bootstrap looks β up."""
 _GAIN_STEP = 0.05
+_BISECTIONS = 24
+"""Of one step of the grid: β to 1e-8."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def _budget_row(
         )
     first = int(reached[0])
     low, high = grid[first], grid[max(0, first - 1)]
-    for _ in range(50):
+    for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if _mean_kl(scores, middle) >= budget else (low, middle)
     beta = math.sqrt(low * high)

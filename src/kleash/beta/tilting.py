@@ -70,7 +70,7 @@ def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> Tilted:
     shift, top = exponent.max(1, keepdim=True)
     weights = (exponent - shift).exp()
     total, moment = weights.sum(1, keepdim=True), (weights * exponent).sum(1, keepdim=True)
-    plain = _quantities(moment / total, (total / n).log() + shift, beta, 0.0)
+    plain = _quantities(moment / total, (total / n).log() + shift, beta)
 
     rest = exponent.scatter(1, top, -math.inf)
     rest_total = rest.logsumexp(1, keepdim=True)
@@ -78,8 +78,8 @@ def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> Tilted:
     without = total - weights
     means = ((moment - weights * exponent) / without).scatter(1, top, rest_mean)
     log_z = (without.log() + shift).scatter(1, top, rest_total) - math.log(n - 1)
-    reference = -exponent / (n - 1)  # the mean of the others, as the mean of all is 0
-    others = _quantities(means, log_z, beta, reference).mean(1)
+    # Relative to the mean of all: the means of those left over average to it.
+    others = _quantities(means, log_z, beta).mean(1)
     return Tilted(
         plain=plain[:, 0],
         corrected=n * plain[:, 0] - (n - 1) * others,
@@ -155,12 +155,7 @@ def _order_statistics(samples: int, n: int) -> Float[Tensor, " sample"]:
 
 
 def _quantities(
-    mean: Float[Tensor, "prompt sample"],
-    log_z: Float[Tensor, "prompt sample"],
-    beta: float,
-    reference: Float[Tensor, "prompt sample"] | float,
+    mean: Float[Tensor, "prompt sample"], log_z: Float[Tensor, "prompt sample"], beta: float
 ) -> Float[Tensor, "prompt sample quantity"]:
-    """The `QUANTITIES` from E*[r]/β, log Z and the mean of r/β under the reference."""
-    return torch.stack(
-        [mean - log_z, beta * (mean - reference), beta * (log_z - reference)], dim=-1
-    )
+    """The `QUANTITIES` from E*[r]/β and log Z of centred scores."""
+    return torch.stack([mean - log_z, beta * mean, beta * log_z], dim=-1)

@@ -1,5 +1,8 @@
 """The walk over all tiles that turns upstream weights into gradients of hidden states and heads."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +24,12 @@ from kleash.scoring.tiles import (
     Side,
     Sides,
     Tiles,
+    body_for,
     compiled,
+    is_whole,
     slices,
     softcap_slope,
     spans,
-    takes_compiled,
 )
 
 
@@ -72,11 +76,16 @@ class Gradient:
 
     def add(self, tile: Float[Tensor, "R C"], rows: slice) -> None:
         """One product for the hidden states of these rows, one for the weights of the column."""
+        side = self._side
+        # The gradient itself will be bfloat16; so may its factors be where sums are float32.
+        factor = tile.to(side.hidden.dtype) if side.half else tile
         if self.hidden is not None:
-            self.hidden[rows].addmm_(tile, self._words)
+            _add_product(self.hidden[rows], factor, self._words, side)
         if self.weight is not None:
-            hidden = self._side.hidden[rows].to(self._side.dtype)
-            torch.addmm(self._sum, tile.T, hidden, beta=min(rows.start, 1), out=self._sum)
+            if rows.start == 0:
+                side.product(factor.T, side.rows(rows), self._sum)
+            else:
+                _add_product(self._sum, factor.T, side.rows(rows), side)
         if self.bias is not None:
             self.bias[self._cols] += tile.sum(0)
 
@@ -120,9 +129,7 @@ def walk_back(
     outs = [Buffer(side, tiles) for side in sides]
     rows_of = _rows(sides, summed, upstream, wanted)
     words = sides[0].weight.shape[0]
-    body = (
-        _compiled_gradients if takes_compiled(tiles, targets.shape[0] * words) else _plain_gradients
-    )
+    body = _body(tiles, sides[0])
     for cols in spans(words, tiles.columns):
         for gradient in gradients:
             gradient.open(cols)
@@ -140,6 +147,18 @@ def walk_back(
         for gradient in gradients:
             gradient.close()
     return gradients
+
+
+def _add_product(
+    into: Float[Tensor, "I J"],
+    left: Float[Tensor, "I K"],
+    right: Float[Tensor, "K J"],
+    side: Side,
+) -> None:
+    if side.half:
+        into.add_(side.product(left, right, torch.empty_like(into)))
+    else:
+        into.addmm_(left, right)
 
 
 class _Remake:
@@ -160,7 +179,7 @@ class _Remake:
             else:
                 out = self._buffers[index].tile(rows.stop - rows.start, cols.stop - cols.start)
                 made.append(
-                    side.bare(torch.mm(side.rows(rows), side.columns(cols).T, out=out), cols)
+                    side.bare(side.product(side.rows(rows), side.columns(cols).T, out), cols)
                 )
         return made
 
@@ -207,6 +226,16 @@ def _add_at_targets(
     tile.scatter_add_(1, torch.where(here, at, 0)[:, None], torch.where(here, hit, 0.0)[:, None])
 
 
+def _body(
+    tiles: Tiles, side: Side
+) -> Callable[[list[Bare | None], Rows, list[Tensor | None]], None]:
+    body = body_for(tiles, side)
+    if body == "triton":
+        # Deferred: an optional dependency.
+        return importlib.import_module("kleash.scoring.triton").tile_gradients
+    return _plain_gradients if body == "plain" else functools.partial(_compiled_gradients, tiles)
+
+
 def _plain_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
     """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
     shape = next(out.shape for out in outs if out is not None)
@@ -218,5 +247,8 @@ def _plain_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | No
         )
 
 
-def _compiled_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
-    compiled(tile_gradients)(bare, rows, outs)
+def _compiled_gradients(
+    tiles: Tiles, bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]
+) -> None:
+    whole = all(out is None or is_whole(out, tiles) for out in outs)
+    (compiled(tile_gradients) if whole else _plain_gradients)(bare, rows, outs)

@@ -1,5 +1,8 @@
 """The walk over all tiles that sums them up, and the scores read off the sums."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +18,13 @@ from kleash.scoring.tiles import (
     Side,
     Sides,
     Tiles,
+    body_for,
     compiled,
+    is_whole,
     lacks,
     raw_logits,
     slices,
     spans,
-    takes_compiled,
 )
 from kleash.scoring.top_k import TopK
 
@@ -64,16 +68,16 @@ def sum_up(
     needs = _needs_of(want)
     names = sum_names(needs, two_models=len(sides) == 2)
     rows, words = targets.shape[0], sides[0].weight.shape[0]
-    body = _compiled_sums if takes_compiled(tiles, rows * words) else _plain_sums
+    body = _body(tiles, sides[0])
     gains = [side.gain for side in sides]
     products = _Products(sides, tiles, keep_bytes)
     columns = list(spans(words, tiles.columns))
     blocks: list[dict[str, Tensor]] = []
     for span in spans(rows, tiles.rows):
         hidden = [side.rows(span) for side in sides]
-        parts = hidden[0].new_empty(len(names), len(columns), hidden[0].shape[0])
+        parts = sides[0].new_empty(len(names), len(columns), span.stop - span.start)
         aim = _Aim(sides, targets[span])
-        top = None if top_k is None else TopK(hidden, top_k, gains)
+        top = None if top_k is None else TopK(sides, span.stop - span.start, top_k)
         for index, cols in enumerate(columns):
             bare = products.tile(hidden, span, cols)
             body(bare, needs, parts[:, index])
@@ -151,16 +155,16 @@ class _Products:
 
     def tile(self, hidden: list[Tensor], rows: slice, cols: slice) -> list[Bare]:
         shape = (hidden[0].shape[0], cols.stop - cols.start)
-        size = len(hidden) * shape[0] * shape[1] * hidden[0].element_size()
+        size = len(hidden) * shape[0] * shape[1] * self._sides[0].dtype.itemsize
         keep = size <= self._left
         if keep:
             self._left -= size
-            outs = [block.new_empty(shape) for block in hidden]
+            outs = [side.new_empty(*shape) for side in self._sides]
             self.kept[rows.start, cols.start] = outs
         else:
             outs = [buffer.tile(*shape) for buffer in self._buffers]
         return [
-            side.bare(torch.mm(block, side.columns(cols).T, out=out), cols)
+            side.bare(side.product(block, side.columns(cols).T, out), cols)
             for side, block, out in zip(self._sides, hidden, outs, strict=True)
         ]
 
@@ -171,7 +175,7 @@ class _Aim:
     def __init__(self, sides: Sides, targets: Int[Tensor, " R"]) -> None:
         self._sides = sides
         self._targets = targets.long()
-        self._found = [side.hidden.new_zeros(targets.shape, dtype=side.dtype) for side in sides]
+        self._found = [torch.zeros_like(side.new_empty(*targets.shape)) for side in sides]
 
     def look(self, bare: list[Bare], cols: slice) -> None:
         at = self._targets - cols.start
@@ -192,6 +196,14 @@ class _Aim:
         return named
 
 
+def _body(tiles: Tiles, side: Side) -> Callable[[list[Bare], Needs, Tensor], None]:
+    body = body_for(tiles, side)
+    if body == "triton":
+        # Deferred: an optional dependency.
+        return importlib.import_module("kleash.scoring.triton").tile_sums
+    return _plain_sums if body == "plain" else functools.partial(_compiled_sums, tiles)
+
+
 def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
     """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
     rows, columns = bare[0].product.shape
@@ -199,5 +211,10 @@ def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) ->
         out[:, span] = tile_sums([one.cut(span) for one in bare], needs)
 
 
-def _compiled_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
-    out.copy_(compiled(tile_sums)(bare, needs))
+def _compiled_sums(
+    tiles: Tiles, bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]
+) -> None:
+    if is_whole(bare[0].product, tiles):
+        out.copy_(compiled(tile_sums)(bare, needs))
+    else:
+        _plain_sums(bare, needs, out)

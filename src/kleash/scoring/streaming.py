@@ -31,7 +31,7 @@ from kleash.scoring.api import (
 from kleash.scoring.backward import Gradient, Wanted, walk_back
 from kleash.scoring.forward import scores_of, sum_up
 from kleash.scoring.gradients import Upstream
-from kleash.scoring.tiles import DEFAULT_TILES, Sides, Tiles, lacks, side
+from kleash.scoring.tiles import Sides, Tiles, default_tiles, lacks, side
 from kleash.types import Head
 
 
@@ -44,7 +44,7 @@ def token_scores(
     temperature: float = 1.0,
     want: Collection[Quantity] = ("logprobs",),
     top_k: int | None = None,
-    tiles: Tiles = DEFAULT_TILES,
+    tiles: Tiles | None = None,
 ) -> TokenScores:
     r"""Score each row's target and next-token distribution; see `kleash.scoring.api`.
 
@@ -63,7 +63,8 @@ def token_scores(
         temperature: divides both models' logits, after scale and soft-cap.
         want: which quantities to compute.
         top_k: how many words `top_k_mass` and `top_k_kl` keep apart.
-        tiles: shape of the tiles, and how many bytes of them to keep for backward.
+        tiles: shape of the tiles, and how many bytes of them to keep for backward; None for
+            what suits the device.
 
     Returns:
         The quantities asked for, in nats, float32 (float64 for float64 hidden states). Gradients
@@ -84,6 +85,7 @@ def token_scores(
     check_request(
         hidden, head, targets, reference=reference, temperature=temperature, want=want, top_k=top_k
     )
+    tiles = default_tiles(hidden.device) if tiles is None else tiles
     if reference is not None and set(want) <= set(_OF_REFERENCE_ALONE):
         return _reference_alone(*reference, targets, temperature, want, tiles, hidden)
     if not set(want) & OF_REFERENCE:
@@ -238,7 +240,7 @@ def _upstream(
     weights = {
         name: weight.double()
         for name, weight in zip(want, upstream, strict=True)
-        if weight is not None and name not in OF_TOP_K
+        if weight is not None
     }
     if len(sides) == 2 and lacks(sides[1], sides[0]):
         weights.pop("kl", None)

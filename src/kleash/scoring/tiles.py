@@ -9,8 +9,10 @@ time), so sums over tiles are held in bits; scores are turned back into nats.
 """
 
 import functools
+import importlib.util
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
@@ -25,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Body = Literal["auto", "plain", "compiled"]
+Body = Literal["auto", "plain", "compiled", "triton"]
 
 LN2 = math.log(2)
 """Nats per bit."""
@@ -57,8 +59,9 @@ class Tiles:
     keep_bytes: int = 0
     """Bytes of logits to keep from forward for backward; what is not kept is computed again."""
     body: Body = "auto"
-    """Arithmetic on a tile: plain torch, compiled by torch.compile, or "auto": compiled where a
-    C++ compiler works and a call has at least `WORTH_COMPILING` logits."""
+    """Arithmetic on a tile: plain torch, compiled by torch.compile, Triton kernels, or "auto":
+    Triton on a CUDA device that has it; on a CPU compiled where a C++ compiler works and a call has
+    at least `WORTH_COMPILING` logits; else plain."""
 
     def __post_init__(self) -> None:
         """Refuse empty tiles and negative budgets."""
@@ -69,7 +72,9 @@ class Tiles:
             )
 
 
-DEFAULT_TILES = Tiles()
+def default_tiles(device: torch.device) -> Tiles:
+    """Tiles for the cache of a CPU, or large enough to keep a GPU busy."""
+    return Tiles(rows=2048, columns=4096) if device.type == "cuda" else Tiles()
 
 
 class Bare(NamedTuple):
@@ -118,13 +123,36 @@ class Side:
     gain: float
     dtype: torch.dtype
 
+    def new_empty(self, *shape: int) -> Tensor:
+        """Memory on the model's device in the working dtype."""
+        return self.hidden.new_empty(shape, dtype=self.dtype)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model lies on a CUDA device."""
+        return self.hidden.is_cuda
+
+    @property
+    def half(self) -> bool:
+        """Whether products are of bfloat16 with sums in float32, which a GPU has and torch's CPU
+        has not: there the sums would be rounded to bfloat16."""
+        return self.on_gpu and self.hidden.dtype == self.weight.dtype == torch.bfloat16
+
     def rows(self, span: slice) -> Float[Tensor, "R D"]:
-        """Hidden states of a tile's rows, in the working dtype."""
-        return self.hidden[span].to(self.dtype)
+        """Hidden states of a tile's rows, ready for `product`."""
+        return self.hidden[span] if self.half else self.hidden[span].to(self.dtype)
 
     def columns(self, span: slice) -> Float[Tensor, "C D"]:
-        """Head rows of a tile's words, in the working dtype."""
-        return self.weight[span].to(self.dtype)
+        """Head rows of a tile's words, ready for `product`."""
+        return self.weight[span] if self.half else self.weight[span].to(self.dtype)
+
+    def product(
+        self, left: Float[Tensor, "I K"], right: Float[Tensor, "K J"], out: Float[Tensor, "I J"]
+    ) -> Float[Tensor, "I J"]:
+        """left · right in the working dtype, into `out`."""
+        if self.half:
+            return torch.mm(left, right, out_dtype=self.dtype, out=out)
+        return torch.mm(left, right, out=out)
 
     def bare(self, product: Float[Tensor, "R C"], span: slice) -> Bare:
         """A tile's product with the biases of its words."""
@@ -173,7 +201,7 @@ class Buffer:
         """Room for a whole tile, or for all logits where they are fewer."""
         rows = min(tiles.rows, side.hidden.shape[0])
         columns = min(tiles.columns, side.weight.shape[0])
-        self._memory = side.hidden.new_empty(rows * columns, dtype=side.dtype)
+        self._memory = side.new_empty(rows * columns)
 
     def tile(self, rows: int, columns: int) -> Float[Tensor, "R C"]:
         """A contiguous matrix of this shape; what was in it is lost."""
@@ -198,23 +226,24 @@ def slices(rows: int, columns: int) -> Iterator[slice]:
     return spans(rows, max(1, SLICE * torch.get_num_threads() // columns))
 
 
-def takes_compiled(tiles: Tiles, logits: int) -> bool:
-    """Whether the tile arithmetic of a call over so many logits is to be compiled."""
-    match tiles.body:
-        case "plain":
-            return False
-        case "compiled":
-            return True
-        case "auto":
-            return logits >= WORTH_COMPILING and compiler_works()
+def body_for(tiles: Tiles, side: Side) -> Literal["plain", "compiled", "triton"]:
+    """How the arithmetic on the tiles of a call is done."""
+    if tiles.body != "auto":
+        return tiles.body
+    if side.on_gpu:
+        return "triton" if importlib.util.find_spec("triton") else "plain"
+    logits = side.hidden.shape[0] * side.weight.shape[0]
+    return "compiled" if logits >= WORTH_COMPILING and compiler_works() else "plain"
 
 
 @functools.cache
 def compiler_works() -> bool:
     """Try torch.compile once; without a working C++ compiler it fails, and we say so in the log."""
     try:
-        doubled = torch.compile(_double)(torch.ones(2))
-    except Exception as error:  # torch.compile has no common base for its failures
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about its own code
+            doubled = torch.compile(_double)(torch.ones(2))
+    except Exception as error:  # torch.compile's failures have nothing in common
         _logger.info("kleash scores with plain torch: torch.compile does not work here (%s)", error)
         return False
     return bool((doubled == 2).all())
@@ -224,7 +253,12 @@ def _double(x: Tensor) -> Tensor:
     return x * 2
 
 
+def is_whole(tile: Float[Tensor, "R C"], tiles: Tiles) -> bool:
+    """Whether a tile is no remnant: compiling for each shape of remnant would not pay."""
+    return tile.shape == (tiles.rows, tiles.columns)
+
+
 @functools.cache
 def compiled(body: Callable[..., T]) -> Callable[..., T]:
-    """The body through torch.compile, for tiles of one shape."""
+    """The body through torch.compile, one kernel for each shape of whole tiles."""
     return torch.compile(body, dynamic=False)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.scoring.tiles import BANNED, LN2
+from kleash.scoring.tiles import BANNED, LN2, Sides
 
 
 class TopK:
@@ -20,22 +20,12 @@ class TopK:
     The policy, which comes first, decides which words are on top.
     """
 
-    def __init__(
-        self, hidden: Sequence[Float[Tensor, "R _"]], k: int, gains: Sequence[float]
-    ) -> None:
-        """Start with nothing seen.
-
-        Args:
-            hidden: of each model, for the number of rows, dtype and device.
-            k: words to keep apart.
-            gains: of each model, bits per unit of raw logit.
-        """
+    def __init__(self, sides: Sides, rows: int, k: int) -> None:
+        """Start with nothing seen of so many rows."""
         self._k = k
-        self._nats = [LN2 * gain for gain in gains]
-        self._tops = [block.new_full((block.shape[0], k), -torch.inf) for block in hidden]
-        self._tails = [
-            block.new_full((block.shape[0],), -torch.inf, dtype=torch.float64) for block in hidden
-        ]
+        self._nats = [LN2 * side.gain for side in sides]
+        self._tops = [torch.full_like(side.new_empty(rows, k), -torch.inf) for side in sides]
+        self._tails = [top.new_full((rows,), -torch.inf, dtype=torch.float64) for top in self._tops]
 
     def add(self, logits: Sequence[Float[Tensor, "R C"]]) -> None:
         """See one more tile of raw logits; what falls out of the top goes into the bucket."""
