@@ -233,6 +233,7 @@ def _optimizer(config: OptimizerConfig, policy: Policy, value: ValueFunction) ->
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over the weights, and no temporaries as large as they are
     )
 
 
