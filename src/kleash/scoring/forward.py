@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.scoring.api import Quantity
-from kleash.scoring.sums import Moments, Needs, put_together, sum_names, tile_sums
+from kleash.scoring.sums import GROUP, Moments, Needs, Tally, sum_names, tile_sums
 from kleash.scoring.tiles import (
     LN2,
     Bare,
@@ -71,20 +71,21 @@ def sum_up(
     body = _body(tiles, sides[0])
     gains = [side.gain for side in sides]
     products = _Products(sides, tiles, keep_bytes)
-    columns = list(spans(words, tiles.columns))
+    most = min(tiles.rows, max(rows, 1))
+    tally = Tally(names, gains, sides[0].new_empty(len(names), GROUP, most))
     blocks: list[dict[str, Tensor]] = []
     for span in spans(rows, tiles.rows):
         hidden = [side.rows(span) for side in sides]
-        parts = sides[0].new_empty(len(names), len(columns), span.stop - span.start)
+        tally.start(span.stop - span.start)
         aim = _Aim(sides, targets[span])
         top = None if top_k is None else TopK(sides, span.stop - span.start, top_k)
-        for index, cols in enumerate(columns):
+        for cols in spans(words, tiles.columns):
             bare = products.tile(hidden, span, cols)
-            body(bare, needs, parts[:, index])
+            body(bare, needs, tally.slot())
             aim.look(bare, cols)
             if top is not None:
                 top.add([raw_logits(one) for one in bare])
-        sums = put_together(dict(zip(names, parts, strict=True)), gains)
+        sums = tally.moments()
         blocks.append(sums | aim.logits() | ({} if top is None else top.scores(sums)))
     found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return Summed(

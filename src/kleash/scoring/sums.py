@@ -114,57 +114,102 @@ def _below_maximum(bare: Bare) -> tuple[Float[Tensor, " R"], Tensor, Tensor]:
     return top, below, (below * bare.gain).exp2_()
 
 
-def put_together(
-    parts: dict[str, Float[Tensor, "tiles R"]], gains: Sequence[float]
-) -> dict[str, Float[Tensor, " R"]]:
-    """Fields of `Moments` for whole rows from those of their tiles.
+class Tally:
+    """Sums of some rows over all the tiles seen so far, in float64 and bits.
 
-    Args:
-        parts: for each of `sum_names`, one number per tile and row.
-        gains: for each model, bits per unit of raw logit.
+    Tiles are put together `GROUP` at a time, so that what is held does not grow with the
+    vocabulary; the memory is taken once and serves every block of rows in turn.
     """
-    own, other = gains[0], gains[-1]
-    unit = {"m": own, "s": 1.0, "mean_a": own, "mean_d": own, "variance": own**2}
-    unit |= {"n": other, "r": 1.0, "mean_b": other, "ref_mean_d": own}
-    columns = [
-        _whole_rows({name: values[:, span].double() * unit[name] for name, values in parts.items()})
-        for span in spans(parts["m"].shape[1], PIECE)
-    ]
-    return {name: torch.cat([piece[name] for piece in columns]) for name in columns[0]}
+
+    def __init__(self, names: Sequence[str], gains: Sequence[float], memory: Float[Tensor, "..."]):
+        """Room for the sums of `GROUP` tiles.
+
+        Args:
+            names: what `sum_names` says.
+            gains: for each model, bits per unit of raw logit.
+            memory: [sums, GROUP, rows] in the dtype of the tiles.
+        """
+        own, other = gains[0], gains[-1]
+        unit = {"m": own, "s": 1.0, "mean_a": own, "mean_d": own, "variance": own**2}
+        unit |= {"n": other, "r": 1.0, "mean_b": other, "ref_mean_d": own}
+        self._units = {name: unit[name] for name in names}
+        self._memory = memory
+        self.start(memory.shape[2])
+
+    def start(self, rows: int) -> None:
+        """Forget everything and begin with so many new rows."""
+        self._parts = self._memory[:, :, :rows]
+        self._filled = 0
+        self._so_far: dict[str, Tensor] = {}
+
+    def slot(self) -> Float[Tensor, "sums R"]:
+        """Where the next tile's sums are to be written."""
+        if self._filled == self._parts.shape[1]:
+            self._put_together()
+        self._filled += 1
+        return self._parts[:, self._filled - 1]
+
+    def moments(self) -> dict[str, Float[Tensor, " R"]]:
+        """Fields of `Moments` over all the tiles that were written."""
+        self._put_together()
+        logs = {"s": "log_s", "r": "log_r"}
+        return {
+            logs.get(name, name): values.log2() if name in logs else values
+            for name, values in self._so_far.items()
+        }
+
+    def _put_together(self) -> None:
+        parts = dict(zip(self._units, self._parts[:, : self._filled], strict=True))
+        pieces = [
+            merge({name: self._with_so_far(name, values, span) for name, values in parts.items()})
+            for span in spans(self._parts.shape[2], PIECE)
+        ]
+        self._so_far = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        self._filled = 0
+
+    def _with_so_far(
+        self, name: str, values: Float[Tensor, "tiles R"], span: slice
+    ) -> Float[Tensor, "parts P"]:
+        new = values[:, span].double() * self._units[name]
+        return torch.cat([self._so_far[name][None, span], new]) if self._so_far else new
 
 
+GROUP = 16
+"""Tiles put together at once."""
 PIECE = 128
 """Rows put together at once: bounds the memory that float64 takes."""
 
 
-def _whole_rows(part: dict[str, Float[Tensor, "tiles R"]]) -> dict[str, Float[Tensor, " R"]]:
-    m, up, weight, log_s = _normaliser(part["m"], part["s"])
-    moments: dict[str, Tensor] = {"m": m, "log_s": log_s}
+def merge(part: dict[str, Float[Tensor, "tiles R"]]) -> dict[str, Float[Tensor, " R"]]:
+    """Sums of several tiles as those of the one large tile they make up; all in bits."""
+    m, up, weight, s = _normaliser(part["m"], part["s"])
+    whole: dict[str, Tensor] = {"m": m, "s": s}
     if "mean_a" in part:
-        moments["mean_a"] = (weight * (part["mean_a"] + up)).sum(0)
+        whole["mean_a"] = (weight * (part["mean_a"] + up)).sum(0)
     if "n" in part:
-        n, ref_up, ref_weight, log_r = _normaliser(part["n"], part["r"])
-        moments |= {"n": n, "log_r": log_r}
+        n, ref_up, ref_weight, r = _normaliser(part["n"], part["r"])
+        whole |= {"n": n, "r": r}
         if "mean_b" in part:
-            moments["mean_b"] = (ref_weight * (part["mean_b"] + ref_up)).sum(0)
+            whole["mean_b"] = (ref_weight * (part["mean_b"] + ref_up)).sum(0)
         shift = up - ref_up
         if "mean_d" in part:
             mean_d = part["mean_d"] + shift
-            moments["mean_d"] = mean = (weight * mean_d).sum(0)
+            whole["mean_d"] = mean = (weight * mean_d).sum(0)
             if "variance" in part:
                 spread = part["variance"] + (mean_d - mean).square()
-                moments["variance"] = (weight * spread).sum(0)
+                whole["variance"] = (weight * spread).sum(0)
         if "ref_mean_d" in part:
-            moments["ref_mean_d"] = (ref_weight * (part["ref_mean_d"] + shift)).sum(0)
-    return moments
+            whole["ref_mean_d"] = (ref_weight * (part["ref_mean_d"] + shift)).sum(0)
+    # In the order of `sum_names`, in which tiles are written and read.
+    return {name: whole[name] for name in part}
 
 
 def _normaliser(
     maxima: Float[Tensor, "tiles R"], sums: Float[Tensor, "tiles R"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A row's maximum, how far each tile lies below it, each tile's share, and log of the sum."""
+    """The rows' maxima, how far each tile lies below, each tile's share, and the sum."""
     top = maxima.amax(0)
     below = maxima - top
     mass = sums * below.exp2()
     total = mass.sum(0)
-    return top, below, mass / total, total.log2()
+    return top, below, mass / total, total
