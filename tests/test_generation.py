@@ -10,7 +10,14 @@ import torch
 from transformers import GenerationConfig
 
 from kleash.errors import ConfigError, PromptError
-from kleash.generation import SamplingSpec, _Sampler, generate, overridden_settings, response_texts
+from kleash.generation import (
+    SamplingSpec,
+    _draw,
+    _Sampler,
+    generate,
+    overridden_settings,
+    response_texts,
+)
 from kleash.models import Policy, load_policy
 from kleash.prompts import Prompt, PromptBatch, batch_prompts
 from kleash.types import Rollout
@@ -60,17 +67,31 @@ def test_the_samplers_log_probabilities_can_be_replayed(
 
 def test_steps_that_the_library_takes_back_are_not_counted() -> None:
     """On a GPU `generate` may find out a step late that all rows have ended, and undo it."""
+    torch.manual_seed(0)
     sampler = _Sampler(temperature=1.0, words=4)
-    logits = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    for step in range(3):
-        sampler(ids[:, : step + 1], logits[step])
+    logits = torch.randn(3, 2, 5)
+    drawn = [sampler(None, logits[step]).argmax(1) for step in range(3)]
     for length in (3, 2, 1):
-        got = sampler.logprobs(ids[:, 1 : 1 + length])
+        got = sampler.logprobs(length)
+        assert got.shape == (2, length)
         for step in range(length):
             table = logits[step, :, :4].log_softmax(-1)
-            expected = table.gather(1, ids[:, step + 1, None])[:, 0]
+            expected = table.gather(1, drawn[step][:, None])[:, 0]
             torch.testing.assert_close(got[:, step], expected)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_word_of_no_probability_is_never_drawn(
+    monkeypatch: pytest.MonkeyPatch, uniform: float
+) -> None:
+    """Not even by the smallest and the greatest of random numbers."""
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, **kind: torch.full(tuple(shape), uniform, **kind)
+    )
+    weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0], [0.0, 0.0, 1e-30, 0.0, 0.0]])
+    words, mass = _draw(weights)
+    assert (weights.gather(1, words) > 0).all()
+    torch.testing.assert_close(mass, weights.double().sum(1, keepdim=True))
 
 
 def test_draws_follow_the_distribution(policy: Policy) -> None:

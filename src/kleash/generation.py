@@ -170,34 +170,42 @@ def response_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list
 
 
 class _Sampler(LogitsProcessor):
-    """The only step between logits and draw: temperature, padding rows out, normalisation.
+    """The only step between logits and token: temperature, padding rows out, one draw per row.
 
-    It remembers the log-probability of each token drawn. `generate` calls it with the ids so far
-    and the logits of the next token, so the draw from one call's scores is read at the next call,
-    and the last at the end: never more than one `[batch, vocab]` is held.
+    A word is found by bisection in the cumulated probabilities (float64), for one random number a
+    row; the library's own draw takes an exponential random number for every word of the vocabulary
+    and costs as much as a small model's forward pass. `generate` is left with an argmax to take.
     """
 
     def __init__(self, temperature: float, words: int):
         self._temperature, self._words = temperature, words
-        self._pending: Tensor | None = None
         self._drawn: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self._read(input_ids[:, -1])
-        scores = scores / self._temperature
-        scores[:, self._words :] = -torch.inf
-        self._pending = scores - scores.logsumexp(dim=-1, keepdim=True)
-        return self._pending
+        logits = scores[:, : self._words].float()
+        if self._temperature != 1:
+            logits = logits / self._temperature
+        below = logits - logits.amax(dim=-1, keepdim=True)
+        words, mass = _draw(below.exp())
+        self._drawn.append((below.gather(1, words) - mass.log()).squeeze(1).float())
+        return torch.zeros_like(scores).scatter_(1, words, 1.0)
 
-    def logprobs(self, response_ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
-        """log-probabilities of the tokens drawn; call once, at the end."""
-        if len(self._drawn) < response_ids.shape[1]:
-            self._read(response_ids[:, -1])
-        return torch.stack(self._drawn[: response_ids.shape[1]], dim=1)
+    def logprobs(self, tokens: int) -> Float[Tensor, "batch token"]:
+        """log-probabilities of the first so many tokens; the library may take back a step."""
+        return torch.stack(self._drawn[:tokens], dim=1)
 
-    def _read(self, drawn: Int[Tensor, " batch"]) -> None:
-        if self._pending is not None:
-            self._drawn.append(self._pending.gather(1, drawn[:, None]).squeeze(1))
+
+def _draw(
+    weights: Float[Tensor, "batch words"],
+) -> tuple[Int[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
+    """One index per row, in proportion to its weight, and the row's whole weight in float64."""
+    cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
+    mass = cumulated[:, -1:].contiguous()
+    uniform = torch.rand(mass.shape, dtype=torch.float64, device=mass.device)
+    # Strictly below the whole weight, also where the product rounds up to it: the first sum above
+    # the point is then there, and its word has a weight above 0.
+    point = torch.minimum(uniform * mass, mass.nextafter(torch.zeros_like(mass)))
+    return torch.searchsorted(cumulated, point, right=True), mass
 
 
 def _write(
@@ -220,17 +228,14 @@ def _write(
             logits_processor=LogitsProcessorList([sampler]),
         )
     response = ids[:, prompt_ids.shape[1] :]
-    return response, sampler.logprobs(response)
+    return response, sampler.logprobs(response.shape[1])
 
 
 def _clean_settings(policy: Policy, spec: SamplingSpec) -> GenerationConfig:
-    """Settings from scratch: plain sampling; the temperature is applied by `_Sampler`."""
+    """Settings from scratch: the likeliest of what `_Sampler` leaves, which is the word it drew."""
     return GenerationConfig(
-        do_sample=True,
+        do_sample=False,
         max_new_tokens=spec.max_new_tokens,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         num_beams=1,
         use_cache=True,
         eos_token_id=list(policy.stop_ids),
