@@ -20,8 +20,10 @@ from kleash.errors import (
     NonFiniteError,
     RewardError,
     RunError,
+    ScoringError,
 )
 from kleash.runs import read_run
+from kleash.scoring import checked
 from kleash.train import train
 
 TIMINGS = ("seconds", "tokens_per_second")
@@ -207,6 +209,35 @@ def test_the_gradient_does_not_depend_on_the_microbatch(material: Path, tmp_path
     norms = [numbers(path)[1]["optim/grad_norm"] for path in paths]
     assert norms[0] == pytest.approx(norms[2], rel=1e-5)
     assert norms[1] == pytest.approx(norms[2], rel=1e-5)
+
+
+def test_keeping_logits_changes_no_number(material: Path, tmp_path: Path) -> None:
+    kept, again = (
+        train(settings(material, tmp_path / str(mib), ppo={"keep_logits_mib": mib}))
+        for mib in (1, 0)
+    )
+    assert numbers(kept) == numbers(again)
+    first, second = weights(kept), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_spot_check_finds_scores_that_are_wrong(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = settings(material, tmp_path / "right", logging={"spot_check_every": 1}, steps=2)
+    assert read_run(train(right)).status == "finished"
+    true_scores = checked.streaming.token_scores
+
+    def off(*request: Any, **more: Any) -> Any:
+        scores = true_scores(*request, **more)
+        assert scores.ref_logprobs is not None
+        return replace(scores, ref_logprobs=scores.ref_logprobs - 1e-4)
+
+    monkeypatch.setattr(checked.streaming, "token_scores", off)
+    wrong = settings(material, tmp_path / "wrong", logging={"spot_check_every": 2})
+    with pytest.raises(ScoringError, match="got ref_logprobs"):
+        train(wrong)
+    assert len(read_run(tmp_path / "wrong").metrics) == 2  # step 0, and step 1, unchecked
 
 
 def test_measuring_costs_the_run_nothing_but_time(material: Path, tmp_path: Path) -> None:

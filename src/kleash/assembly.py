@@ -5,7 +5,7 @@ run directory exists. Left out: anything that happens more than once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -34,6 +34,7 @@ from kleash.reward_models import (
     WeightedSum,
 )
 from kleash.rollout import SamplingSpec
+from kleash.scoring.tiles import Tiles, default_tiles
 from kleash.values import ValueFunction, ValueHead, load_value_model
 
 
@@ -53,6 +54,8 @@ class Crew:
     sampling: SamplingSpec
     settings: PPOSettings
     optimizer: torch.optim.AdamW
+    tiles: Tiles
+    """How the update walks over the logits, and how many of them it keeps."""
 
 
 def assemble(config: Config) -> Crew:
@@ -89,6 +92,7 @@ def assemble(config: Config) -> Crew:
         sampling=sampling,
         settings=_settings(config),
         optimizer=optimizer,
+        tiles=replace(default_tiles(device), keep_bytes=config.ppo.keep_logits_mib << 20),
     )
 
 

@@ -169,6 +169,9 @@ class PPOConfig(_Section):
     """Optimiser steps in one pass."""
     microbatch_size: PositiveInt = 64
     """Responses in one backward pass; changes memory and speed, not the gradient."""
+    keep_logits_mib: NonNegativeInt = 512
+    """MiB of logits kept from forward to backward; the others are computed a second time. Changes
+    memory and speed, not the gradient."""
     clip_range: PositiveFloat = 0.2
     """ε of the clipped policy loss."""
     value_clip_range: PositiveFloat | None = 0.2
@@ -254,6 +257,9 @@ class LoggingConfig(_Section):
     """Steps between checkpoints; 0: the last step only."""
     keep: PositiveInt = 2
     """How many checkpoints to keep."""
+    spot_check_every: NonNegativeInt = 0
+    """Steps between comparisons of the streamed log-probabilities with an obvious implementation
+    in float64, which for that moment holds both heads a second time; 0: never."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Also send the metrics there, through accelerate."""
 

@@ -13,6 +13,7 @@ Left out: several processes. A run is one process on one device.
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -56,8 +57,9 @@ from kleash.resume import (
     save_run_state,
 )
 from kleash.rewards import ScoreStatistics
-from kleash.rollout import fresh, microbatches, score
+from kleash.rollout import TokenScorer, fresh, microbatches, score
 from kleash.runs import Run, RunWriter, holds_run, read_run
+from kleash.scoring import checked, token_scores
 from kleash.trackers import Trackers
 from kleash.types import Experience, Loss, ScoredRollout
 
@@ -211,6 +213,7 @@ def _step(
             temperature=crew.sampling.temperature,
             microbatch=config.rollout.microbatch_size,
             keep_ref_hidden=_needs_exact_kl(crew),
+            scorer=_scorer(config, step),
         )
 
     if step == 1 and not config.reference.reference_differs:
@@ -299,6 +302,7 @@ def _backward(config: Config, crew: Crew, minibatch: Experience) -> list[tuple[L
             reference=crew.reference,
             temperature=crew.sampling.temperature,
             want=("logprobs", "kl") if _needs_exact_kl(crew) else ("logprobs",),
+            scorer=partial(token_scores, tiles=crew.tiles),
         )
         loss = ppo.loss(part, now, crew.settings, tokens=tokens)
         loss.total.backward()
@@ -340,6 +344,12 @@ def _normalise(
         case "running":
             seen = seen.update(raw)
             return seen.normalise(raw), seen
+
+
+def _scorer(config: Config, step: int) -> TokenScorer:
+    """Who scores a rollout: now and then someone who checks a few of the numbers."""
+    every = config.logging.spot_check_every
+    return checked.token_scores if every and step % every == 0 else token_scores
 
 
 def _needs_exact_kl(crew: Crew) -> bool:
