@@ -44,10 +44,12 @@ def climb(
     prepare: Callable[[ScoredRollout, float], Experience],
     loss: Callable[[Experience, Fresh, int], Loss],
     pace: Pace,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "lane prefix vocab"]:
     """Logits of every lane's policy after training from the reference.
 
-    Adam, its rates decayed linearly to zero; the critic is a table too and starts at zero.
+    Adam, its rates decayed linearly to zero; the critic is a table too and starts at zero. Each
+    iteration prepares the lanes in their order; `watch` is then shown its number and the logits.
     """
     world, n = model.world, len(lanes)
     ids, states = world.rollout.response_ids, world.string_states
@@ -62,7 +64,7 @@ def climb(
         world, world.rollout, policy=logits[0], reference=model.reference, scores=model.scores
     )
     prompts = torch.arange(pace.rollouts) // pace.group
-    for _ in range(pace.iterations):
+    for iteration in range(pace.iterations):
         # Every lane writes and learns from strings of its own.
         drawn, experiences = list[Tensor](), list[Experience]()
         with torch.no_grad():
@@ -105,6 +107,8 @@ def climb(
                 loss(part, fresh, int(part.mask.sum())).total.backward()
                 optimizer.step()
         decay.step()
+        if watch is not None:
+            watch(iteration + 1, logits.detach())
     return logits.detach()
 
 

@@ -22,7 +22,6 @@ from kleash.models import (
     load_policy,
     load_reference,
 )
-from kleash.scoring import token_scores
 
 REAL_MODELS = ["stories260K", "babyllama-tok105"]
 PROMPT, RESPONSE = [5, 6, 7], [8, 9, 10, 1]
@@ -351,27 +350,6 @@ def test_a_saved_policy_opens_again(policy: Policy, tmp_path: Path) -> None:
     assert (again.hidden_size, again.context, again.pad_id) == (16, 64, 2)
     assert again.device.type == "cpu"
     assert isinstance(again, LanguageModel)
-
-
-def test_a_tied_matrix_holds_one_gradient_and_the_right_one(tmp_path: Path) -> None:
-    """Head and embedding at once, over two backward passes, against the library's own way."""
-    path = tiny.save_model(tmp_path, "qwen2")
-    policy, plain = load_policy(path), AutoModelForCausalLM.from_pretrained(path)
-    assert policy.model.get_input_embeddings().sparse
-    ids = torch.tensor([[5, 6, 7, 8, 9, 6]])
-    for weight in (1.0, 0.3):
-        hidden = policy.hidden_states(ids[:, :3], ids[:, :3] > 0, ids[:, 3:], ids[:, 3:] > 0)
-        mine = token_scores(hidden[0, :3], policy.head, ids[0, 3:]).logprobs
-        (weight * mine.sum()).backward()
-        table = plain(input_ids=ids).logits[0, 2:5, : policy.words].log_softmax(-1)
-        (weight * table.gather(1, ids[0, 3:, None]).sum()).backward()
-    got = policy.model.get_input_embeddings().weight.grad
-    assert got.layout == torch.strided
-    torch.testing.assert_close(got, plain.get_input_embeddings().weight.grad, atol=1e-6, rtol=1e-5)
-
-
-def test_a_matrix_of_its_own_has_a_dense_gradient(llama: Path) -> None:
-    assert not load_policy(llama).model.get_input_embeddings().sparse
 
 
 def test_half_precision_passes_the_check(llama: Path) -> None:

@@ -196,7 +196,7 @@ def weights_sha256(model: nn.Module) -> str:
         plain = name.replace(".base_layer", "")
         digest.update(f"{plain} {parameter.dtype} {tuple(parameter.shape)}".encode())
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
+        digest.update(raw.numpy())  # no copy: the largest matrix may be half a gigabyte
     return digest.hexdigest()
 
 

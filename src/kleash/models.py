@@ -203,7 +203,6 @@ def load_policy(
     require_special_tokens(tokenizer, path)
     words = _checked_words(model, tokenizer, path)
     wrapped = None if adapter is None else _with_adapter(model, adapter)
-    _spare_second_gradient(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -346,17 +345,6 @@ def _checked_words(
 def _identity(model: PreTrainedModel, path: str, how: str) -> Identity:
     dtype = str(read_head(model, 1).weight.dtype).removeprefix("torch.")
     return Identity(path=path, how=how, dtype=dtype, sha256=weights_sha256(model))
-
-
-def _spare_second_gradient(model: PreTrainedModel) -> None:
-    """Where the embedding is the head as well, let its gradient be the rows that were read.
-
-    Both uses of the matrix have a gradient and the two are added. The head's is as large as the
-    matrix; a second one of that size for the embedding would be nearly all zeros.
-    """
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.weight is read_head(model, 1).weight:
-        embedding.sparse = True
 
 
 def _with_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
