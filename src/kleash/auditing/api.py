@@ -114,7 +114,9 @@ def one_source(given: dict[SourceKind, Any]) -> tuple[SourceKind, Any]:
     Raises:
         ConfigError: if there is none, or more than one.
     """
-    found = [(kind, value) for kind, value in given.items() if value is not None]
+    found: list[tuple[SourceKind, Any]] = [
+        (kind, value) for kind, value in given.items() if value is not None
+    ]
     if len(found) != 1:
         names = " and ".join(kind for kind, _ in found) or "none"
         raise ConfigError(f"expected one of prompts, texts and responses, got {names}")

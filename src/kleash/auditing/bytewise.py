@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 
+from kleash.auditing.double import states_of
 from kleash.auditing.moments import Moments
 from kleash.auditing.pairs import Pair
 from kleash.auditing.records import side_by_side
@@ -147,7 +148,7 @@ def _items(model: Policy, text: str, number: int) -> Iterator[Item]:
 @torch.no_grad()
 def _nats(model: Policy, batch: Sequence[Item], temperature: float) -> list[float]:
     part, kept = side_by_side(batch, model.device)
-    states = model.hidden_states(*part)[:, :-1][kept]
+    states = states_of(model, part, kept)
     scores = token_scores(states, model.head, part[2][kept], temperature=temperature)
     assert scores.logprobs is not None
     if bool(scores.logprobs.isnan().any()):

@@ -71,19 +71,30 @@ def _one(order: Order, policy: str, into: Path | None, console: Console) -> Audi
             into.mkdir(parents=True, exist_ok=True)
     else:
         check_pair(pair)
-        with AuditDisplay(console) as display:
-            found = audit_pair(
-                pair,
-                order.source,
-                order.settings,
-                into=into,
-                resume=order.resume,
-                watch=display.show,
-            )
+        try:
+            with AuditDisplay(console) as display:
+                found = audit_pair(
+                    pair,
+                    order.source,
+                    order.settings,
+                    into=into,
+                    resume=order.resume,
+                    watch=display.show,
+                )
+        except KeyboardInterrupt:
+            _say_stopped(into, console)
+            raise
     if into is not None:
         replace_file(into / "audit.json", found.to_json() + "\n")
         write_page(found, into / "audit.html")
     return found
+
+
+def _say_stopped(into: Path | None, console: Console) -> None:
+    """After Ctrl-C: what was found so far is there, and can be gone on with."""
+    if into is not None and (into / "audit.json").is_file():
+        write_page(Audit.from_json((into / "audit.json").read_text("utf-8")), into / "audit.html")
+        console.print(f"{into} holds what was found so far; --resume goes on", markup=False)
 
 
 def _say(order: Order, audits: Sequence[Audit], drift: Drift | None, console: Console) -> None:

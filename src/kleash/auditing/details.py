@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kleash.auditing.double import states_of
 from kleash.auditing.pairs import Pair
 from kleash.auditing.records import Record, side_by_side
 from kleash.auditing.result import Wanted
@@ -48,8 +49,8 @@ def look_closer(
         The words, and Σ_t (π_t − π_ref,t): the probability each word gained over the response.
     """
     part, kept = side_by_side([_item(record)], pair.policy.device)
-    states = pair.policy.hidden_states(*part)[:, :-1][kept]
-    ref_states = pair.reference.hidden_states(*part)[:, :-1][kept]
+    states = states_of(pair.policy, part, kept)
+    ref_states = states_of(pair.reference, part, kept)
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
     tops: tuple[list[Wanted], list[Wanted]] = ([], [])
     for rows, ref_rows in zip(states.split(ROWS), ref_states.split(ROWS), strict=True):
@@ -75,11 +76,11 @@ def noise_floor(records: Sequence[Record], model: LanguageModel, device: torch.d
     """
     items = [_item(record) for record in records[:FLOOR_RESPONSES]]
     part, kept = side_by_side(items, device)
-    together = model.hidden_states(*part)[:, :-1][kept]
+    together = states_of(model, part, kept)
     singles: list[Tensor] = []
     for item in items:
         one, inside = side_by_side([item], device)
-        singles.append(model.hidden_states(*one)[:, :-1][inside])
+        singles.append(states_of(model, one, inside))
     alone = torch.cat(singles)
     scores = token_scores(
         together, model.head, part[2][kept], reference=(alone, model.head), want=("kl",)

@@ -6,13 +6,14 @@ A record is all that the audit remembers of a response. Its numbers are float32,
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from kleash.auditing.double import states_of
 from kleash.auditing.sources import Item, pack
 from kleash.auditing.tops import top_words
 from kleash.errors import NonFiniteError, RunError
@@ -23,6 +24,7 @@ By = Literal["policy", "reference", "text", "given"]
 """Who wrote what is scored: a model on its own, nobody here (a text), or "given" as a response."""
 
 
+@runtime_checkable
 class Both(Protocol):
     """Two models that read the same tokens."""
 
@@ -54,8 +56,8 @@ class Record:
     ref_logprobs: Float[np.ndarray, " token"]
     entropy: Float[np.ndarray, " token"]
     ref_entropy: Float[np.ndarray, " token"]
-    same_top: UInt8[np.ndarray, " token"]
-    """1 where both find the same word likeliest; empty where it was not asked."""
+    same_top: UInt8[np.ndarray, " agreed"]
+    """1 at tokens where both find the same word likeliest; empty where it was not asked."""
 
 
 _SCORES = ("kl", "reverse_kl", "logprobs", "ref_logprobs", "entropy", "ref_entropy")
@@ -113,7 +115,7 @@ def from_line(line: Mapping[str, Any]) -> Record:
         RunError: if it is something else.
     """
     try:
-        values = {
+        values: dict[str, Any] = {
             field.name: np.frombuffer(
                 base64.b64decode(line[field.name], validate=True), dtype=_DTYPES[field.name]
             )
@@ -139,8 +141,8 @@ def _score_batch(
     device: torch.device | str,
 ) -> Iterator[Record]:
     part, kept = side_by_side([item for _, item in batch], device)
-    states = both.policy.hidden_states(*part)[:, :-1][kept]
-    ref_states = both.reference.hidden_states(*part)[:, :-1][kept]
+    states = states_of(both.policy, part, kept)
+    ref_states = states_of(both.reference, part, kept)
     targets = part[2][kept]
     scores = token_scores(
         states,

@@ -132,9 +132,12 @@ def texts_of_ids(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def text_of_id(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """How one token reads on its own; its piece where that is nothing."""
-    text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
-    return str(text) or str(tokenizer.convert_ids_to_tokens(number))
+    """How one token reads on its own, with the space that it stands for."""
+    text = _decode(tokenizer, [number])
+    piece = str(tokenizer.convert_ids_to_tokens(number))
+    if piece.startswith("▁") and not text.startswith(" "):
+        return f" {text}"
+    return text or piece
 
 
 def _exponential(of: Interval) -> Interval:
@@ -230,7 +233,7 @@ def _sample(
         prompt=_decode(tokenizer, record.prompt_ids.tolist()),
         response=response,
         kl=float(kl.sum(dtype=np.float64)),
-        tokens=spaced([text_of_id(tokenizer, i) for i in record.ids.tolist()], response),
+        tokens=spaced([_decode(tokenizer, [i]) for i in record.ids.tolist()], response),
         token_kl=_short(record.kl),
         reverse_kl=_short(record.reverse_kl),
         logprobs=_short(record.logprobs),

@@ -4,7 +4,7 @@ The class is the piece's own, whatever stands around it. Left out: languages wit
 "start" and "inside" of a word say little.
 """
 
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,7 +26,7 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, words: int) -> UInt8[np.nd
         words: number of ids.
     """
     pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(range(words)))]
-    special = set(cast(list[int], tokenizer.all_special_ids))
+    special = set(tokenizer.all_special_ids)
     marked = any(piece.startswith(_STARTS) for piece in pieces)
     hashed = any(piece.startswith("##") for piece in pieces)
     found = np.empty(words, dtype=np.uint8)
