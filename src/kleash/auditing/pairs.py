@@ -5,6 +5,7 @@ dtypes and padding of the vocabulary may differ; the tokens may not.
 """
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -118,7 +119,9 @@ def _open_adapter(path: Path, *, dtype: Dtype, device: str) -> Policy:
         ) from error
     opened = load_policy(str(base), dtype=dtype, device=device)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            # peft asks transformers for a name that is on its way out: theirs to settle.
+            warnings.simplefilter("ignore", FutureWarning)
             wrapped = PeftModel.from_pretrained(opened.model, str(path))
             # Merged, whatever the adapter changes (the head too) is in plain matrices.
             merged = wrapped.merge_and_unload(safe_merge=True)

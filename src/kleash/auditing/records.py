@@ -4,7 +4,7 @@ A record is all that the audit remembers of a response. Its numbers are float32,
 """
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -139,7 +139,7 @@ def _score_batch(
     temperature: float,
     agreement: bool,
     device: torch.device | str,
-) -> Iterator[Record]:
+) -> list[Record]:
     part, kept = side_by_side([item for _, item in batch], device)
     states = states_of(both.policy, part, kept)
     ref_states = states_of(both.reference, part, kept)
@@ -161,19 +161,23 @@ def _score_batch(
             for hidden, model in ((states, both.policy), (ref_states, both.reference))
         )
         same = (first == second).to(torch.uint8).cpu()
+    records: list[Record] = []
     at = 0
     for number, item in batch:
         span = slice(at, at := at + len(item.response_ids))
-        yield Record(
-            number=number,
-            cluster=item.cluster,
-            group=item.group,
-            ended=item.ended,
-            prompt_ids=np.asarray(item.prompt_ids, dtype="<i4"),
-            ids=np.asarray(item.response_ids, dtype="<i4"),
-            same_top=same[span].numpy(),
-            **{name: column[span].numpy() for name, column in columns.items()},
+        records.append(
+            Record(
+                number=number,
+                cluster=item.cluster,
+                group=item.group,
+                ended=item.ended,
+                prompt_ids=np.asarray(item.prompt_ids, dtype="<i4"),
+                ids=np.asarray(item.response_ids, dtype="<i4"),
+                same_top=same[span].numpy(),
+                **{name: column[span].numpy() for name, column in columns.items()},
+            )
         )
+    return records
 
 
 def side_by_side(
