@@ -56,6 +56,10 @@ def test_kl_as_json() -> None:
         (("train", "--stesp", "6"), "did you mean --steps?"),
         (("train", "--steps"), "--steps needs a value"),
         (("train", "a.yaml", "b.yaml"), "expected one CONFIG"),
+        (("audit", "a"), "needs two checkpoints"),
+        (("audit", "a", "b"), "--prompts FILE, --texts FILE or --responses FILE"),
+        (("audit", "a", "b", "--prompts", "p", "--bytes"), "give --texts FILE with it"),
+        (("audit", "a", "b", "--texts", "t", "--resume"), "--into DIR"),
     ],
 )
 def test_a_usage_error_is_one_sentence_and_exit_2(
@@ -94,7 +98,7 @@ def test_help_imports_no_torch_and_ends_with_examples() -> None:
     assert "kleash kl 0.7,0.3 0.5,0.5" in result.stdout.split("Examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["kl", "demo", "train", "report"])
+@pytest.mark.parametrize("command", ["kl", "demo", "train", "report", "audit"])
 def test_help_of_every_command_ends_with_examples(command: str) -> None:
     result = kleash(command, "--help")
     assert result.returncode == 0

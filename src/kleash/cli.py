@@ -1,6 +1,7 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
 Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 130 interrupted.
+`kleash audit --fail-above` adds 3 (above) and 4 (undecided).
 """
 
 import json
@@ -8,12 +9,12 @@ import logging
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from kleash import __version__
-from kleash.errors import KleashError, UsageError
+from kleash.errors import ConfigError, KleashError, UsageError
 from kleash.kl.explicit import ExplicitKL, explicit_kl
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ _EXAMPLES = """Examples:
 
     kleash train --steps 10 --leash.beta 0.2 --output runs/tight
 
-    kleash report runs/tight"""
+    kleash report runs/tight
+
+    kleash audit runs/tight/policy models/sft --prompts prompts.jsonl"""
 
 app = App(
     name="kleash",
@@ -245,6 +248,128 @@ def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = Fal
 
     _quiet_libraries()
     run_demo(seed, output)
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash audit runs/tuned models/sft --prompts prompts.jsonl"
+    "\n\n    kleash audit quantised full --texts texts.jsonl --into audits/quantised"
+    "\n\n    kleash audit step-100 step-200 step-300 sft --prompts prompts.jsonl --into drift"
+    "\n\n    kleash audit new old --prompts prompts.jsonl --fail-above 0.05"
+)
+def audit(
+    policy: str,
+    /,
+    *others: str,
+    prompts: Path | None = None,
+    texts: Path | None = None,
+    responses: Path | None = None,
+    both: Annotated[bool, Parameter(negative="")] = False,
+    bytewise: Annotated[bool, Parameter(name="--bytes", negative="")] = False,
+    precision: float | None = None,
+    fail_above: float | None = None,
+    per: Literal["token", "response"] = "token",
+    max_new_tokens: int = 64,
+    responses_per_prompt: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    keep: int = 40,
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+    into: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """How far is POLICY from REFERENCE: exact KL, with 95 % intervals, down to the token.
+
+    The last checkpoint is the reference; several before it give a drift curve.
+
+    Parameters
+    ----------
+    policy
+        A Hugging Face directory or hub name, or the directory of a LoRA adapter.
+    others
+        More policies, and at last the reference.
+    prompts
+        A prompt file: the policy answers, both models read the answers.
+    texts
+        A .txt file, or rows of `text`: both models read them.
+    responses
+        Rows of `prompt` and `response`: both models read the responses.
+    both
+        Let the reference answer the prompts as well.
+    bytewise
+        For models of different tokens: bits per byte of whole texts instead of a KL.
+    precision
+        Sample until the interval is mean ± this many nats, or say what it would cost.
+    fail_above
+        Gate: exit 3 if the interval lies above this many nats, 0 if below, 4 if undecided.
+    per
+        What precision and gate are per.
+    max_new_tokens
+        Length limit of a response.
+    responses_per_prompt
+        Answers to each prompt.
+    temperature
+        Of sampling, and of both models' distributions.
+    seed
+        Of sampling.
+    batch_tokens
+        Most tokens read at once, padding included.
+    keep
+        Responses and tokens of each kind to look at closely.
+    dtype
+        Of parameters and arithmetic; auto: each model as it is stored.
+    device
+        A torch device.
+    into
+        Directory for audit.html, audit.json and the scored responses.
+    resume
+        Go on with the audit in that directory.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug
+    from kleash.auditing.api import one_source
+    from kleash.auditing.command import Order, run_order
+    from kleash.auditing.run import Settings
+    from kleash.auditing.sources import Source
+
+    if not others:
+        raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")
+    try:
+        kind, file = one_source({"prompts": prompts, "texts": texts, "responses": responses})
+    except ConfigError as error:
+        raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
+    _quiet_libraries()
+    code = run_order(
+        Order(
+            policies=(policy, *others[:-1]),
+            reference=others[-1],
+            source=Source(kind, file, max_new_tokens if kind == "prompts" else 0),
+            settings=Settings(
+                both=both,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                responses_per_prompt=responses_per_prompt,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                precision=precision,
+                fail_above=fail_above,
+                per=per,
+                keep=keep,
+            ),
+            dtype=dtype,
+            device=device,
+            into=into,
+            resume=resume,
+            as_json=as_json,
+            bytewise=bytewise,
+        )
+    )
+    if code:
+        raise SystemExit(code)
 
 
 @app.command(

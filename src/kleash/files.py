@@ -64,6 +64,20 @@ def append_whole(file: Path, text: str) -> None:
         raise cannot_write(file, error) from error
 
 
+def append_durably(file: Path, text: str) -> None:
+    """Append as `append_whole` does, and return only when the disk holds it.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    append_whole(file, text)
+    try:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise cannot_write(file, error) from error
+
+
 def cannot_write(path: Path, error: OSError) -> RunError:
     """Say in a sentence why a file could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

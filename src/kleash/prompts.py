@@ -90,7 +90,18 @@ def read_prompts(
     context: int | None,
     max_new_tokens: int,
 ) -> list[Prompt]:
-    """Read a prompt file.
+    """Read a prompt file whole; see `iter_prompts`."""
+    return list(iter_prompts(path, tokenizer, context=context, max_new_tokens=max_new_tokens))
+
+
+def iter_prompts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    max_new_tokens: int,
+) -> Iterator[Prompt]:
+    """Read a prompt file, one prompt after the other, holding no more than a few.
 
     A row holds `prompt` (text, or a list of messages) or `messages`, and optionally `group`. Text
     is tokenized as the tokenizer does by itself (its BOS included); messages go through its chat
@@ -109,23 +120,25 @@ def read_prompts(
     file = Path(path)
     if not file.is_file():
         raise PromptError(f"expected a prompt file at {str(file)!r}, got none: check the path")
-    prompts: list[Prompt] = []
-    for where, row in _rows(file):
-        content = _content(row, where)
-        group = row.get("group")
-        prompts.append(
-            Prompt(
-                content=content,
-                ids=_encode(content, tokenizer, where, context, max_new_tokens),
-                index=len(prompts),
-                group=None if group is None else str(group),
-            )
+    index = -1
+    for index, (where, row) in enumerate(file_rows(file)):
+        content = prompt_content(row, where)
+        yield Prompt(
+            content=content,
+            ids=encode_prompt(content, tokenizer, where, context, max_new_tokens),
+            index=index,
+            group=group_of(row),
         )
-    if not prompts:
+    if index < 0:
         raise PromptError(
             f"expected prompts in {str(file)!r}, got an empty file: give one row per prompt"
         )
-    return prompts
+
+
+def group_of(row: Mapping[str, Any]) -> str | None:
+    """The label of a row, if its author gave one."""
+    group = row.get("group")
+    return None if group is None else str(group)
 
 
 def batch_prompts(
@@ -142,7 +155,12 @@ def batch_prompts(
     )
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def file_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a .jsonl or .parquet file, each with its place in words.
+
+    Raises:
+        PromptError: if the file is of another kind or cannot be read, or a row is no object.
+    """
     match file.suffix:
         case ".jsonl" | ".ndjson" | ".json":
             yield from _json_rows(file)
@@ -155,13 +173,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(
-            f"expected a prompt file in UTF-8 at {str(file)!r}, got: {error}"
-        ) from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(file), start=1):
         where = f"line {number} of {str(file)!r}"
         if not line.strip():
             continue
@@ -179,6 +191,16 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield where, cast(dict[str, Any], row)
 
 
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            yield from stream
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(
+            f"expected a prompt file in UTF-8 at {str(file)!r}, got: {error}"
+        ) from error
+
+
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         table = pyarrow.parquet.read_table(file)
@@ -192,7 +214,12 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"row {number} of {str(file)!r}", {k: v for k, v in row.items() if v is not None}
 
 
-def _content(row: Mapping[str, Any], where: str) -> str | list[Message]:
+def prompt_content(row: Mapping[str, Any], where: str) -> str | list[Message]:
+    """The prompt of a row: text, or messages that wait for their answer.
+
+    Raises:
+        PromptError: if there is none, or it is anything else.
+    """
     value = row.get("prompt", row.get("messages"))
     if value is None:
         keys = ", ".join(repr(key) for key in row) or "no key"
@@ -229,13 +256,19 @@ def _messages(value: object) -> list[Message] | None:
     return messages
 
 
-def _encode(
+def encode_prompt(
     content: str | list[Message],
     tokenizer: PreTrainedTokenizerBase,
     where: str,
     context: int | None,
     max_new_tokens: int,
 ) -> tuple[int, ...]:
+    """What a model reads of a prompt; `where` is its place, for the error.
+
+    Raises:
+        PromptError: if it is empty, ends itself, needs a chat template that is not there, or
+            leaves no room for `max_new_tokens` in the context.
+    """
     if isinstance(content, str):
         ids = cast(list[int], tokenizer(content)["input_ids"])
     elif tokenizer.chat_template is None:

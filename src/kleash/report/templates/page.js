@@ -151,7 +151,8 @@
   // ---- responses -------------------------------------------------------------------------------
   const samples = data.samples;
   const several = data.runs.length > 1;
-  const hasGold = samples.some((sample) => sample.gold !== null);
+  const has = (name) => samples.some((sample) => sample[name] !== null);
+  const voices = { policy: "Policy", reference: "Reference", text: "Text", given: "Response" };
   const kinds = { worst: "worst", random: "random", heldout: "held out" };
 
   function heatClass(kl) {
@@ -170,11 +171,29 @@
       rows.push([name, `${number(value)} (${number(100 * Math.exp(value))} %)`]);
     };
     if (sample.token_kl.length) rows.push(["KL", number(sample.token_kl[index]) + " nats"]);
+    if (sample.other_kl) rows.push(["KL, other direction", number(sample.other_kl[index]) + " nats"]);
     both("log π, policy", sample.logprobs);
     both("log π, reference", sample.ref_logprobs);
     if (sample.entropy.length) rows.push(["entropy", number(sample.entropy[index]) + " nats"]);
+    if (sample.ref_entropy) rows.push(["entropy, reference", number(sample.ref_entropy[index]) + " nats"]);
     const where = `token ${index + 1} of ${sample.tokens.length + sample.tokens_cut}`;
-    return [head, tipTable(rows), make("div", { class: "quiet-text" }, where)];
+    const tops = sample.policy_top ? [topTable(sample, index)] : [];
+    return [head, tipTable(rows), ...tops, make("div", { class: "quiet-text" }, where)];
+  }
+
+  // What each model found likeliest there, side by side.
+  function topTable(sample, index) {
+    const table = make("table", { class: "tops" },
+      make("tr", {}, make("th", {}, "policy wanted"), make("th", {}, "reference wanted")));
+    const [ours, theirs] = [sample.policy_top[index], sample.reference_top[index]];
+    const cell = ([ids, probabilities], rank) => rank < ids.length
+      ? make("td", {}, bdi(shorten(data.words[ids[rank]] || String(ids[rank]), 16).replace(/\n/g, "⏎").replace(/ /g, "␣")),
+        ` ${number(100 * probabilities[rank])} %`)
+      : make("td");
+    for (let rank = 0; rank < Math.max(ours[0].length, theirs[0].length); rank += 1) {
+      table.append(make("tr", {}, cell(ours, rank), cell(theirs, rank)));
+    }
+    return table;
   }
 
   function heat(sample) {
@@ -218,12 +237,12 @@
   }
 
   function voice(sample) {
-    const head = make("header", {}, make("b", {}, sample.who === "policy" ? "Policy" : "Reference"));
+    const head = make("header", {}, make("b", {}, voices[sample.who]));
     const add = (text) => head.append(make("span", {}, text));
     if (sample.score !== null) add("score " + number(sample.score));
     if (sample.gold !== null) add("gold " + number(sample.gold));
     if (sample.kl !== null) add("KL " + number(sample.kl) + " nats");
-    add("step " + sample.step);
+    if (sample.step !== null) add("step " + sample.step);
     if (several) head.append(bdi(data.runs[sample.run]));
     return make("div", { class: "voice" }, head, heat(sample));
   }
@@ -270,13 +289,13 @@
 
   // ---- the table -------------------------------------------------------------------------------
   const columns = [
-    { label: "Step", css: "num", col: "col-narrow", value: (s) => s.step },
+    ...(has("step") ? [{ label: "Step", css: "num", col: "col-narrow", value: (s) => s.step }] : []),
     ...(several ? [{ label: "Run", css: "word", col: "col-run", value: (s) => data.runs[s.run] }] : []),
     { label: "Kept as", css: "word", col: "col-word", value: (s) => kinds[s.kind] },
     { label: "By", css: "word", col: "col-word", value: (s) => s.who },
     { label: "KL", css: "num", col: "col-narrow", value: (s) => num(s.kl) },
-    { label: "Score", css: "num", col: "col-narrow", value: (s) => num(s.score) },
-    ...(hasGold ? [{ label: "Gold", css: "num", col: "col-narrow", value: (s) => num(s.gold) }] : []),
+    ...(has("score") ? [{ label: "Score", css: "num", col: "col-narrow", value: (s) => num(s.score) }] : []),
+    ...(has("gold") ? [{ label: "Gold", css: "num", col: "col-narrow", value: (s) => num(s.gold) }] : []),
     { label: "Tokens", css: "num", col: "col-narrow", value: (s) => s.tokens.length + s.tokens_cut },
     { label: "Prompt", css: "text prompt", col: "col-text", value: (s) => s.prompt },
     { label: "Response", css: "text", col: "", value: (s) => s.response },

@@ -1,0 +1,293 @@
+"""From the running account to what is said: means with intervals, shares, texts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kleash.auditing.details import Closer, look_closer, noise_floor
+from kleash.auditing.intervals import Interval, Kind, tail_index
+from kleash.auditing.pairs import Pair
+from kleash.auditing.records import Record
+from kleash.auditing.result import Measure, Part, Sample, Share, Tail, Verdict, WorstToken
+from kleash.auditing.tally import LOWEST, PER_DECADE, POSITIONS, Tally, first_position
+from kleash.auditing.tokens import TOKEN_CLASSES
+from kleash.report.heatmap import spaced
+
+RESOLVABLE = 3.0
+"""A KL below so many times the floor is rounding."""
+HEAVY_SHARE = 0.2
+"""Of all KL in one response, from which on the mean is that response's."""
+CONTEXT = 12
+"""Tokens shown before and after a worst token."""
+MOVED = 20
+"""Words shown that gained or lost most."""
+COARSE = PER_DECADE // 8
+"""Bins of the histogram that are shown as one."""
+
+
+def part_of(tally: Tally, *, kind: Kind, floor: float) -> Part:
+    """What can be said without another look at the models.
+
+    Args:
+        tally: the account, its windows closed.
+        kind: of the headline's intervals.
+        floor: KL per token that rounding alone makes.
+    """
+    names = ["kl", "reverse_kl", "entropy", "ref_entropy"]
+    names += ["k1", "k3"] if tally.by in ("policy", "reference") else ["nll", "ref_nll", "same_top"]
+    headline = tally.headline
+    measures = {
+        name: Measure(
+            tally.mean(name, "token", kind=kind if name == headline else "fixed"),
+            tally.mean(name, "response", kind=kind if name == headline else "fixed"),
+        )
+        for name in names
+    }
+    given = "nll" in measures
+    return Part(
+        by=tally.by,
+        responses=round(tally.moments.total("responses")),
+        prompts=tally.moments.clusters,
+        tokens=round(tally.moments.total("tokens")),
+        headline=headline,
+        measures=measures,
+        perplexity={
+            who: _exponential(measures[name].per_token)
+            for who, name in (("policy", "nll"), ("reference", "ref_nll"))
+            if given
+        },
+        percentiles={
+            **{f"{100 * share:g}": tally.percentile(share) for share in (0.5, 0.9, 0.99)},
+            "max": tally.largest_token,
+        },
+        histogram=_histogram(tally),
+        positions=_positions(tally),
+        classes=_classes(tally),
+        groups=_groups(tally),
+        tail=_tail(tally),
+        floor=floor,
+        verdict=verdict(measures[headline].per_token.mean, tally, floor),
+    )
+
+
+def verdict(mean: float, tally: Tally, floor: float) -> Verdict:
+    """Whether a mean KL per token is more than rounding."""
+    if mean == 0 and tally.largest_token == 0:
+        return "identical"
+    return "resolved" if abs(mean) >= RESOLVABLE * floor else "not resolvable"
+
+
+def floor_of(tally: Tally, pair: Pair) -> float:
+    """The floor, from some of the responses."""
+    return noise_floor(tally.at_random(), pair.policy, pair.policy.device)
+
+
+def with_details(part: Part, tally: Tally, pair: Pair, *, temperature: float) -> Part:
+    """Add the responses and tokens that are worth looking at, and what both models wanted there."""
+    worst, chance = tally.worst(), tally.at_random()
+    tokens = tally.worst_tokens()
+    every = {record.number: record for record in (*worst, *chance, *(r for r, _ in tokens))}
+    closer: dict[int, Closer] = {}
+    moved = torch.zeros(pair.policy.words, dtype=torch.float64)
+    random_numbers = {record.number for record in chance}
+    for number, record in sorted(every.items()):
+        closer[number], mass = look_closer(record, pair, temperature=temperature)
+        if number in random_numbers:
+            moved += mass
+    count = sum(len(record.ids) for record in chance)
+    tokenizer = pair.policy.tokenizer
+    samples = [_sample(r, "worst", tally, closer[r.number], tokenizer) for r in worst]
+    shown = {record.number for record in worst}
+    samples += [
+        _sample(r, "random", tally, closer[r.number], tokenizer)
+        for r in chance
+        if r.number not in shown
+    ]
+    mean = moved / max(1, count)
+    return replace(
+        part,
+        samples=samples,
+        worst_tokens=[_worst_token(r, at, tally, closer[r.number], tokenizer) for r, at in tokens],
+        gained=_moved_most(mean),
+        lost=_moved_most(-mean),
+        mass_tokens=count,
+    )
+
+
+def texts_of_ids(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Texts of all ids that the parts name."""
+    ids: set[int] = set()
+    for part in parts:
+        ids.update(number for number, _ in (*part.gained, *part.lost))
+        for sample in part.samples:
+            for wanted in (*sample.policy_top, *sample.reference_top):
+                ids.update(wanted.ids)
+        for token in part.worst_tokens:
+            ids.update((*token.policy_top.ids, *token.reference_top.ids))
+    return {str(number): text_of_id(tokenizer, number) for number in sorted(ids)}
+
+
+def text_of_id(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """How one token reads on its own, with the space that it stands for."""
+    text = _decode(tokenizer, [number])
+    piece = str(tokenizer.convert_ids_to_tokens(number))
+    if piece.startswith("▁") and not text.startswith(" "):
+        return f" {text}"
+    return text or piece
+
+
+def _exponential(of: Interval) -> Interval:
+    """The interval of e^x from that of x."""
+    ends = [None if end is None else math.exp(end) for end in (of.low, of.high)]
+    return replace(of, mean=math.exp(of.mean), low=ends[0], high=ends[1], standard_error=None)
+
+
+def _histogram(tally: Tally) -> list[tuple[float, int]]:
+    counts = tally.histogram.copy()
+    counts[1] += counts[0]
+    counts[-2] += counts[-1]
+    coarse = np.add.reduceat(counts[1:-1], np.arange(0, len(counts) - 2, COARSE))
+    inside = np.flatnonzero(coarse)
+    if not len(inside):
+        return []
+    span = range(int(inside[0]), int(inside[-1]) + 1)
+    return [(LOWEST + k * COARSE / PER_DECADE, int(coarse[k])) for k in span]
+
+
+def _share(tally: Tally, name: str, start: float, kl: str, count: str) -> Share | None:
+    moments = tally.moments
+    tokens = round(moments.total(count))
+    if tokens == 0:
+        return None
+    return Share(
+        name=name,
+        start=start,
+        kl=moments.ratio(kl, count),
+        tokens=tokens,
+        share=_part_of_all(moments.total(kl), tally),
+    )
+
+
+def _part_of_all(amount: float, tally: Tally) -> float:
+    whole = tally.moments.total(tally.headline)
+    return amount / whole if 0 < whole < math.inf else 0.0
+
+
+def _positions(tally: Tally) -> list[Share]:
+    starts = [first_position(place) for place in range(POSITIONS)]
+    found = [
+        _share(tally, f"{math.ceil(start)}", float(math.ceil(start)), f"kl at {k}", f"count at {k}")
+        for k, start in enumerate(starts)
+    ]
+    return [one for one in found if one is not None]
+
+
+def _classes(tally: Tally) -> list[Share]:
+    found = [
+        _share(tally, name, float(k), f"kl {name}", f"count {name}")
+        for k, name in enumerate(TOKEN_CLASSES)
+    ]
+    return [one for one in found if one is not None]
+
+
+def _groups(tally: Tally) -> list[Share]:
+    headline = tally.headline
+    return [
+        Share(
+            name=name,
+            start=float(k),
+            kl=moments.ratio(headline, "tokens"),
+            tokens=round(moments.total("tokens")),
+            share=_part_of_all(moments.total(headline), tally),
+        )
+        for k, (name, moments) in enumerate(sorted(tally.groups.items()))
+    ]
+
+
+def _tail(tally: Tally) -> Tail:
+    largest = tally.largest()
+    index = tail_index(largest)
+    share = _part_of_all(largest[0], tally)
+    few = len(largest) >= 10 and share > HEAVY_SHARE
+    return Tail(index, share, few or (index is not None and index < 2))
+
+
+def _sample(
+    record: Record,
+    kind: str,
+    tally: Tally,
+    closer: Closer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Sample:
+    response = _decode(tokenizer, record.ids.tolist())
+    kl = record.reverse_kl if tally.headline == "reverse_kl" else record.kl
+    return Sample(
+        number=record.number,
+        kind="worst" if kind == "worst" else "random",
+        by=tally.by,
+        group=record.group,
+        prompt=_decode(tokenizer, record.prompt_ids.tolist()),
+        response=response,
+        kl=float(kl.sum(dtype=np.float64)),
+        tokens=spaced([_decode(tokenizer, [i]) for i in record.ids.tolist()], response),
+        token_kl=_short(record.kl),
+        reverse_kl=_short(record.reverse_kl),
+        logprobs=_short(record.logprobs),
+        ref_logprobs=_short(record.ref_logprobs),
+        entropy=_short(record.entropy),
+        ref_entropy=_short(record.ref_entropy),
+        policy_top=closer.policy_top,
+        reference_top=closer.reference_top,
+    )
+
+
+def _worst_token(
+    record: Record, at: int, tally: Tally, closer: Closer, tokenizer: PreTrainedTokenizerBase
+) -> WorstToken:
+    ids = record.ids.tolist()
+    kl = record.reverse_kl if tally.headline == "reverse_kl" else record.kl
+    before = (record.prompt_ids.tolist() + ids[:at])[-CONTEXT:]
+    texts = _three(tokenizer, before, ids[at], ids[at + 1 :][:CONTEXT])
+    return WorstToken(
+        number=record.number,
+        position=at,
+        token=texts[1],
+        before=texts[0],
+        after=texts[2],
+        kl=float(kl[at]),
+        logprob=float(record.logprobs[at]),
+        ref_logprob=float(record.ref_logprobs[at]),
+        policy_top=closer.policy_top[at],
+        reference_top=closer.reference_top[at],
+    )
+
+
+def _three(
+    tokenizer: PreTrainedTokenizerBase, before: list[int], token: int, after: list[int]
+) -> tuple[str, str, str]:
+    """Texts of a token and its surroundings; decoded together, so that no space is lost."""
+    one, two = _decode(tokenizer, before), _decode(tokenizer, [*before, token])
+    whole = _decode(tokenizer, [*before, token, *after])
+    if len(one) < len(two) and two.startswith(one) and whole.startswith(two):
+        return one, two[len(one) :], whole[len(two) :]
+    return one, text_of_id(tokenizer, token), _decode(tokenizer, after)
+
+
+def _moved_most(mass: torch.Tensor) -> list[tuple[int, float]]:
+    values, ids = mass.topk(min(MOVED, len(mass)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [(number, value) for number, value in pairs if value > 0]
+
+
+def _short(values: np.ndarray) -> list[float]:
+    # Six digits: what float32 holds.
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)
