@@ -1,6 +1,7 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 130 interrupted.
+Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 5 a check
+failed; 130 interrupted.
 """
 
 import json
@@ -182,6 +183,49 @@ def train(
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
     directory = run(config, argv=sys.argv)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash check recipes/stories.yaml\n\n    kleash check --quick "
+    "--leash.beta 0.2\n\n    kleash check mine.yaml --json > findings.json"
+)
+def check(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Look for the fault before it costs a run: exit 0, or 5 if a check fails.
+
+    Every check is made on the very objects that training would use; nothing is trained or written.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+    quick
+        Only the checks that `kleash train` makes by itself.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug
+    path, overrides = split_overrides(arguments)
+    from rich.console import Console
+
+    from kleash.config import load_config
+    from kleash.preflight.runner import check as examine
+    from kleash.preflight.table import print_report
+
+    _quiet_libraries()
+    report = examine(_build_world(load_config(path, overrides, base=_EMBEDDED_WORLD)), quick=quick)
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_report(report, Console(highlight=False))
+    if report.fails:
+        raise SystemExit(5)
 
 
 def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
