@@ -8,13 +8,23 @@ import torch
 from kleash.assembly import Crew, assemble
 from kleash.config import Config
 from kleash.errors import KleashError, PreflightError
-from kleash.preflight import leash, masks, scoring
+from kleash.preflight import (
+    leash,
+    masks,
+    reading,
+    reference,
+    resources,
+    reward,
+    sampling,
+    scoring,
+)
 from kleash.preflight.finding import Finding, Report
-from kleash.preflight.trial import QUICK, WHOLE, Size, Trial, draw
+from kleash.preflight.reward import Pair
+from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
 
 TrialCheck = Callable[[Trial], Finding]
 
-_QUICK_CHECKS: tuple[TrialCheck, ...] = (
+SCORING: tuple[TrialCheck, ...] = (
     scoring.dropout,
     scoring.self_kl,
     scoring.start,
@@ -29,11 +39,35 @@ _QUICK_CHECKS: tuple[TrialCheck, ...] = (
     scoring.streaming,
     scoring.temperature,
     scoring.floor,
+)
+SAMPLING: tuple[TrialCheck, ...] = (
+    sampling.replay,
+    sampling.mean_weight,
+    sampling.law,
+    sampling.leftovers,
+    sampling.ending,
+)
+MASKS: tuple[TrialCheck, ...] = (
     masks.shape,
     masks.end_token,
     masks.padding_ids,
     masks.numbers,
     masks.prompt_tokens,
+)
+REFERENCE: tuple[TrialCheck, ...] = (
+    reference.frozen,
+    reference.storage,
+    reference.adapter,
+    reference.vocabulary,
+)
+REWARD: tuple[TrialCheck, ...] = (
+    reward.head,
+    reward.alone,
+    reward.last_token,
+    reward.bos,
+    reward.template,
+)
+LEASH: tuple[TrialCheck, ...] = (
     leash.objective,
     leash.gradient,
     leash.spread,
@@ -41,42 +75,50 @@ _QUICK_CHECKS: tuple[TrialCheck, ...] = (
     leash.target,
     leash.inert,
 )
+READING: tuple[TrialCheck, ...] = (reading.duplicates, reading.leak, reading.chat_template)
+
+QUICK_CHECKS = (*SCORING, *SAMPLING, *MASKS, *REFERENCE, *REWARD, *LEASH, *READING)
+OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
+"""Those that ask nothing of a configuration: the doctor's."""
 
 
-def check(config: Config, *, quick: bool = False) -> Report:
+def check(config: Config, *, quick: bool = False, pairs: Sequence[Pair] = ()) -> Report:
     """Assemble a run and examine it; nothing is trained and nothing written.
 
     Args:
         config: the run, written down; `{world}` already replaced.
         quick: only what `kleash train` runs by itself.
+        pairs: replies of which people preferred one, to try the reward on.
     """
     began = time.perf_counter()
     try:
         crew = assemble(config)
     except KleashError as error:
         return Report((refused("assembly", error),), time.perf_counter() - began)
-    report = examine_crew(config, crew, quick=quick)
+    report = examine_crew(config, crew, quick=quick, pairs=pairs)
     return Report(report.findings, time.perf_counter() - began)
 
 
-def examine_crew(config: Config, crew: Crew, *, quick: bool) -> Report:
+def examine_crew(config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pair] = ()) -> Report:
     """Run the checks on objects that are there; weights and random numbers stay as they were."""
     began = time.perf_counter()
-    findings: list[Finding] = []
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        findings += _of_batch(config, crew, QUICK if quick else WHOLE, quick=quick)
+        try:
+            trial = draw(config, crew, QUICK if quick else WHOLE)
+        except (KleashError, ValueError) as error:
+            return Report((refused("batch", error),), time.perf_counter() - began)
+        findings = run_checks(QUICK_CHECKS, trial)
+        if not quick:
+            slow: tuple[TrialCheck, ...] = (
+                reference.identity,
+                reward.probes,
+                lambda trial: reward.preferences(trial, pairs),
+            )
+            findings += run_checks(slow, trial)
+            findings += resources.examine(trial)
     return Report(tuple(findings), time.perf_counter() - began)
-
-
-def _of_batch(config: Config, crew: Crew, size: Size, *, quick: bool) -> list[Finding]:
-    del quick
-    try:
-        trial = draw(config, crew, size)
-    except KleashError as error:
-        return [refused("batch", error)]
-    return run_checks(_QUICK_CHECKS, trial)
 
 
 def run_checks(checks: Sequence[TrialCheck], trial: Trial) -> list[Finding]:
