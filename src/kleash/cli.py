@@ -9,7 +9,7 @@ import logging
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -155,6 +155,7 @@ def train(
         str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
     ],
     resume: Path | None = None,
+    no_check: Annotated[bool, Parameter(negative="")] = False,
     debug: _Debug = False,
 ) -> None:
     """RLHF on the leash; with no CONFIG, on the embedded world.
@@ -169,6 +170,8 @@ def train(
     resume
         Continue the run in this directory from its newest checkpoint. The same command as
         before, with the same output, does it too.
+    no_check
+        Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
     path, overrides = split_overrides(arguments)
@@ -177,11 +180,12 @@ def train(
             raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
         path = resume / "config.yaml"
     from kleash.config import load_config
+    from kleash.preflight.runner import require_sound
     from kleash.train import train as run
 
     _quiet_libraries()
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
-    directory = run(config, argv=sys.argv)
+    directory = run(config, argv=sys.argv, preflight=None if no_check else require_sound)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 
@@ -194,6 +198,8 @@ def check(
         str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
     ],
     quick: Annotated[bool, Parameter(negative="")] = False,
+    pairs: Path | None = None,
+    framework: Literal["trl", "verl", "openrlhf"] | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -207,19 +213,32 @@ def check(
         A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
     quick
         Only the checks that `kleash train` makes by itself.
+    pairs
+        JSON lines with `prompt`, `chosen` and `rejected`, to try the reward on.
+    framework
+        CONFIG is that framework's own file (or its arguments follow): say what its KL settings
+        amount to. Nothing is loaded or run.
     as_json
         Print JSON instead of a table.
     """
     del debug
-    path, overrides = split_overrides(arguments)
     from rich.console import Console
 
-    from kleash.config import load_config
-    from kleash.preflight.runner import check as examine
     from kleash.preflight.table import print_report
 
-    _quiet_libraries()
-    report = examine(_build_world(load_config(path, overrides, base=_EMBEDDED_WORLD)), quick=quick)
+    if framework is not None:
+        from kleash.preflight.frameworks import read_framework
+
+        report = read_framework(framework, arguments)
+    else:
+        from kleash.config import load_config
+        from kleash.preflight.reward import read_pairs
+        from kleash.preflight.runner import check as examine
+
+        path, overrides = split_overrides(arguments)
+        _quiet_libraries()
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+        report = examine(config, quick=quick, pairs=read_pairs(pairs) if pairs else ())
     if as_json:
         print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
     else:

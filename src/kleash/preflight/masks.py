@@ -14,10 +14,11 @@ from kleash.kl.statistics import response_kl
 from kleash.measures import objective_measures
 from kleash.preflight.finding import Finding, some
 from kleash.preflight.trial import Text, Tilted, Trial, score_rollout
-from kleash.types import Fresh, ScoredRollout
+from kleash.types import Fresh, Rollout, ScoredRollout
 
 _BETA = 0.1
 """Any β would do: the numbers are looked at, not learnt from."""
+_COLUMNS = 3
 
 
 def shape(trial: Trial) -> Finding:
@@ -111,10 +112,15 @@ def padding_ids(trial: Trial) -> Finding:
 def numbers(trial: Trial) -> Finding:
     """NaN at every masked place changes no reward, return, advantage, loss or metric."""
     name = "masks.numbers"
-    expected = "NaN outside the masks changes no reward, advantage, return, loss or metric"
-    clean, poisoned = (_consequences(trial, poison=poison) for poison in (False, True))
-    moved = {key: _apart(clean[key], poisoned[key]) for key in clean}
-    guilty = [key for key, gap in moved.items() if gap > 0]
+    expected = "no number outside the masks, NaN included, changes reward, loss or metric"
+    clean, moved = _consequences(trial, trial.tilted), dict[str, float]()
+    # Large numbers first: what they move has a name, where NaN may end in an error.
+    for poison in (1e6, torch.nan):
+        poisoned = _consequences(trial, _poison(trial.tilted, poison))
+        moved = {key: _apart(clean[key], poisoned[key]) for key in clean}
+        if any(gap > 1e-5 for gap in moved.values()):
+            break
+    guilty = [key for key, gap in moved.items() if gap > 1e-5]
     if not guilty:
         return Finding(name, "ok", f"{len(moved)} numbers, none moved", expected)
     return Finding(
@@ -158,37 +164,44 @@ def prompt_tokens(trial: Trial) -> Finding:
     )
 
 
-def _consequences(trial: Trial, *, poison: bool) -> dict[str, Tensor]:
-    """Everything that a step computes from a scored batch, with NaN outside its masks or not."""
-    crew, mask = trial.crew, trial.rollout.response_mask
-    scored = trial.tilted
-    settings = crew.settings
-    if poison:
-        scored = _poison(scored, mask)
+def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
+    """Everything that a step computes from a scored batch."""
+    settings = trial.crew.settings
+    mask = trial.rollout.response_mask
+    width = mask.shape[1]
     experience = ppo.prepare(scored, _BETA, settings)
     kl = scored.kl if experience.pathwise is not None else None
     now = Fresh(logprobs=scored.rollout_logprobs, values=scored.values, kl=kl)
     loss = ppo.loss(experience, now, settings, tokens=int(experience.mask.sum()))
     measures = objective_measures(scored, beta=_BETA)
     return {
-        "rewards": torch.where(mask, experience.rewards, 0.0),
-        "advantages": torch.where(mask, experience.advantages, 0.0),
-        "returns": torch.where(mask, experience.returns, 0.0),
+        "rewards": torch.where(mask, experience.rewards[:, :width], 0.0),
+        "advantages": torch.where(mask, experience.advantages[:, :width], 0.0),
+        "returns": torch.where(mask, experience.returns[:, :width], 0.0),
         "the loss": loss.total,
         **{key: torch.tensor(value) for key, value in loss.metrics.items()},
         **{k: torch.tensor(v) for k, v in measures.items() if v is not None},
     }
 
 
-def _poison(scored: ScoredRollout, mask: Tensor) -> ScoredRollout:
-    changes = {
-        field.name: torch.where(mask, value, torch.nan)
-        for field in fields(scored)
-        if isinstance(value := getattr(scored, field.name), Tensor)
-        and value.shape == mask.shape
-        and value.is_floating_point()
-    }
-    return replace(scored, **changes)
+def _poison(scored: ScoredRollout, poison: float) -> ScoredRollout:
+    """A number outside every mask, and more such columns on the right."""
+    mask = scored.rollout.response_mask
+
+    def widened(x: Tensor) -> Tensor:
+        value = poison if x.is_floating_point() else 0
+        kept = torch.where(mask, x, value) if x.is_floating_point() else x
+        return torch.nn.functional.pad(kept, (0, _COLUMNS), value=value)
+
+    def of(part: ScoredRollout | Rollout) -> dict[str, Tensor]:
+        named = {field.name: getattr(part, field.name) for field in fields(part)}
+        return {
+            key: widened(x)
+            for key, x in named.items()
+            if isinstance(x, Tensor) and x.shape == mask.shape and not key.startswith("prompt")
+        }
+
+    return replace(scored, **of(scored), rollout=replace(scored.rollout, **of(scored.rollout)))
 
 
 def _dense_kl(trial: Trial, text: Text) -> Tensor:

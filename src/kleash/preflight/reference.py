@@ -1,5 +1,6 @@
 """Room *reference*: which model holds the other end of the leash, and does it stay?"""
 
+from kleash.assembly import Crew
 from kleash.errors import ModelError
 from kleash.models import check_compatible
 from kleash.preflight.finding import Finding, skipped, some
@@ -96,10 +97,10 @@ def adapter(trial: Trial) -> Finding:
     )
 
 
-def vocabulary(trial: Trial) -> Finding:
-    """Policy and reference speak of the same tokens."""
+def vocabulary(crew: Crew) -> Finding:
+    """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
     name, expected = "reference.vocabulary", "the same id for every token in both models"
-    policy, reference = trial.crew.policy, trial.crew.reference
+    policy, reference = crew.policy, crew.reference
     try:
         check_compatible(policy, reference)
     except ModelError as error:

@@ -100,8 +100,13 @@ def last_token(trial: Trial) -> Finding:
         layer = score_layer(judge)
         if layer is None:
             continue
-        scores = judge.score(prompts, responses)
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        # Whoever takes a word for padding looks past it at the end of a text.
+        pad = judge.model.config.pad_token_id
+        word = "" if pad is None else judge.tokenizer.decode([pad], skip_special_tokens=True)
+        told = [*responses, f"{responses[0]} {word}".rstrip()]
+        asked = [*prompts, prompts[0]]
+        scores = judge.score(asked, told)
+        for i, (prompt, response) in enumerate(zip(asked, told, strict=True)):
             gap = _relative(_score_at_end(judge, layer, prompt, response), scores[i])
             if gap > worst:
                 worst, where = gap, key
@@ -147,30 +152,33 @@ def bos(trial: Trial) -> Finding:
 
 
 def template(trial: Trial) -> Finding:
-    """Prompt and response are in the text once each."""
-    name, expected = (
-        "reward.template",
-        "the template is applied once: prompt and response once each",
-    )
+    """Prompt and response are read once each: a longer one lengthens the text by as much."""
+    name, expected = "reward.template", "the text holds prompt and response once each"
     prompts, responses = _sample(trial)
+    prompt, response = min(prompts, key=lambda p: len(text_of(p))), responses[0]
     for key, judge in classifiers(trial):
-        for prompt, response in zip(prompts[:4], responses[:4], strict=True):
-            last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            for what, text in (("prompt", last), ("response", response)):
-                words = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
-                times = _times(cast(list[int], words), judge.encode(prompt, response))
-                own = 2 if what == "response" and response.strip() in last else 1
-                if len(cast(list[int], words)) > 1 and times > own + (last.strip() in response):
-                    return Finding(
-                        name,
-                        "fail",
-                        f"{key}: the {what} {times} times",
-                        expected,
-                        f"The template of the reward model {key!r} is applied twice: its input "
-                        f"has the {what} {times} times.",
-                        f"Write {{prompt}}{{response}} once each in reward_models.{key}.template, "
-                        "and give prompts without a template of their own.",
-                    )
+        plain = len(judge.encode(prompt, response))
+        for what in ("prompt", "response"):
+            more = _bare_words(judge, what, prompt, response)
+            if not more:
+                continue
+            longer = _lengthened(prompt, more) if what == "prompt" else prompt
+            text = f"{response} {more}" if what == "response" else response
+            added = len(judge.encode(longer, text)) - plain
+            times = round(added / len(_ids(judge, more)))
+            if times != 1:
+                return Finding(
+                    name,
+                    "fail",
+                    f"{key}: the {what} {times} times",
+                    expected,
+                    f"The template of the reward model {key!r} is applied twice, or writes the "
+                    f"{what} {times} times."
+                    if times
+                    else f"The reward model {key!r} does not read the {what}.",
+                    f"Write {{prompt}}{{response}} once each in reward_models.{key}.template, and "
+                    "give prompts without a template of their own.",
+                )
     return _done(trial, name, expected, "once each")
 
 
@@ -297,8 +305,11 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
     """Empty, flattering, echoing, and the favourite word of the best replies over and over."""
     scores = trial.written.raw_scores
     best = scores.argsort(descending=True)[: max(1, len(scores) // 8)].tolist()
-    words = Counter(word for row in best for word in trial.written.responses[row].split())
-    favourite = words.most_common(1)[0][0] if words else "thanks"
+    texts = trial.written.responses
+    everywhere = Counter(word for text in texts for word in text.split())
+    at_best = Counter(word for row in best for word in texts[row].split())
+    often = [word for word, count in at_best.items() if count > 1] or ["thanks"]
+    favourite = max(often, key=lambda word: at_best[word] / (1 + everywhere[word]))
     return [
         ("an empty reply", [""] * len(prompts)),
         ("'thanks thanks thanks …'", [" ".join(["thanks"] * 12)] * len(prompts)),
@@ -329,14 +340,26 @@ def _limit(trial: Trial) -> float:
     return 0.05 if any(halves) else _SAME_SCORE
 
 
+def _bare_words(judge: ClassifierReward, what: str, prompt: Content, response: str) -> str:
+    """Some words to lengthen a text by; its own, for a tokenizer that knows few."""
+    text = text_of(prompt) if what == "prompt" else response
+    words = " ".join(text.split()[:4]) or "and so on"
+    return words if len(_ids(judge, words)) > 0 else ""
+
+
+def _ids(judge: ClassifierReward, text: str) -> list[int]:
+    return cast(list[int], judge.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _lengthened(prompt: Content, more: str) -> Content:
+    if isinstance(prompt, str):
+        return f"{prompt} {more}"
+    last = dict(prompt[-1])
+    return [*prompt[:-1], {**last, "content": f"{last['content']} {more}"}]
+
+
 def _relative(one: Float[Tensor, ""], other: Float[Tensor, ""]) -> float:
     return float((one - other).abs()) / (1 + abs(float(other)))
-
-
-def _times(part: list[int], whole: list[int]) -> int:
-    """How often a run of tokens occurs in another."""
-    width = len(part)
-    return sum(whole[i : i + width] == part for i in range(len(whole) - width + 1))
 
 
 def _correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:

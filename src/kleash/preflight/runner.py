@@ -58,7 +58,6 @@ REFERENCE: tuple[TrialCheck, ...] = (
     reference.frozen,
     reference.storage,
     reference.adapter,
-    reference.vocabulary,
 )
 REWARD: tuple[TrialCheck, ...] = (
     reward.head,
@@ -105,11 +104,13 @@ def examine_crew(config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pai
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
+        findings = [reference.vocabulary(crew)]
         try:
             trial = draw(config, crew, QUICK if quick else WHOLE)
         except (KleashError, ValueError) as error:
-            return Report((refused("batch", error),), time.perf_counter() - began)
-        findings = run_checks(QUICK_CHECKS, trial)
+            findings.append(refused("batch", error))
+            return Report(tuple(findings), time.perf_counter() - began)
+        findings += run_checks(QUICK_CHECKS, trial)
         if not quick:
             slow: tuple[TrialCheck, ...] = (
                 reference.identity,

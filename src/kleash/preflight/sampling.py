@@ -23,6 +23,10 @@ _SURE = 14.0
 """Nats of log-likelihood: a false alarm in a million batches."""
 _EXPONENTS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """1/T of the temperatures tried."""
+_MASSES = tuple(number / 50 for number in range(51))
+"""Cuts of top-p: a word is kept if the likelier ones have less than that."""
+_RATIOS = tuple(10 ** (-number / 10) for number in range(41))
+"""Probabilities relative to the likeliest word's, from 1 to 10⁻⁴: cuts of min-p."""
 _SMALL_KL = 1.0
 """Nats up to which E[exp(−Σ k1)] can be told from samples: beyond, rare responses carry it."""
 
@@ -36,8 +40,18 @@ class Evidence:
     """Σ −log(1 − p_v): what it says against π that word v was not drawn."""
     drawn: Float[Tensor, " vocab"]
     """How often each word was."""
-    deepest: float
-    """Largest share of mass above a drawn word, the word's own half included at random."""
+    above: float
+    """Largest mass of words likelier than a drawn one."""
+    beyond_mass: Float[Tensor, " mass"]
+    """Σ −log(mass of the words with at most so much above them), for each of `_MASSES`."""
+    rank: int
+    """Largest number of words likelier than a drawn one."""
+    beyond_rank: Float[Tensor, " vocab"]
+    """Σ −log(mass of the k + 1 likeliest words): what it says against π that none lies beyond."""
+    ratio: float
+    """Smallest probability of a drawn word, relative to the likeliest's."""
+    below_ratio: Float[Tensor, " ratio"]
+    """Σ −log(mass of the words at least that likely), for each of `_RATIOS`."""
     heated: Float[Tensor, " exponent"]
     repeats: float
     """Repeated words drawn, less those expected."""
@@ -132,11 +146,25 @@ def explain(trial: Trial, evidence: Evidence) -> dict[str, tuple[float, str, str
     ends = [int(length) for length in trial.rollout.response_mask.sum(-1)[trial.rollout.ended]]
     earliest = min(ends, default=0)
     stops = "the end token" if word in trial.crew.policy.stop_ids else f"the word {spelled!r}"
+    cut = next(i for i, mass in enumerate(_MASSES) if mass >= evidence.above or mass == 1)
+    least = next((i for i, ratio in enumerate(_RATIOS) if ratio <= evidence.ratio), None)
     return {
-        "a cut tail": (
-            n * -math.log(max(evidence.deepest, 1e-12)),
-            f"The tail of the distribution is cut (top-p, top-k or min-p): none of {n} words lies "
-            f"beyond the likeliest {evidence.deepest:.1%} of the mass{from_file}.",
+        "top-p": (
+            float(evidence.beyond_mass[cut]),
+            f"The tail of the distribution is cut as top-p does: none of {n} words has more than "
+            f"{evidence.above:.1%} of the mass above it{from_file}.",
+            plain,
+        ),
+        "top-k": (
+            float(evidence.beyond_rank[evidence.rank]),
+            f"The tail of the distribution is cut as top-k does: none of {n} words is beyond the "
+            f"likeliest {evidence.rank + 1}{from_file}.",
+            plain,
+        ),
+        "min-p": (
+            0.0 if least is None else float(evidence.below_ratio[least]),
+            f"The tail of the distribution is cut as min-p does: none of {n} words is below "
+            f"{evidence.ratio:.3g} of the likeliest's probability{from_file}.",
             plain,
         ),
         "another temperature": (
@@ -183,7 +211,12 @@ def weigh(trial: Trial) -> Evidence:
         tokens=0,
         never=torch.zeros(vocabulary, dtype=torch.float64),
         drawn=torch.zeros(vocabulary, dtype=torch.float64),
-        deepest=0.0,
+        above=0.0,
+        beyond_mass=torch.zeros(len(_MASSES), dtype=torch.float64),
+        rank=0,
+        beyond_rank=torch.zeros(vocabulary, dtype=torch.float64),
+        ratio=1.0,
+        below_ratio=torch.zeros(len(_RATIOS), dtype=torch.float64),
         heated=torch.zeros(len(_EXPONENTS), dtype=torch.float64),
         repeats=0.0,
         repeats_variance=0.0,
@@ -216,10 +249,20 @@ def _add(
     evidence.tokens += len(response)
     evidence.drawn += torch.bincount(response, minlength=p.shape[1]).double()
     evidence.never += -torch.log1p(-p.clamp(max=1 - 1e-12)).sum(0)
-    above = torch.where(logprobs > drawn, p, 0.0).sum(-1)
-    # A word's own mass at random, so that the depth is uniform if the law is right.
-    depth = above + torch.rand(len(response), dtype=torch.float64) * mine.exp()
-    evidence.deepest = max(evidence.deepest, float(depth.max()))
+    ordered = p.sort(-1, descending=True).values
+    likelier = ordered.cumsum(-1) - ordered
+    evidence.above = max(evidence.above, float(torch.where(logprobs > drawn, p, 0.0).sum(-1).max()))
+    for number, cut in enumerate(_MASSES):
+        kept = torch.where(likelier <= cut, ordered, 0.0).sum(-1)
+        evidence.beyond_mass[number] -= kept.clamp(max=1).log().sum()
+    ranks = (logprobs > drawn).sum(-1)
+    evidence.rank = max(evidence.rank, int(ranks.max()))
+    evidence.beyond_rank -= ordered.cumsum(-1).clamp(max=1).log().sum(0)
+    relative = (logprobs - logprobs.max(-1, keepdim=True).values).exp()
+    evidence.ratio = min(evidence.ratio, float(relative.gather(1, response[:, None]).min()))
+    for number, least in enumerate(_RATIOS):
+        mass = torch.where(relative >= least, p, 0.0).sum(-1)
+        evidence.below_ratio[number] -= mass.clamp(max=1).log().sum()
     for number, exponent in enumerate(_EXPONENTS):
         sharpened = (exponent * logprobs).logsumexp(-1)
         evidence.heated[number] += ((exponent - 1) * mine - sharpened).sum()

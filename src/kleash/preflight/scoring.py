@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kleash.masked import masked_mean
-from kleash.models import LanguageModel
+from kleash.preflight.comparing import at, gap, greedy, state_gap, twice
 from kleash.preflight.finding import Finding, skipped, some
 from kleash.preflight.trial import (
-    Text,
     Tilted,
     Trial,
     logprobs_at,
@@ -30,7 +28,6 @@ from kleash.scoring.dense import token_scores as dense_scores
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
 _PADDING = 5
-_GREEDY_TOKENS = 8
 
 
 def dropout(trial: Trial) -> Finding:
@@ -38,7 +35,7 @@ def dropout(trial: Trial) -> Finding:
     name, expected = "scoring.dropout", "two readings of the same tokens agree; no dropout is on"
     named = {"policy": trial.crew.policy, "reference": trial.crew.reference}
     live = {who: live_dropouts(model.model) for who, model in named.items()}
-    worst = {who: _twice(model, trial.texts) for who, model in named.items()}
+    worst = {who: twice(model, trial.texts) for who, model in named.items()}
     measured = ", ".join(f"{who} {moved:.2g} nats apart" for who, moved in worst.items())
     for who, model in named.items():
         if live[who]:
@@ -172,9 +169,9 @@ def head(trial: Trial) -> Finding:
     name, expected = "scoring.head", "head(hidden states) are the model's own log-probabilities"
     policy = trial.crew.policy
     apart = max(
-        _gap(
+        gap(
             logprobs_at(policy.head, text.of_response(), text.response),
-            _at(text.logprobs(1.0, policy.words), text.response),
+            at(text.logprobs(1.0, policy.words), text.response),
         )
         for text in trial.texts
     )
@@ -196,7 +193,7 @@ def head(trial: Trial) -> Finding:
 def alignment(trial: Trial) -> Finding:
     """Each token is scored from the state before it, not from a neighbour's."""
     name, expected = "scoring.alignment", "token t is scored from the state after token t − 1"
-    gaps = {shift: _state_gap(trial, shift) for shift in (0, -1, 1)}
+    gaps = {shift: state_gap(trial, shift) for shift in (0, -1, 1)}
     best = min(gaps, key=lambda shift: gaps[shift])
     measured = f"{gaps[0]:.2g} nats at the worst token"
     if gaps[0] <= trial.tolerance or gaps[best] > trial.tolerance:
@@ -214,11 +211,11 @@ def alignment(trial: Trial) -> Finding:
 def positions(trial: Trial) -> Finding:
     """Without any padding, the states are the model's own."""
     name, expected = "scoring.positions", "positions count a text's tokens from 0"
-    apart = _state_gap(trial, 0)
+    apart = state_gap(trial, 0)
     measured = f"{apart:.2g} nats at the worst token of unpadded texts"
     if apart <= trial.tolerance:
         return Finding(name, "ok", measured, expected)
-    if min(_state_gap(trial, shift) for shift in (-1, 1)) <= trial.tolerance:
+    if min(state_gap(trial, shift) for shift in (-1, 1)) <= trial.tolerance:
         return skipped(name, "The states are off by one: see scoring.alignment.")
     return Finding(
         name,
@@ -261,7 +258,7 @@ def batching(trial: Trial) -> Finding:
     for text in trial.texts:
         alone = score_rollout(crew, rollout_of(text), crew.reference, trial.written.raw_scores[:1])
         row = trial.scored.rollout_logprobs[text.row][trial.rollout.response_mask[text.row]]
-        apart = max(apart, _gap(alone.rollout_logprobs[0], row))
+        apart = max(apart, gap(alone.rollout_logprobs[0], row))
     measured = f"{apart:.2g} nats at the worst token"
     if apart <= trial.tolerance:
         return Finding(name, "ok", measured, expected)
@@ -289,14 +286,14 @@ def canary(trial: Trial) -> Finding:
     crew = trial.crew
     scored, best = list[Tensor](), list[Tensor]()
     for text in trial.texts[:2]:
-        greedy, top = _greedy(trial, text.prompt)
-        written = rollout_of(replace(text, response=greedy))
+        words, top = greedy(trial, text.prompt)
+        written = rollout_of(replace(text, response=words))
         seen = score_rollout(crew, written, crew.policy, trial.written.raw_scores[:1])
         scored.append(seen.rollout_logprobs[0].double())
         best.append(top)
     mine, top = torch.cat(scored), torch.cat(best)
     measured = f"{float(mine.mean()):.3f} nats a token, {float(top.mean()):.3f} possible"
-    if _gap(mine, top) <= 2 * trial.tolerance:
+    if gap(mine, top) <= 2 * trial.tolerance:
         return Finding(name, "ok", measured, expected)
     return Finding(
         name,
@@ -328,7 +325,7 @@ def streaming(trial: Trial) -> Finding:
                 )
                 for scorer in (token_scores, dense_scores)
             )
-        apart = max(apart, *(_gap(getattr(one, key), getattr(other, key)) for key in want))
+        apart = max(apart, *(gap(getattr(one, key), getattr(other, key)) for key in want))
     measured = f"{apart:.2g} nats at the worst number"
     if apart <= max(trial.tolerance / 10, 1e-5):
         return Finding(name, "ok", measured, expected)
@@ -420,34 +417,6 @@ def ways(model: object) -> str:
     return f"{dtype.removeprefix('torch.')}/{kernel or 'default'}"
 
 
-def _twice(model: LanguageModel, texts: tuple[Text, ...]) -> float:
-    readings = [
-        torch.cat([logprobs_at(model.head, states_of(model, t), t.response) for t in texts])
-        for _ in range(2)
-    ]
-    return _gap(*readings)
-
-
-def _state_gap(trial: Trial, shift: int) -> float:
-    """How far training's unpadded reading is from the model's own, `shift` positions away."""
-    policy, apart = trial.crew.policy, 0.0
-    for text in trial.texts:
-        own = text.of_response(shift)
-        trained = states_of(policy, text)
-        # A text of one token of prompt has no state before it; one less is compared.
-        count = min(len(own), len(trained))
-        own, trained = own[-count:] if shift < 0 else own[:count], trained
-        trained = trained[-count:] if shift < 0 else trained[:count]
-        targets = text.response[-count:] if shift < 0 else text.response[:count]
-        apart = max(
-            apart,
-            _gap(
-                logprobs_at(policy.head, own, targets), logprobs_at(policy.head, trained, targets)
-            ),
-        )
-    return apart
-
-
 def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Finding:
     expected = f"log π of a text does not change when it is padded {where}"
     policy, apart = trial.crew.policy, 0.0
@@ -456,7 +425,7 @@ def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Fin
         for fill in (policy.pad_id, int(text.response[0])):
             amount = {side: _PADDING, "fill": fill}
             padded = states_of(policy, text, **amount)
-            apart = max(apart, _gap(plain, logprobs_at(policy.head, padded, text.response)))
+            apart = max(apart, gap(plain, logprobs_at(policy.head, padded, text.response)))
     measured = f"{apart:.2g} nats at the worst token, {_PADDING} pads"
     if apart <= trial.tolerance:
         return Finding(name, "ok", measured, expected)
@@ -464,25 +433,11 @@ def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Fin
     return Finding(name, "fail", measured, expected, f"{cause} mask do not leave it out.", remedy)
 
 
-@torch.no_grad()
-def _greedy(
-    trial: Trial, prompt: Int[Tensor, " prompt"]
-) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
-    """The likeliest words, one after the other, and their log-probabilities."""
-    policy, heat = trial.crew.policy, trial.crew.sampling.temperature
-    ids, tops = prompt, list[Tensor]()
-    for _ in range(_GREEDY_TOKENS):
-        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, -1, : policy.words]
-        top, word = (logits.double() / heat).log_softmax(-1).max(-1)
-        ids, tops = torch.cat([ids, word[None]]), [*tops, top]
-    return ids[len(prompt) :], torch.stack(tops)
-
-
-def _fitting(trial: Trial, gap: Callable[[float], float]) -> float | None:
+def _fitting(trial: Trial, apart: Callable[[float], float]) -> float | None:
     """The temperature at which the scored numbers are the model's own; None if there is none."""
     asked = trial.crew.sampling.temperature
     others = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0, asked * asked)
-    return next((heat for heat in (asked, *others) if gap(heat) <= trial.tolerance), None)
+    return next((heat for heat in (asked, *others) if apart(heat) <= trial.tolerance), None)
 
 
 def _heat_gap(trial: Trial, who: str, heat: float) -> float:
@@ -494,16 +449,5 @@ def _heat_gap(trial: Trial, who: str, heat: float) -> float:
         else:
             logits, scored = reference_logits(trial.crew, text), trial.scored.ref_logprobs
         table = (logits[:, :words].double() / heat).log_softmax(-1)
-        apart = max(apart, _gap(_at(table, text.response), scored[text.row][mask[text.row]]))
+        apart = max(apart, gap(at(table, text.response), scored[text.row][mask[text.row]]))
     return apart
-
-
-def _at(
-    table: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]
-) -> Float[Tensor, " token"]:
-    return table.gather(1, targets[:, None]).squeeze(1)
-
-
-def _gap(one: Float[Tensor, " token"], other: Float[Tensor, " token"]) -> float:
-    """Largest difference; infinite where a number is not finite on one side alone."""
-    return float(torch.nan_to_num((one.double() - other.double()).abs(), nan=torch.inf).max())
