@@ -57,7 +57,7 @@ def test_a_clean_batch_has_no_symptom(world: planting.World) -> None:
         assert symptom(batch(crew, seed=seed)[1]) == ""
     drifted(crew)
     for seed in range(5):
-        written, scored = batch(crew, seed=seed)
+        _, scored = batch(crew, seed=seed)
         assert float(scored.kl.sum(-1).mean()) > 0.1
         assert symptom(scored) == ""
 
@@ -75,7 +75,7 @@ def test_each_number_that_cannot_be_is_a_symptom(world: planting.World) -> None:
 
 
 def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> None:
-    config, crew = world.crew()
+    _, crew = world.crew()
     torch.manual_seed(0)
     written = write_responses(crew, crew.prompts[:2], responses_per_prompt=2, microbatch=4)
     scored = read(crew, written, crew.reference)

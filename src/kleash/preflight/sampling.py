@@ -27,6 +27,8 @@ _MASSES = tuple(number / 50 for number in range(51))
 """Cuts of top-p: a word is kept if the likelier ones have less than that."""
 _RATIOS = tuple(10 ** (-number / 10) for number in range(41))
 """Probabilities relative to the likeliest word's, from 1 to 10⁻⁴: cuts of min-p."""
+_ENTRIES = 10**8
+"""Tokens × vocabulary that are read at most: a thousand tokens of a large vocabulary."""
 _SMALL_KL = 1.0
 """Nats up to which E[exp(−Σ k1)] can be told from samples: beyond, rare responses carry it."""
 
@@ -223,6 +225,8 @@ def weigh(trial: Trial) -> Evidence:
         early_stop=torch.zeros(rollout.response_ids.shape[1], dtype=torch.float64),
     )
     for row in range(len(rollout.response_ids)):
+        if evidence.tokens * vocabulary > _ENTRIES:
+            break
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
         response = rollout.response_ids[row][rollout.response_mask[row]]
         ones = torch.ones_like
@@ -250,19 +254,15 @@ def _add(
     evidence.drawn += torch.bincount(response, minlength=p.shape[1]).double()
     evidence.never += -torch.log1p(-p.clamp(max=1 - 1e-12)).sum(0)
     ordered = p.sort(-1, descending=True).values
-    likelier = ordered.cumsum(-1) - ordered
-    evidence.above = max(evidence.above, float(torch.where(logprobs > drawn, p, 0.0).sum(-1).max()))
-    for number, cut in enumerate(_MASSES):
-        kept = torch.where(likelier <= cut, ordered, 0.0).sum(-1)
-        evidence.beyond_mass[number] -= kept.clamp(max=1).log().sum()
-    ranks = (logprobs > drawn).sum(-1)
-    evidence.rank = max(evidence.rank, int(ranks.max()))
-    evidence.beyond_rank -= ordered.cumsum(-1).clamp(max=1).log().sum(0)
-    relative = (logprobs - logprobs.max(-1, keepdim=True).values).exp()
-    evidence.ratio = min(evidence.ratio, float(relative.gather(1, response[:, None]).min()))
-    for number, least in enumerate(_RATIOS):
-        mass = torch.where(relative >= least, p, 0.0).sum(-1)
-        evidence.below_ratio[number] -= mass.clamp(max=1).log().sum()
+    summed = ordered.cumsum(-1).clamp(max=1)
+    above = torch.where(logprobs > drawn, p, 0.0).sum(-1)
+    evidence.above = max(evidence.above, float(above.max()))
+    evidence.beyond_mass -= _log_kept(summed, summed - ordered, torch.tensor(_MASSES))
+    evidence.rank = max(evidence.rank, int((logprobs > drawn).sum(-1).max()))
+    evidence.beyond_rank -= summed.log().sum(0)
+    relative = ordered / ordered[:, :1]
+    evidence.ratio = min(evidence.ratio, float((mine.exp() / ordered[:, 0]).min()))
+    evidence.below_ratio -= _log_kept(summed, -relative, -torch.tensor(_RATIOS))
     for number, exponent in enumerate(_EXPONENTS):
         sharpened = (exponent * logprobs).logsumexp(-1)
         evidence.heated[number] += ((exponent - 1) * mine - sharpened).sum()
@@ -276,6 +276,17 @@ def _add(
     evidence.repeats_variance += float((expected * (1 - expected)).sum())
     stop = p[:, list(stops)].sum(-1).clamp(max=1 - 1e-12)
     evidence.early_stop[: len(response)] += -torch.log1p(-stop)
+
+
+def _log_kept(
+    summed: Float[Tensor, "token vocab"],
+    rising: Float[Tensor, "token vocab"],
+    cuts: Float[Tensor, " cut"],
+) -> Float[Tensor, " cut"]:
+    """Σ_t log of the mass left by each cut, which keeps the words that rise no higher."""
+    asked = cuts.to(rising.dtype).expand(len(rising), -1).contiguous()
+    kept = torch.searchsorted(rising.contiguous(), asked, right=True).clamp(min=1)
+    return summed.gather(1, kept - 1).log().sum(0)
 
 
 def leftovers(trial: Trial) -> Finding:

@@ -5,7 +5,6 @@ moves one thing at a time, so that what fails names what is wrong.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +255,12 @@ def batching(trial: Trial) -> Finding:
     name, expected = "scoring.batching", "log π of a text does not depend on the rest of its batch"
     crew, apart = trial.crew, 0.0
     for text in trial.texts:
-        alone = score_rollout(crew, rollout_of(text), crew.reference, trial.written.raw_scores[:1])
+        alone = score_rollout(
+            crew,
+            rollout_of(text.prompt, text.response),
+            crew.reference,
+            trial.written.raw_scores[:1],
+        )
         row = trial.scored.rollout_logprobs[text.row][trial.rollout.response_mask[text.row]]
         apart = max(apart, gap(alone.rollout_logprobs[0], row))
     measured = f"{apart:.2g} nats at the worst token"
@@ -287,7 +291,7 @@ def canary(trial: Trial) -> Finding:
     scored, best = list[Tensor](), list[Tensor]()
     for text in trial.texts[:2]:
         words, top = greedy(trial, text.prompt)
-        written = rollout_of(replace(text, response=words))
+        written = rollout_of(text.prompt, words)
         seen = score_rollout(crew, written, crew.policy, trial.written.raw_scores[:1])
         scored.append(seen.rollout_logprobs[0].double())
         best.append(top)

@@ -174,9 +174,15 @@ def score_rollout(
     )
 
 
-def rollout_of(text: Text, *, left: int = 0, right: int = 0, fill: int = 0) -> Rollout:
+def rollout_of(
+    prompt: Int[Tensor, " prompt"],
+    response: Int[Tensor, " token"],
+    *,
+    left: int = 0,
+    right: int = 0,
+    fill: int = 0,
+) -> Rollout:
     """One text as a batch of its own, with padding of `fill` on either side."""
-    prompt, response = text.prompt, text.response
     pads = (prompt.new_full((left,), fill), prompt.new_full((right,), fill))
     no, yes = torch.zeros_like, torch.ones_like
     return Rollout(
@@ -194,7 +200,7 @@ def states_of(
     model: LanguageModel, text: Text, *, left: int = 0, right: int = 0, fill: int = 0
 ) -> Float[Tensor, "token hidden"]:
     """States of a text's response as training reads it, padded on either side."""
-    alone = rollout_of(text, left=left, right=right, fill=fill)
+    alone = rollout_of(text.prompt, text.response, left=left, right=right, fill=fill)
     states = model.hidden_states(
         alone.prompt_ids, alone.prompt_mask, alone.response_ids, alone.response_mask
     )
