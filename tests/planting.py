@@ -113,8 +113,8 @@ def save_policy(path: Path, kind: Kind, *, tok: Any, **settings: Any) -> Path:
     torch.manual_seed(0)
     with torch.no_grad():
         states = model.base_model(torch.randint(len(tok), (16, 24)))[0].flatten(0, 1)
-        mean = states.mean(0)
-        model.get_output_embeddings().weight[tok.eos_token_id] += 1.5 * mean / mean.square().sum()
+        mean, push = states.mean(0), 3.0 if kind == "gpt2" else 1.5
+        model.get_output_embeddings().weight[tok.eos_token_id] += push * mean / mean.square().sum()
     model.save_pretrained(path)
     return path
 
@@ -351,7 +351,8 @@ def hot(original: Any, policy: Any, prompts: Any, spec: Any, settings: Any) -> R
 def holes(original: Any, policy: Any, prompts: Any, spec: Any, settings: Any) -> Rollout:
     """The mask is made by comparing ids with a padding id that the policy writes too."""
     rollout = original(policy, prompts, spec, **settings)
-    common = int(rollout.response_ids[rollout.response_mask].mode().values)
+    words = rollout.response_ids[rollout.response_mask]
+    common = int(words[~torch.isin(words, torch.tensor(policy.stop_ids))].mode().values)
     mask = rollout.response_mask & (rollout.response_ids != common)
     mask[:, 0] = True
     return replace(rollout, response_mask=mask)

@@ -170,10 +170,10 @@ _VERL_ESTIMATORS = {
     "low_var_kl": "k3",
     "k3": "k3",
 }
-_K3_CLAMP = (
-    "the log-ratio to ±20 and k3 to ±10: beyond, the gradient is 0 on exactly the most drifted "
-    "tokens, and the KL reported is too small"
-)
+_DEAD: dict[str, str] = {
+    "loss": "beyond, the gradient is 0 on exactly the most drifted tokens",
+    "reward": "beyond, more drift costs no more, on exactly the most drifted tokens",
+}
 
 
 def _verl(settings: Settings) -> tuple[list[Penalty], Control, list[Finding]]:
@@ -183,7 +183,7 @@ def _verl(settings: Settings) -> tuple[list[Penalty], Control, list[Finding]]:
         estimator = _verl_estimator(name)
         gradient = _in_reward(estimator)
         beta = _number(settings, "algorithm.kl_ctrl.kl_coef", 0.001)
-        clamp = _K3_CLAMP if estimator == "k3" else ""
+        clamp = _verl_clamp(estimator, "reward")
         asked = f"algorithm.kl_penalty={name}"
         penalties.append(Penalty(estimator, "reward", beta, gradient, "per token", clamp, asked))
     if _true(settings, "actor_rollout_ref.actor.use_kl_loss", False):
@@ -195,11 +195,18 @@ def _verl(settings: Settings) -> tuple[list[Penalty], Control, list[Finding]]:
             else _in_loss(estimator)
         )
         beta = _number(settings, "actor_rollout_ref.actor.kl_loss_coef", 0.001)
-        clamp = _K3_CLAMP if estimator == "k3" and not straight else ""
+        clamp = "" if straight else _verl_clamp(estimator, "loss")
         unit = str(settings.get("actor_rollout_ref.actor.loss_agg_mode", "token-mean"))
         asked = f"actor_rollout_ref.actor.kl_loss_type={name}"
         penalties.append(Penalty(estimator, "loss", beta, gradient, unit, clamp, asked))
     return penalties, _verl_control(settings), _verl_notes(settings)
+
+
+def _verl_clamp(estimator: str, place: str) -> str:
+    if estimator != "k3":
+        return ""
+    limits = "the log-ratio to ±20 and k3 to ±10"
+    return f"{limits}; {_DEAD[place]}, and the KL reported is too small"
 
 
 def _verl_control(settings: Settings) -> Control:
@@ -242,9 +249,9 @@ def _openrlhf(settings: Settings) -> tuple[list[Penalty], Control, list[Finding]
     penalties: list[Penalty] = []
     if beta > 0:
         gradient = _in_loss(estimator) if in_loss else _in_reward(estimator)
-        limit = "4.47 nats of log-ratio" if estimator == "k2" else "10"
-        clamp = f"{estimator} to ±10: beyond {limit} the gradient is 0, and the value too small"
         place: Literal["reward", "loss"] = "loss" if in_loss else "reward"
+        limit = " (a log-ratio of 4.47)" if estimator == "k2" else ""
+        clamp = f"{estimator} to ±10{limit}; {_DEAD[place]}, and the KL reported is too small"
         asked = f"kl_estimator={estimator}{', use_loss' if in_loss else ''}"
         penalties.append(Penalty(estimator, place, beta, gradient, "per token", clamp, asked))
     target = first("algo.kl.target", "kl_target", None)

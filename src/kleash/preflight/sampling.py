@@ -204,26 +204,35 @@ def explain(trial: Trial, evidence: Evidence) -> dict[str, tuple[float, str, str
     }
 
 
+def no_evidence(vocabulary: int, width: int) -> Evidence:
+    """Before any word is read, of responses of at most `width` tokens."""
+
+    def zeros(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64)
+
+    return Evidence(
+        tokens=0,
+        never=zeros(vocabulary),
+        drawn=zeros(vocabulary),
+        above=0.0,
+        beyond_mass=zeros(len(_MASSES)),
+        rank=0,
+        beyond_rank=zeros(vocabulary),
+        ratio=1.0,
+        below_ratio=zeros(len(_RATIOS)),
+        heated=zeros(len(_EXPONENTS)),
+        repeats=0.0,
+        repeats_variance=0.0,
+        early_stop=zeros(width),
+    )
+
+
 @torch.no_grad()
 def weigh(trial: Trial) -> Evidence:
     """Read the law at every token of the batch, a response at a time."""
     policy, rollout = trial.crew.policy, trial.rollout
     vocabulary = policy.words
-    evidence = Evidence(
-        tokens=0,
-        never=torch.zeros(vocabulary, dtype=torch.float64),
-        drawn=torch.zeros(vocabulary, dtype=torch.float64),
-        above=0.0,
-        beyond_mass=torch.zeros(len(_MASSES), dtype=torch.float64),
-        rank=0,
-        beyond_rank=torch.zeros(vocabulary, dtype=torch.float64),
-        ratio=1.0,
-        below_ratio=torch.zeros(len(_RATIOS), dtype=torch.float64),
-        heated=torch.zeros(len(_EXPONENTS), dtype=torch.float64),
-        repeats=0.0,
-        repeats_variance=0.0,
-        early_stop=torch.zeros(rollout.response_ids.shape[1], dtype=torch.float64),
-    )
+    evidence = no_evidence(vocabulary, rollout.response_ids.shape[1])
     for row in range(len(rollout.response_ids)):
         if evidence.tokens * vocabulary > _ENTRIES:
             break
@@ -235,11 +244,11 @@ def weigh(trial: Trial) -> Evidence:
         )
         logits = apply_head(policy.head, states[0, : len(response)])[:, :vocabulary].double()
         logprobs = (logits / trial.crew.sampling.temperature).log_softmax(-1).cpu()
-        _add(evidence, logprobs, prompt.cpu(), response.cpu(), policy.stop_ids)
+        add_evidence(evidence, logprobs, prompt.cpu(), response.cpu(), policy.stop_ids)
     return evidence
 
 
-def _add(
+def add_evidence(
     evidence: Evidence,
     logprobs: Float[Tensor, "token vocab"],
     prompt: Int[Tensor, " prompt"],

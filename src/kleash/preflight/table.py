@@ -22,10 +22,10 @@ def print_report(report: Report, console: Console) -> None:
     for finding in (*report.fails, *report.warnings):
         colour = _COLOURS[finding.verdict]
         console.print(f"\n[{colour}]{finding.verdict}[/{colour}] {finding.name}")
-        console.print(f"  measured  {finding.measured}", markup=False)
-        console.print(f"  expected  {finding.expected}", markup=False)
-        console.print(f"  cause     {finding.cause}", markup=False)
-        console.print(f"  remedy    {finding.remedy}", markup=False)
+        words = Table.grid(padding=(0, 2))
+        for label in ("measured", "expected", "cause", "remedy"):
+            words.add_row(f"  {label}", escape(str(getattr(finding, label))))
+        console.print(words)
     count = len(report.findings)
     console.print(
         f"\n{count} checks in {report.seconds:.1f} s: {len(report.fails)} failed, "
