@@ -98,7 +98,7 @@ def test_help_imports_no_torch_and_ends_with_examples() -> None:
     assert "kleash kl 0.7,0.3 0.5,0.5" in result.stdout.split("Examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["kl", "demo", "train", "report", "audit"])
+@pytest.mark.parametrize("command", ["kl", "demo", "check", "train", "audit", "report"])
 def test_help_of_every_command_ends_with_examples(command: str) -> None:
     result = kleash(command, "--help")
     assert result.returncode == 0

@@ -1,7 +1,7 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 130 interrupted.
-`kleash audit --fail-above` adds 3 (above) and 4 (undecided).
+Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 3 and 4 an audit
+with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted.
 """
 
 import json
@@ -157,6 +157,7 @@ def train(
         str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
     ],
     resume: Path | None = None,
+    no_check: Annotated[bool, Parameter(negative="")] = False,
     debug: _Debug = False,
 ) -> None:
     """RLHF on the leash; with no CONFIG, on the embedded world.
@@ -171,6 +172,8 @@ def train(
     resume
         Continue the run in this directory from its newest checkpoint. The same command as
         before, with the same output, does it too.
+    no_check
+        Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
     path, overrides = split_overrides(arguments)
@@ -179,12 +182,71 @@ def train(
             raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
         path = resume / "config.yaml"
     from kleash.config import load_config
+    from kleash.preflight.runner import require_sound
     from kleash.train import train as run
 
     _quiet_libraries()
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
-    directory = run(config, argv=sys.argv)
+    directory = run(config, argv=sys.argv, preflight=None if no_check else require_sound)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash check recipes/stories.yaml\n\n    kleash check --quick "
+    "--leash.beta 0.2\n\n    kleash check mine.yaml --json > findings.json"
+)
+def check(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    pairs: Path | None = None,
+    framework: Literal["trl", "verl", "openrlhf"] | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Look for the fault before it costs a run: exit 0, or 5 if a check fails.
+
+    Every check is made on the very objects that training would use; nothing is trained or written.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+    quick
+        Only the checks that `kleash train` makes by itself.
+    pairs
+        JSON lines with `prompt`, `chosen` and `rejected`, to try the reward on.
+    framework
+        CONFIG is that framework's own file (or its arguments follow): say what its KL settings
+        amount to. Nothing is loaded or run.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug
+    from rich.console import Console
+
+    from kleash.preflight.table import print_report
+
+    if framework is not None:
+        from kleash.preflight.frameworks import read_framework
+
+        report = read_framework(framework, arguments)
+    else:
+        from kleash.config import load_config
+        from kleash.preflight.reward import read_pairs
+        from kleash.preflight.runner import check as examine
+
+        path, overrides = split_overrides(arguments)
+        _quiet_libraries()
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+        report = examine(config, quick=quick, pairs=read_pairs(pairs) if pairs else ())
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_report(report, Console(highlight=False))
+    if report.fails:
+        raise SystemExit(5)
 
 
 def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:

@@ -8,7 +8,8 @@
     ├── RewardError              a reward model or callable misbehaves
     ├── ScoringError             a log-probability or KL is impossible
     ├── NonFiniteError           something became NaN or infinite; names response and token
-    └── RunError                 a run directory cannot be written, read or resumed
+    ├── RunError                 a run directory cannot be written, read or resumed
+    └── PreflightError           a check before the run failed                   exit 5
 
 Each also inherits the standard exception it stands for, so `except ValueError` keeps working.
 Mathematical functions raise plain `ValueError`: they have no user, only a caller.
@@ -53,3 +54,9 @@ class NonFiniteError(KleashError, ArithmeticError):
 
 class RunError(KleashError, OSError):
     """A run directory cannot be written, read or continued."""
+
+
+class PreflightError(KleashError, ValueError):
+    """A check before the run failed; the message names the fault and what to change."""
+
+    exit_code = 5

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import RewardError
 from kleash.loading import Attention, Dtype, load_classifier, load_tokenizer
@@ -82,12 +83,27 @@ class ClassifierReward:
         self._tokenizer = load_tokenizer(path)
         self._path, self._template, self._batch_size = str(path), template, batch_size
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The classifier."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The classifier's own tokenizer."""
+        return self._tokenizer
+
+    @property
+    def path(self) -> str:
+        """Where it was loaded from."""
+        return self._path
+
     def score(
         self, prompts: Sequence[Content], responses: Sequence[str]
     ) -> Float[Tensor, " batch"]:
         """See `RewardModel`; each score is that of the text read alone."""
         rows = [
-            self._encode(*pair, i) for i, pair in enumerate(zip(prompts, responses, strict=True))
+            self.encode(*pair, i) for i, pair in enumerate(zip(prompts, responses, strict=True))
         ]
         # Without a padding id of its own the classifier cannot tell where a padded text ends.
         size = 1 if self._model.config.pad_token_id is None else self._batch_size
@@ -110,8 +126,12 @@ class ClassifierReward:
         logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, 0].float().cpu()
 
-    def _encode(self, prompt: Content, response: str, index: int) -> list[int]:
-        """Token ids of prompt and response as this model was taught to read them."""
+    def encode(self, prompt: Content, response: str, index: int = 0) -> list[int]:
+        """Token ids of prompt and response as this model was taught to read them.
+
+        Raises:
+            RewardError: it has no chat template for a conversation, or the text does not fit.
+        """
         tokenizer = self._tokenizer
         if isinstance(prompt, str):
             # Two steps, so that braces in a prompt are text and not a field.

@@ -11,7 +11,7 @@ Left out: several processes. A run is one process on one device.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from kleash.measures import (
     score_variance,
 )
 from kleash.models import Identity
+from kleash.preflight import doctor
 from kleash.pretraining import pretraining_loss
 from kleash.progress import TrainingDisplay
 from kleash.prompts import PromptCursor
@@ -70,7 +71,12 @@ _SAME_MODEL = 1e-4
 _HELDOUT_SAMPLES = 8
 
 
-def train(config: Config, *, argv: Sequence[str] = ()) -> Path:
+def train(
+    config: Config,
+    *,
+    argv: Sequence[str] = (),
+    preflight: Callable[[Config, Crew], list[str]] | None = None,
+) -> Path:
     """Train a policy on the leash and leave a run directory.
 
     If the output already holds this very run, unfinished, it is continued from its newest
@@ -79,6 +85,8 @@ def train(config: Config, *, argv: Sequence[str] = ()) -> Path:
     Args:
         config: the run, written down; `{world}` already replaced.
         argv: the command line, for the record.
+        preflight: looks at what was assembled before anything begins; raises what must stop the
+            run, and returns its warnings, for the record.
 
     Returns:
         The run directory.
@@ -94,6 +102,7 @@ def train(config: Config, *, argv: Sequence[str] = ()) -> Path:
         _require_same_run(config, read_run(path))
     torch.manual_seed(config.seed)
     crew = assemble(config)
+    warnings = preflight(config, crew) if preflight is not None and not begun else []
     reference = crew.reference.identity()
     trackers = Trackers(config.logging.trackers, path)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
@@ -106,6 +115,7 @@ def train(config: Config, *, argv: Sequence[str] = ()) -> Path:
         run = RunWriter.reopen(path, through_step=state.step if checkpoint else -1)
     else:
         meta = run_meta(config, crew, reference, argv, beta=state.beta.beta)
+        meta["warnings"] = warnings
         run = RunWriter.create(path, config=yaml.safe_load(dump_config(config)), meta=meta)
     display = TrainingDisplay(
         config.steps, title=path.name, target_kl=config.leash.target_kl, done=state.step
@@ -218,6 +228,7 @@ def _step(
 
     if step == 1 and not config.reference.reference_differs:
         _require_reference_is_start(scored)
+    doctor.look(config, crew, written, scored, step=step, folder=run.path)
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):

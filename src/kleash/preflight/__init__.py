@@ -1,0 +1,1 @@
+"""Before a run: small independent checks over the very objects that training will use."""

@@ -1,0 +1,150 @@
+"""While training: a KL below zero by more than its noise, or a sampler that drifts, has a cause.
+
+Three numbers of a batch know whether the words came from the law that is scored:
+
+    mean Σ k1                 below 0 by more than its noise: no KL can be
+    mean Σ (k1 − KL_t)        away from 0 by more than its noise, for each term has mean 0
+    mean Σ (sampler − π)      away from its floor: the engine wrote by another law
+
+When one of them does not, the checks of the preflight run on the very batch, which is kept beside
+their findings, and the log names the cause. A batch that is well costs three sums.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kleash.assembly import Crew
+from kleash.checkpoint import save_tensors
+from kleash.config import Config
+from kleash.errors import KleashError
+from kleash.evaluation import Written
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.preflight.finding import Finding
+from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
+from kleash.preflight.trial import examine
+from kleash.types import ScoredRollout
+
+_NOISE = 6.0
+"""Standard errors; a batch of 64 clean responses goes beyond once in some hundred million."""
+_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
+"""Nats per token that rounding alone may put between sampler and trainer."""
+_FEWEST = 16
+"""Responses below which a standard error is no measure of noise."""
+_TEXTS = 4
+_LOG = logging.getLogger("kleash")
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """What is wrong with a batch's numbers, in a sentence."""
+
+    sentence: str
+
+
+def look(
+    config: Config,
+    crew: Crew,
+    written: Written,
+    scored: ScoredRollout,
+    *,
+    step: int,
+    folder: Path,
+) -> list[Finding]:
+    """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
+
+    Args:
+        config: the run.
+        crew: its models, as they were when they wrote and scored the batch.
+        written: what was written.
+        scored: what everyone says of it.
+        step: number of the step.
+        folder: where to keep the batch and the findings: `doctor/step-000001.*`.
+
+    Returns:
+        The findings that failed; the log has their causes.
+    """
+    symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
+    if symptom is None:
+        return []
+    devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        findings = diagnose(config, crew, written, scored)
+    causes = [finding for finding in findings if finding.verdict == "fail"]
+    named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
+    unnamed = "No check of this batch fails: look at lr and at this step's samples."
+    _LOG.warning("step %d: %s %s", step, symptom.sentence, named or unnamed)
+    _keep(folder / "doctor", step, symptom, findings, scored)
+    return causes
+
+
+def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
+    """The first number of a batch that cannot be; None if all can."""
+    rollout = scored.rollout
+    mask, clusters = rollout.response_mask, rollout.prompt_index
+    floor = _FLOOR[dtype] * float(mask.sum(-1).double().mean())
+    k1 = response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask)
+    exact = response_kl(scored.kl, mask)
+    if rollout.sampler_logprobs is not None:
+        gap = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
+        found = clustered_mean(gap, clusters)
+        if abs(found.mean) > floor:
+            return Symptom(
+                f"kl_sampler is {found.mean:+.3g} nats per response, beyond the {floor:.2g} that "
+                "rounding explains."
+            )
+    if len(k1) < _FEWEST:
+        return None
+    mean = clustered_mean(k1, clusters)
+    if mean.mean < -_noise(mean, floor):
+        return Symptom(
+            f"The KL to the reference is {mean.mean:+.3g} nats per response (k1), below 0 by more "
+            f"than its noise of {mean.standard_error or 0:.2g}."
+        )
+    surplus = clustered_mean(k1 - exact, clusters)
+    if abs(surplus.mean) > _noise(surplus, floor):
+        return Symptom(
+            f"Sampled and exact KL differ by {surplus.mean:+.3g} nats per response, by more than "
+            f"their noise of {surplus.standard_error or 0:.2g}."
+        )
+    return None
+
+
+def diagnose(config: Config, crew: Crew, written: Written, scored: ScoredRollout) -> list[Finding]:
+    """The preflight's checks of policy, reference and sampler, on this batch."""
+    try:
+        trial = examine(config, crew, written, scored, texts=_TEXTS, at_start=False)
+    except (KleashError, ValueError) as error:
+        return [refused("batch", error)]
+    return run_checks(OF_A_BATCH, trial)
+
+
+def _noise(estimate: Estimate, floor: float) -> float:
+    return _NOISE * (estimate.standard_error or float("inf")) + floor
+
+
+def _keep(
+    folder: Path, step: int, symptom: Symptom, findings: list[Finding], scored: ScoredRollout
+) -> None:
+    """The batch as tensors and the findings as JSON, for whoever looks later."""
+    folder.mkdir(exist_ok=True)
+    rollout = scored.rollout
+    tensors: dict[str, Tensor | None] = {
+        "prompt_ids": rollout.prompt_ids,
+        "prompt_mask": rollout.prompt_mask,
+        "response_ids": rollout.response_ids,
+        "response_mask": rollout.response_mask,
+        "sampler_logprobs": rollout.sampler_logprobs,
+        "rollout_logprobs": scored.rollout_logprobs,
+        "ref_logprobs": scored.ref_logprobs,
+        "kl": scored.kl,
+        "scores": scored.scores,
+    }
+    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    save_tensors(folder / f"step-{step:06d}.safetensors", kept)
+    record = {"step": step, "symptom": symptom.sentence, "findings": [vars(f) for f in findings]}
+    (folder / f"step-{step:06d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Room *leash*: what is optimised, with which gradient, and how hard β pulls."""
+
+import math
+
+from kleash.assembly import make_controller
+from kleash.beta.controllers import initial_beta
+from kleash.config import Config
+from kleash.kl.placements import gradient_of
+from kleash.measures import score_variance
+from kleash.preflight.finding import Finding, skipped, some
+from kleash.preflight.trial import Trial
+from kleash.record import objective_line
+
+_SLACK, _NO_LEASH = 20.0, 100.0
+"""Standard deviations of the score in one β: beyond, the leash is hardly felt, or not at all."""
+_TIGHT, _NO_REWARD = 0.05, 0.01
+"""Below, the score is hardly felt, or not at all."""
+_PER_TOKEN = 2.0
+"""Nats per token above which a target is no leash: a uniform draw of 1 word in 7."""
+
+
+def objective(trial: Trial) -> Finding:
+    """The objective actually optimised, in one line with its numbers."""
+    line = objective_line(trial.config, starting_beta(trial))
+    return Finding("leash.objective", "ok", line, "what you meant to optimise")
+
+
+def gradient(trial: Trial) -> Finding:
+    """Which gradient the configured placement really has."""
+    name = "leash.gradient"
+    expected = "the gradient of the KL of whole responses"
+    placement, beta = trial.crew.settings.placement, starting_beta(trial)
+    found = gradient_of(placement)
+    measured = f"{placement}: {found.kind}"
+    if found.sound or beta == 0:
+        return Finding(name, "ok", measured, expected)
+    return Finding(
+        name,
+        "fail" if found.kind == "zero" else "warn",
+        measured,
+        expected,
+        f"The placement {placement} has a {found.kind} gradient: {found.why}.",
+        "Set leash.placement: reward_k1 (or exact), and leave leash.allow_biased out.",
+    )
+
+
+def spread(trial: Trial) -> Finding:
+    """A score that says the same of everything teaches nothing."""
+    name, expected = "leash.score_spread", "scores differ between responses"
+    deviation = score_deviation(trial)
+    if deviation is None:
+        return skipped(name, "One response has no spread.")
+    mean = float(trial.written.raw_scores.mean())
+    measured = f"{mean:.3g} ± {deviation:.3g} (standard deviation)"
+    if deviation > 1e-6 * max(1.0, abs(mean)):
+        return Finding(name, "ok", measured, expected)
+    return Finding(
+        name,
+        "fail",
+        measured,
+        expected,
+        "The reward gives every response the same score: there is nothing to climb.",
+        "Look at the reward on a few responses; a callable must read its second argument, a "
+        "classifier its template's {response}; a weight of 0 silences a reward.",
+    )
+
+
+def strength(trial: Trial) -> Finding:
+    """β against the spread of the score: what one nat costs, in standard deviations."""
+    name = "leash.strength"
+    expected = f"one standard deviation of the score worth {_TIGHT:g} to {_SLACK:g} nats"
+    deviation, beta = score_deviation(trial), starting_beta(trial)
+    if beta == 0:
+        return skipped(name, "β is 0: the KL is measured, not charged.")
+    if deviation is None or deviation == 0:
+        return skipped(name, "The score has no spread: see leash.score_spread.")
+    unit = 1.0 if trial.config.score_normalisation != "none" else deviation
+    nats = unit / beta
+    measured = f"β = {beta:.4g}: one standard deviation ({unit:.3g}) is worth {nats:.3g} nats"
+    if _TIGHT <= nats <= _SLACK:
+        return Finding(name, "ok", measured, expected)
+    slack = nats > _SLACK
+    cause = (
+        "β is far too small for this score: the optimum spends hundreds of nats, so the leash is "
+        "not felt."
+        if slack
+        else "β is far too large for this score: every nat costs more than the score can repay, so "
+        "nothing will be learnt."
+    )
+    worth = unit / math.sqrt(2 * 6.0)
+    key = "leash.beta" if trial.config.leash.beta is not None else "leash.initial_beta"
+    return Finding(
+        name,
+        "fail" if nats > _NO_LEASH or nats < _NO_REWARD else "warn",
+        measured,
+        expected,
+        cause,
+        f"Set {key}: {worth:.2g} (the optimum then spends about 6 nats per response), or give "
+        "leash.target_kl and no β.",
+    )
+
+
+def target(trial: Trial) -> Finding:
+    """The target is in nats per response; what is it per token?"""
+    name = "leash.target"
+    goal = trial.config.leash.target_kl
+    if goal is None:
+        return skipped(name, "β is fixed: there is no target.")
+    length = float(trial.rollout.response_mask.sum(-1).double().mean())
+    per_token = goal / length
+    measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
+    expected = f"a target per response: 0.05 nats or more, under {_PER_TOKEN:g} nats per token"
+    if goal >= 0.05 and per_token <= _PER_TOKEN:
+        return Finding(name, "ok", measured, expected)
+    if goal < 0.05:
+        return Finding(
+            name,
+            "warn",
+            measured,
+            expected,
+            f"leash.target_kl = {goal:g} looks like a target per token; here it is the whole "
+            "response's.",
+            f"Set leash.target_kl: {goal * length:.3g} for {goal:g} nats per token.",
+        )
+    return Finding(
+        name,
+        "fail" if per_token > 10 else "warn",
+        measured,
+        expected,
+        f"leash.target_kl = {goal:g} is more than responses of {length:.1f} tokens can sensibly "
+        "spend: β will fall until the leash is gone.",
+        f"Set leash.target_kl: {min(6.0, length / 4):.3g}, a quarter of a nat per token at most.",
+    )
+
+
+def inert(trial: Trial) -> Finding:
+    """Options that were written down and do nothing."""
+    name, expected = "leash.inert", "every option that is set does something"
+    useless = inert_options(trial.config)
+    if not useless:
+        return Finding(name, "ok", "none found", expected)
+    return Finding(
+        name,
+        "warn",
+        f"{len(useless)} found",
+        expected,
+        "Options do nothing here: " + some(useless) + ".",
+        "Remove "
+        + some([option.split(" ")[0].rstrip(":") for option in useless])
+        + ", or set what would make it count.",
+    )
+
+
+def inert_options(config: Config) -> list[str]:
+    """`key: why` of every option that is set and has no effect."""
+    leash, found = config.leash, list[str]()
+    if leash.allow_biased and gradient_of(leash.placement).sound:
+        found.append(f"leash.allow_biased ({leash.placement} is not biased)")
+    if leash.beta == 0 and leash.placement not in ("reward_k1", "measure"):
+        found.append("leash.placement (β is 0)")
+    for key, reward in config.reward_models.items():
+        if reward.weight == 0:
+            found.append(f"reward_models.{key}.weight (0 silences the reward)")
+    if config.reference.reference_differs and config.reference.path is None:
+        found.append("reference.reference_differs (the reference is the policy itself)")
+    if config.optimizer.warmup_steps >= config.steps:
+        found.append("optimizer.warmup_steps (the run ends before the peak rate)")
+    if config.heldout.every > config.steps:
+        found.append("heldout.every (longer than the run)")
+    if config.logging.checkpoint_every > config.steps:
+        found.append("logging.checkpoint_every (longer than the run)")
+    return found
+
+
+def score_deviation(trial: Trial) -> float | None:
+    """Standard deviation of the score, within prompts; None with a single response."""
+    variance = score_variance(trial.scored)
+    return None if variance is None else math.sqrt(variance)
+
+
+def starting_beta(trial: Trial) -> float:
+    """β of the first step."""
+    leash, start = trial.config.leash, None
+    if leash.target_kl is not None and leash.initial_beta is None:
+        deviation = score_deviation(trial) or 1.0
+        unit = 1.0 if trial.config.score_normalisation != "none" else deviation
+        start = initial_beta(leash.target_kl, unit)
+    return make_controller(leash, start=start).init().beta

@@ -1,0 +1,152 @@
+"""Room *resources*: will it fit, and how long will it take? From two measured iterations.
+
+An iteration is a step without its last act: write, score, differentiate; no weight moves. What a
+step allocates later, Adam's two moments, is added by counting. Left out: held-out evaluations.
+"""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kleash.algorithms import ppo
+from kleash.assembly import Crew
+from kleash.evaluation import write_responses
+from kleash.preflight.finding import Finding
+from kleash.preflight.trial import Trial, read
+from kleash.rollout import fresh
+
+_ITERATIONS = 2
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one measured iteration cost."""
+
+    responses: int
+    tokens: int
+    writing: float
+    """Seconds."""
+    reading: float
+    learning: float
+    before: int
+    """Bytes in use before the first iteration."""
+    peak: int
+    """Bytes at the highest point so far."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.writing + self.reading + self.learning
+
+
+def examine(trial: Trial) -> list[Finding]:
+    """Memory and time of the run."""
+    costs = [_iterate(trial) for _ in range(_ITERATIONS)]
+    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1])]
+
+
+def adam_bytes(crew: Crew) -> int:
+    """Adam's two moments, which exist from the first update on."""
+    learning = {id(p): p for group in crew.optimizer.param_groups for p in group["params"]}
+    return sum(2 * p.numel() * p.element_size() for p in learning.values())
+
+
+def machine_bytes(device: torch.device) -> int:
+    """Memory of the device that trains."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
+    name = "resources.memory"
+    crew, config = trial.crew, trial.config
+    has = machine_bytes(crew.policy.device)
+    rows = min(config.ppo.microbatch_size, config.responses_per_step)
+    grown = max(0, last.peak - first.before)
+    needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(crew)
+    measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
+    expected = "at most nine tenths of the machine's memory"
+    if needs <= 0.9 * has:
+        return Finding(name, "ok", measured, expected)
+    return Finding(
+        name,
+        "fail" if needs > has else "warn",
+        measured,
+        expected,
+        f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
+        "will stop in the first update, or swap.",
+        f"Lower ppo.microbatch_size (now {config.ppo.microbatch_size}) and "
+        f"rollout.microbatch_size (now {config.rollout.microbatch_size}), or train an adapter "
+        "(policy.lora).",
+    )
+
+
+def _time(trial: Trial, cost: Cost) -> Finding:
+    config = trial.config
+    share = config.responses_per_step / cost.responses
+    step = share * (cost.writing + cost.reading + config.ppo.epochs * cost.learning)
+    total = step * config.steps
+    speed = cost.tokens * share / step
+    return Finding(
+        "resources.time",
+        "ok",
+        f"{_spelled(total)} for {config.steps} steps ({step:.2g} s each), {speed:.0f} tokens/s",
+        "a time you have",
+    )
+
+
+def _iterate(trial: Trial) -> Cost:
+    crew, config = trial.crew, trial.config
+    device = crew.policy.device
+    before, clock = _peak(device), time.perf_counter()
+    prompts = crew.prompts[: min(config.rollout.prompts_per_step, 64)]
+    written = write_responses(
+        crew, prompts, responses_per_prompt=1, microbatch=config.rollout.microbatch_size
+    )
+    wrote = time.perf_counter()
+    scored = read(crew, written, crew.reference)
+    was_read = time.perf_counter()
+    experience = ppo.prepare(scored, 0.1, crew.settings)
+    rows = torch.arange(len(prompts), device=device)[: config.ppo.microbatch_size]
+    part = ppo.select(experience, rows)
+    now = fresh(
+        part,
+        policy=crew.policy,
+        value=crew.value,
+        reference=crew.reference,
+        temperature=crew.sampling.temperature,
+        want=("logprobs",) if part.pathwise is None else ("logprobs", "kl"),
+    )
+    ppo.loss(part, now, crew.settings, tokens=int(part.mask.sum())).total.backward()
+    peak = _peak(device)
+    crew.optimizer.zero_grad(set_to_none=True)
+    learning = (time.perf_counter() - was_read) * len(prompts) / len(rows)
+    return Cost(
+        responses=len(prompts),
+        tokens=int(written.rollout.response_mask.sum()),
+        writing=wrote - clock,
+        reading=was_read - wrote,
+        learning=learning,
+        before=before,
+        peak=peak,
+    )
+
+
+def _peak(device: torch.device) -> int:
+    """Highest memory use so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _spelled(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,162 @@
+"""All checks in order over one shared batch, and what a run makes of their answer."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kleash.assembly import Crew, assemble
+from kleash.config import Config
+from kleash.errors import KleashError, PreflightError
+from kleash.preflight import (
+    leash,
+    masks,
+    reading,
+    reference,
+    resources,
+    reward,
+    sampling,
+    scoring,
+)
+from kleash.preflight.finding import Finding, Report
+from kleash.preflight.reward import Pair
+from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
+
+TrialCheck = Callable[[Trial], Finding]
+
+SCORING: tuple[TrialCheck, ...] = (
+    scoring.dropout,
+    scoring.self_kl,
+    scoring.start,
+    scoring.head,
+    scoring.alignment,
+    scoring.positions,
+    scoring.left_padding,
+    scoring.right_padding,
+    scoring.batching,
+    scoring.packing,
+    scoring.canary,
+    scoring.streaming,
+    scoring.temperature,
+    scoring.floor,
+)
+SAMPLING: tuple[TrialCheck, ...] = (
+    sampling.replay,
+    sampling.mean_weight,
+    sampling.law,
+    sampling.leftovers,
+    sampling.ending,
+)
+MASKS: tuple[TrialCheck, ...] = (
+    masks.shape,
+    masks.end_token,
+    masks.padding_ids,
+    masks.numbers,
+    masks.prompt_tokens,
+)
+REFERENCE: tuple[TrialCheck, ...] = (
+    reference.frozen,
+    reference.storage,
+    reference.adapter,
+)
+REWARD: tuple[TrialCheck, ...] = (
+    reward.head,
+    reward.alone,
+    reward.last_token,
+    reward.bos,
+    reward.template,
+)
+LEASH: tuple[TrialCheck, ...] = (
+    leash.objective,
+    leash.gradient,
+    leash.spread,
+    leash.strength,
+    leash.target,
+    leash.inert,
+)
+READING: tuple[TrialCheck, ...] = (reading.duplicates, reading.leak, reading.chat_template)
+
+QUICK_CHECKS = (*SCORING, *SAMPLING, *MASKS, *REFERENCE, *REWARD, *LEASH, *READING)
+OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
+"""Those that ask nothing of a configuration: the doctor's."""
+
+
+def check(config: Config, *, quick: bool = False, pairs: Sequence[Pair] = ()) -> Report:
+    """Assemble a run and examine it; nothing is trained and nothing written.
+
+    Args:
+        config: the run, written down; `{world}` already replaced.
+        quick: only what `kleash train` runs by itself.
+        pairs: replies of which people preferred one, to try the reward on.
+    """
+    began = time.perf_counter()
+    try:
+        crew = assemble(config)
+    except KleashError as error:
+        return Report((refused("assembly", error),), time.perf_counter() - began)
+    report = examine_crew(config, crew, quick=quick, pairs=pairs)
+    return Report(report.findings, time.perf_counter() - began)
+
+
+def examine_crew(config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pair] = ()) -> Report:
+    """Run the checks on objects that are there; weights and random numbers stay as they were."""
+    began = time.perf_counter()
+    devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        findings = [reference.vocabulary(crew)]
+        try:
+            trial = draw(config, crew, QUICK if quick else WHOLE)
+        except (KleashError, ValueError) as error:
+            findings.append(refused("batch", error))
+            return Report(tuple(findings), time.perf_counter() - began)
+        findings += run_checks(QUICK_CHECKS, trial)
+        if not quick:
+            slow: tuple[TrialCheck, ...] = (
+                reference.identity,
+                reward.probes,
+                lambda trial: reward.preferences(trial, pairs),
+            )
+            findings += run_checks(slow, trial)
+            findings += resources.examine(trial)
+    return Report(tuple(findings), time.perf_counter() - began)
+
+
+def run_checks(checks: Sequence[TrialCheck], trial: Trial) -> list[Finding]:
+    """Each check's finding; one that could not be carried out has found something too."""
+    findings: list[Finding] = []
+    for one in checks:
+        try:
+            findings.append(one(trial))
+        except (KleashError, ValueError) as error:
+            findings.append(refused(f"{one.__module__.rsplit('.', 1)[-1]}.{one.__name__}", error))
+    return findings
+
+
+def refused(name: str, error: Exception) -> Finding:
+    """An error that training would meet too, as a finding."""
+    return Finding(
+        name,
+        "fail",
+        measured=type(error).__name__,
+        expected="no error",
+        cause=str(error),
+        remedy="The sentence says what was expected: mend that first, then check again.",
+    )
+
+
+def require_sound(config: Config, crew: Crew) -> list[str]:
+    """The quick part, before a run: its warnings, for the record.
+
+    Raises:
+        PreflightError: a check failed.
+    """
+    report = examine_crew(config, crew, quick=True)
+    if report.fails:
+        first, more = report.fails[0], len(report.fails) - 1
+        others = f" ({more} more: see kleash check)" if more else ""
+        raise PreflightError(
+            f"{first.name}: {first.cause} {first.remedy}{others} Or pass --no-check to train all "
+            "the same."
+        )
+    return [f"{finding.name}: {finding.cause}" for finding in report.warnings]

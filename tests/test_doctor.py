@@ -1,0 +1,143 @@
+"""The doctor: silent on clean batches, and on ill ones it names what made them ill."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import faults
+import planting
+import pytest
+import torch
+
+from kleash.assembly import Crew
+from kleash.config import Config
+from kleash.evaluation import Written, write_responses
+from kleash.preflight import doctor
+from kleash.preflight.doctor import symptom_of
+from kleash.preflight.trial import read
+from kleash.train import train
+from kleash.types import ScoredRollout
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planting.material(tmp_path_factory.mktemp("world"), "llama")
+
+
+@pytest.fixture
+def world(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planting.World:
+    return planting.clean(material, "llama", monkeypatch, tmp_path)
+
+
+def batch(crew: Crew, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
+    torch.manual_seed(seed)
+    written = write_responses(crew, crew.prompts, responses_per_prompt=4, microbatch=256)
+    return written, read(crew, written, crew.reference)
+
+
+def drifted(crew: Crew) -> Crew:
+    """The policy some way from its reference, as it is while training."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in crew.policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return crew
+
+
+def symptom(scored: ScoredRollout) -> str:
+    found = symptom_of(scored, dtype=torch.float32)
+    return "" if found is None else found.sentence
+
+
+def test_a_clean_batch_has_no_symptom(world: planting.World) -> None:
+    _, crew = world.crew()
+    for seed in range(3):
+        assert symptom(batch(crew, seed=seed)[1]) == ""
+    drifted(crew)
+    for seed in range(5):
+        _, scored = batch(crew, seed=seed)
+        assert float(scored.kl.sum(-1).mean()) > 0.1
+        assert symptom(scored) == ""
+
+
+def test_each_number_that_cannot_be_is_a_symptom(world: planting.World) -> None:
+    _, scored = batch(drifted(world.crew()[1]))
+    mask, rollout = scored.rollout.response_mask, scored.rollout
+    assert rollout.sampler_logprobs is not None
+    elsewhere = replace(rollout, sampler_logprobs=rollout.sampler_logprobs + 0.01 * mask)
+    assert "kl_sampler" in symptom(replace(scored, rollout=elsewhere))
+    negative = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * mask)
+    assert "below 0 by more than its noise" in symptom(negative)
+    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 0.2 * mask)
+    assert "Sampled and exact KL differ" in symptom(surplus)
+
+
+def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> None:
+    _, crew = world.crew()
+    torch.manual_seed(0)
+    written = write_responses(crew, crew.prompts[:2], responses_per_prompt=2, microbatch=4)
+    scored = read(crew, written, crew.reference)
+    mask = scored.rollout.response_mask
+    assert symptom(replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * mask)) == ""
+
+
+CAUSES = [
+    ("top-k left over", "top-k"),
+    ("a repetition penalty left over", "repetition penalty"),
+    ("stale weights in the sampler", "another model"),
+    ("positions restart at the response", "Position ids are wrong"),
+    ("no attention mask", "Padding on the left"),
+    ("dropout in the policy", "Dropout is on in the policy"),
+    ("temperature in the policy alone", "reference is scored at temperature 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "cause"), CAUSES)
+def test_an_ill_batch_gets_its_cause(
+    world: planting.World, caplog: pytest.LogCaptureFixture, name: str, cause: str
+) -> None:
+    """The policy has drifted; then the fault sets in."""
+    (fault,) = [fault for fault in faults.FAULTS if fault.name == name]
+    world.meddle.append(drifted)
+    fault.plant(world)
+    config, crew = world.crew()
+    written, scored = batch(crew)
+    with caplog.at_level(logging.WARNING, logger="kleash"):
+        found = doctor.look(config, crew, written, scored, step=7, folder=world.folder)
+    assert any(cause in finding.cause for finding in found), found
+    assert caplog.messages[0].startswith("step 7: ")
+    record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
+    assert record["symptom"] in caplog.messages[0]
+    assert (world.folder / "doctor" / "step-000007.safetensors").is_file()
+
+
+def test_looking_leaves_the_random_numbers_alone(world: planting.World) -> None:
+    config, crew = world.crew()
+    written, scored = batch(drifted(crew))
+    ill = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * scored.rollout.response_mask)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    doctor.look(config, crew, written, ill, step=1, folder=world.folder)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_run_that_falls_ill_says_so_and_goes_on(
+    world: planting.World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.tree |= {"steps": 2, "output": str(world.folder / "run")}
+    asked: list[int] = []
+    look = doctor.look
+
+    def spy(config: Config, crew: Crew, written: Written, scored: Any, **where: Any) -> Any:
+        asked.append(where["step"])
+        rollout = scored.rollout
+        ill = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
+        return look(config, crew, written, replace(scored, rollout=ill), **where)
+
+    monkeypatch.setattr(doctor, "look", spy)
+    path = train(world.config())
+    assert asked == [1, 2]
+    assert "kl_sampler" in caplog.text
+    assert len(list((path / "doctor").glob("*.json"))) == 2
