@@ -60,7 +60,7 @@ def test_the_samplers_log_probabilities_can_be_replayed(
 
 def test_steps_that_the_library_takes_back_are_not_counted() -> None:
     """On a GPU `generate` may find out a step late that all rows have ended, and undo it."""
-    sampler = _Sampler(temperature=1.0, words=4)
+    sampler = _Sampler(temperature=1.0, words=4, first_row=0)
     logits = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     for step in range(3):

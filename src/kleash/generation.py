@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kleash.errors import ConfigError, PromptError
+from kleash.errors import ConfigError, NonFiniteError, PromptError
 from kleash.models import Policy
 from kleash.prompts import PromptBatch
 from kleash.types import Rollout
@@ -124,6 +124,7 @@ def generate(
 
     Raises:
         PromptError: if a prompt leaves no room for `max_new_tokens` in the policy's context.
+        NonFiniteError: if a logit is NaN or infinite, naming response and token.
     """
     width = int(prompts.mask.sum(dim=1).max())
     if policy.context is not None and width + spec.max_new_tokens > policy.context:
@@ -133,7 +134,7 @@ def generate(
         )
     size = len(prompts.ids) if microbatch is None else microbatch
     parts = [
-        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec)
+        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec, first_row=i)
         for i in range(0, len(prompts.ids), size)
     ]
     longest = max(ids.shape[1] for ids, _ in parts)
@@ -177,8 +178,8 @@ class _Sampler(LogitsProcessor):
     and the last at the end: never more than one `[batch, vocab]` is held.
     """
 
-    def __init__(self, temperature: float, words: int):
-        self._temperature, self._words = temperature, words
+    def __init__(self, temperature: float, words: int, first_row: int):
+        self._temperature, self._words, self._first_row = temperature, words, first_row
         self._pending: Tensor | None = None
         self._drawn: list[Tensor] = []
 
@@ -186,7 +187,16 @@ class _Sampler(LogitsProcessor):
         self._read(input_ids[:, -1])
         scores = scores / self._temperature
         scores[:, self._words :] = -torch.inf
-        self._pending = scores - scores.logsumexp(dim=-1, keepdim=True)
+        normaliser = scores.logsumexp(dim=-1, keepdim=True)
+        if not bool(normaliser.isfinite().all()):
+            row = int((~normaliser.isfinite()).flatten().nonzero()[0])
+            raise NonFiniteError(
+                "expected finite logits from the policy, got NaN or infinity for {place}: its "
+                "weights are damaged or have diverged",
+                response=self._first_row + row,
+                token=len(self._drawn),
+            )
+        self._pending = scores - normaliser
         return self._pending
 
     def logprobs(self, response_ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
@@ -205,11 +215,13 @@ def _write(
     prompt_ids: Int[Tensor, "batch prompt"],
     prompt_mask: Bool[Tensor, "batch prompt"],
     spec: SamplingSpec,
+    *,
+    first_row: int,
 ) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
     """Sample one batch; response ids (rows that ended are padded) and their log-probabilities."""
     first = int(prompt_mask.long().argmax(dim=1).min())
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
-    sampler = _Sampler(spec.temperature, policy.words)
+    sampler = _Sampler(spec.temperature, policy.words, first_row)
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
     with _settings(policy.model, settings):
