@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
@@ -85,7 +86,7 @@ def merge_adapter(model: PreTrainedModel, directory: str | Path) -> PreTrainedMo
             warnings.simplefilter("ignore", FutureWarning)
             loaded = peft.PeftModel.from_pretrained(model, str(directory))
             merged = cast(PreTrainedModel, loaded.merge_and_unload())
-    except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"expected an adapter for {type(model).__name__} in {str(directory)!r}, got: {reason}"

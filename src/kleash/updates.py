@@ -154,7 +154,9 @@ def _is_finite(crew: Crew, part: Experience, *, tokens: int) -> bool:
         _loss(crew, part, tokens=tokens)[0].total.backward()
     except NonFiniteError:
         return False
-    return all(p.grad is None or bool(p.grad.isfinite().all()) for p in _parameters(crew))
+    # The norm, for it can overflow where no single number does.
+    norm = nn.utils.get_total_norm([p.grad for p in _parameters(crew) if p.grad is not None])
+    return bool(norm.isfinite())
 
 
 def _parameters(crew: Crew) -> list[nn.Parameter]:
