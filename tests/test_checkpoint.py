@@ -77,3 +77,29 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     with pytest.raises(RunError, match="not a whole checkpoint"):
         verify_checkpoint(path)
+
+
+def test_the_best_is_spared(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step, fill, keep=1, spare=(2,))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+
+
+def test_a_failed_replacement_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rename fails after the old directory was put aside: it comes back."""
+    path = write_checkpoint(tmp_path, 1, fill, keep=1)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(RunError, match=r"cannot write the checkpoint .*Input/output error"):
+            write_checkpoint(tmp_path, 1, fill, keep=1)
+    verify_checkpoint(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-000001"]

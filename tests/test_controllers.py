@@ -32,6 +32,7 @@ from kleash.beta.controllers import (
     Measurement,
     ScheduledBeta,
     initial_beta,
+    raise_beta,
 )
 
 NAN, INF = math.nan, math.inf
@@ -381,3 +382,22 @@ def test_the_budget_is_held_in_sampled_ppo():
     lanes = [Lane(1.0, 0), Lane(100.0, 1)]
     plant = SampledPPO(MODEL, lanes, Pace(60, responses=512, epochs=2, lr=0.02))
     assert_held(plant, SPREAD_START, [0.5, 1.0], 60)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_beta_is_raised_by_a_number(factor: float) -> None:
+    with pytest.raises(ValueError, match="factor must be positive and finite"):
+        raise_beta(BetaState(0.1), factor)
+
+
+def test_a_raised_beta_is_not_taken_back() -> None:
+    """A controller that is on target leaves a raised β where it is."""
+    controller = BudgetBeta(target_kl=2.0, initial=0.5)
+    state = controller.init()
+    for _ in range(10):
+        state = controller.update(state, Measurement(2.0, 0.01, 64))
+    raised = raise_beta(state, 3.0)
+    assert raised.beta == pytest.approx(3 * state.beta)
+    assert controller.update(raised, Measurement(2.0, 0.01, 64)).beta == pytest.approx(
+        3 * state.beta, rel=0.01
+    )

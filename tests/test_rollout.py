@@ -384,11 +384,11 @@ def test_what_is_not_finite_is_named(
     models: dict[str, Any] = {"policy": policy, "reference": reference}
     models[where] = _Broken(models[where], ids, 3, float("nan"))
     scores = torch.zeros(len(rollout.ended))
-    with pytest.raises(NonFiniteError, match=rf"response {row}, token 3: .*= nan.*KL = nan"):
+    with pytest.raises(NonFiniteError, match=rf"token 3 of response {row}: .*= nan.*KL = nan"):
         score(rollout, **models, scores=scores, microbatch=5)
     scored = read(rollout, policy, reference)
     if where == "policy":
-        with pytest.raises(NonFiniteError, match=rf"response {row}, token 3: log π = nan"):
+        with pytest.raises(NonFiniteError, match=rf"token 3 of response {row}: log π = nan"):
             fresh(experience(scored), policy=models["policy"])
 
 
@@ -432,7 +432,8 @@ def test_impossible_numbers_are_refused(
         right = token_scores(*inputs, **more)
         return replace(right, **{quantity: torch.full_like(right.kl, by)})  # type: ignore
 
-    with pytest.raises(ScoringError, match=f"expected {message}, got response 0, token 0: log π ="):
+    place = "token 0 of response 0"
+    with pytest.raises(ScoringError, match=f"expected {message}, got {place}: log π ="):
         read(rollout, policy, reference, scorer=wrong)
 
 

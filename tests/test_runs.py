@@ -13,6 +13,7 @@ from synthetic_run import HOSTILE, synthetic_sample, write_synthetic_run
 
 from kleash import files
 from kleash.errors import RunError
+from kleash.evaluation import rows_to_keep
 from kleash.runs import (
     MAX_SAMPLES_PER_STEP,
     MAX_TOKENS_PER_SAMPLE,
@@ -20,7 +21,6 @@ from kleash.runs import (
     Sample,
     holds_run,
     read_run,
-    rows_to_keep,
 )
 
 

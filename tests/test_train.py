@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import kleash.train
+import kleash.updates
 from kleash.checkpoint import load_tensors
 from kleash.config import Config, parse_config
 from kleash.errors import (
@@ -160,10 +161,10 @@ def test_interrupted_and_resumed_is_the_run_that_was_not(
     config = settings(material, tmp_path / "broken", **changes)
     step = kleash.train._step
 
-    def interrupted(config: Config, crew: Any, controller: Any, state: Any, run: Any) -> Any:
+    def interrupted(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
         if state.step == 3:
             raise KeyboardInterrupt
-        return step(config, crew, controller, state, run)
+        return step(config, crew, controller, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(kleash.train, "_step", interrupted)
@@ -362,10 +363,10 @@ def test_a_reference_that_changes_stops_the_run(
 ) -> None:
     step = kleash.train._step
 
-    def meddling(config: Config, crew: Any, controller: Any, state: Any, run: Any) -> Any:
+    def meddling(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
         with torch.no_grad():
             next(crew.reference.model.parameters()).add_(1e-3)
-        return step(config, crew, controller, replace(state, step=max(state.step, 1)), run)
+        return step(config, crew, controller, replace(state, step=max(state.step, 1)), *rest)
 
     monkeypatch.setattr(kleash.train, "_step", meddling)
     with pytest.raises(RunError, match="the reference changed while training"):
@@ -377,7 +378,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     before: dict[str, torch.Tensor] = {}
     crews: list[Any] = []
-    backward = kleash.train._backward
+    backward = kleash.updates._backward
 
     def poisoned(config: Config, crew: Any, minibatch: Any) -> Any:
         losses = backward(config, crew, minibatch)
@@ -386,7 +387,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
         next(iter(crew.policy.parameters())).grad[0] = float("inf")
         return losses
 
-    monkeypatch.setattr(kleash.train, "_backward", poisoned)
+    monkeypatch.setattr(kleash.updates, "_backward", poisoned)
     with pytest.raises(NonFiniteError, match="the update was refused"):
         train(settings(material, tmp_path / "run"))
     after = dict(crews[0].policy.model.named_parameters())

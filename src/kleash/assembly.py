@@ -11,14 +11,13 @@ from typing import cast
 import torch
 from torch import nn
 
+from kleash.adapters import AdapterSpec
 from kleash.algorithms.ppo import PPOSettings
 from kleash.beta.controllers import AdaptiveBeta, BetaController, BudgetBeta, FixedBeta
 from kleash.config import Config, LeashConfig, OptimizerConfig, RewardConfig
 from kleash.errors import ConfigError
 from kleash.models import (
-    AdapterSpec,
     Policy,
-    Reference,
     check_compatible,
     freeze_copy,
     load_policy,
@@ -26,6 +25,7 @@ from kleash.models import (
 )
 from kleash.pretraining import PretrainingMix, read_texts
 from kleash.prompts import Prompt, read_prompts
+from kleash.references import FrozenReference, OffloadedReference, open_cache
 from kleash.reward_models import (
     PLAIN_TEMPLATE,
     CallableReward,
@@ -43,7 +43,10 @@ class Crew:
     """Everyone who takes part in a run, and the numbers they work by."""
 
     policy: Policy
-    reference: Reference
+    reference: FrozenReference
+    """What the leash is tied to."""
+    original: FrozenReference
+    """What it was tied to at first; the same unless the anchor moves."""
     value: ValueFunction
     reward: WeightedSum
     gold: RewardModel | None
@@ -83,6 +86,7 @@ def assemble(config: Config) -> Crew:
     return Crew(
         policy=policy,
         reference=reference,
+        original=reference,
         value=value,
         reward=WeightedSum(rewards),
         gold=gold,
@@ -148,20 +152,36 @@ def _policy(config: Config, device: torch.device) -> Policy:
         device=str(device),
         attention=config.policy.attention,
         adapter=adapter,
+        revision=config.policy.revision,
+        merge=config.policy.adapter,
     )
 
 
-def _reference(config: Config, policy: Policy, device: torch.device) -> Reference:
-    if config.reference.path is None:
+def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenReference:
+    """The reference, where the configuration wants it to live."""
+    wanted = config.reference
+    own = wanted.path is None
+    kind = wanted.kind or ("adapter_off" if own and policy.adapter is not None else "copy")
+    if kind == "adapter_off" or (kind == "copy" and own and policy.adapter is None):
         return freeze_copy(policy)
+    # What the policy was loaded from, if no path is given: base and merged adapter, nothing new.
+    source = config.policy if wanted.path is None else wanted
     reference = load_reference(
-        config.reference.path,
+        cast(str, source.path),
         dtype=config.policy.dtype,
-        device=str(device),
+        device="cpu" if kind == "cpu_offload" else str(device),
         attention=config.policy.attention,
+        revision=source.revision,
+        merge=source.adapter,
     )
     check_compatible(policy, reference)
-    return reference
+    match kind:
+        case "cpu_offload":
+            return OffloadedReference(reference, device)
+        case "cached":
+            return open_cache(reference, cast(str, wanted.cache))
+        case "copy":
+            return reference
 
 
 def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
@@ -177,7 +197,10 @@ def _reward(config: RewardConfig, device: torch.device) -> RewardModel:
     if config.callable is not None:
         return CallableReward(config.callable)
     return ClassifierReward(
-        cast(str, config.path), template=config.template or PLAIN_TEMPLATE, device=str(device)
+        cast(str, config.path),
+        template=config.template or PLAIN_TEMPLATE,
+        device=str(device),
+        revision=config.revision,
     )
 
 

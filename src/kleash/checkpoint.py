@@ -5,16 +5,18 @@ A checkpoint is written to a temporary name, every file of it flushed to the dis
 business; nothing here can execute code.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,9 +24,18 @@ from kleash.errors import RunError
 
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_ASIDE = ".replaced"
+_OLDER = "move it away, and the run resumes from the one before"
 
 
-def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+def write_checkpoint(
+    parent: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    spare: Collection[int] = (),
+) -> Path:
     """Write a checkpoint atomically, then drop the oldest beyond `keep`.
 
     Args:
@@ -32,6 +43,7 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], *, 
         step: number of the step it follows.
         write: called with an empty directory to fill.
         keep: how many checkpoints remain.
+        spare: steps whose checkpoints remain beside those.
 
     Returns:
         The finished directory, `parent/step-NNNNNN`.
@@ -40,28 +52,77 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], *, 
         RunError: it cannot be written; nothing of it remains and the older ones are untouched.
     """
     final = parent / f"{_PREFIX}{step:06d}"
+    write_directory(final, write, what="the checkpoint")
+    for old in list_checkpoints(parent)[:-keep]:
+        if step_of(old) not in spare:
+            drop_directory(old)
+    return final
+
+
+def write_directory(final: Path, write: Callable[[Path], None], *, what: str) -> None:
+    """Write a directory with its manifest, so that it is there whole or, after a failure, not.
+
+    Args:
+        final: its name; one that is there is replaced, and there until it is.
+        write: called with an empty directory to fill.
+        what: what it is, for the error.
+
+    Raises:
+        RunError: it cannot be written; what was there before is still there.
+    """
+    parent = final.parent
     temporary = parent / f".{final.name}.{os.getpid()}.tmp"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent)
+        recover(parent)
         temporary.mkdir()
         write(temporary)
         _write_manifest(temporary)
-        if final.exists():  # a resumed run comes by the same step again
-            shutil.rmtree(final)
+        if final.exists():
+            # Two renames: killed between them, `recover` undoes the first.
+            final.rename(parent / f".{final.name}{_ASIDE}")
         temporary.rename(final)
         _flush(parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = error.errno == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        raise RunError(f"cannot write the checkpoint {final}: {reason}") from error
+        recover(parent)
+    # Rust and C++ say in their own ways that a write failed.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        _undo(parent, temporary)
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise RunError(f"cannot write {what} {final}: {reason}") from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _undo(parent, temporary)
         raise
-    for old in list_checkpoints(parent)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+
+def drop_directory(directory: Path) -> None:
+    """Remove a directory: its name at once, then what was in it."""
+    temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
+    directory.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def recover(parent: Path) -> None:
+    """Clear up after a killed process; no other process writes into the same run."""
+    for aside in parent.glob(f".*{_ASIDE}"):
+        final = parent / aside.name.removeprefix(".").removesuffix(_ASIDE)
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+    for leftover in parent.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint follows.
+
+    Example:
+        >>> step_of(Path("runs/first/checkpoints/step-000120"))
+        120
+    """
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
@@ -87,17 +148,16 @@ def verify_checkpoint(directory: Path) -> None:
     for name, expected in manifest.items():
         file = directory / name
         if not file.is_file():
-            raise RunError(f"the checkpoint {directory} is damaged: {name} is missing")
+            raise RunError(f"the checkpoint {directory} is damaged: {name} is missing; {_OLDER}")
         size = file.stat().st_size
         if size != expected["size"]:
             raise RunError(
                 f"the checkpoint {directory} is damaged: {name} should have "
-                f"{expected['size']} bytes, got {size}; resume from an older checkpoint"
+                f"{expected['size']} bytes, got {size}; {_OLDER}"
             )
         if _sha256(file) != expected["sha256"]:
             raise RunError(
-                f"the checkpoint {directory} is damaged: the bytes of {name} changed; resume from "
-                "an older checkpoint"
+                f"the checkpoint {directory} is damaged: the bytes of {name} changed; {_OLDER}"
             )
 
 
@@ -109,6 +169,13 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 def load_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read named tensors from safetensors."""
     return load_file(file, device=str(device))
+
+
+def _undo(parent: Path, temporary: Path) -> None:
+    """Clear up after a failure, as far as a failing disk lets us."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        recover(parent)
 
 
 def _write_manifest(directory: Path) -> None:
@@ -134,9 +201,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """What a killed process left half-written; no other process writes into the same run."""
-    for leftover in parent.glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(leftover)

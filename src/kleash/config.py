@@ -49,6 +49,11 @@ class PolicyConfig(_Section):
 
     path: str
     """Directory of a Hugging Face causal language model, or its hub name."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; none: its main branch."""
+    adapter: str | None = None
+    """Directory of a trained LoRA adapter that is merged into the weights first. Where supervised
+    training left an adapter: policy and reference both begin as base + adapter."""
     dtype: Dtype = "float32"
     """Type of the weights."""
     attention: Attention = "auto"
@@ -62,8 +67,28 @@ class ReferenceConfig(_Section):
 
     path: str | None = None
     """Directory or hub name; none: the policy as it is before the first update."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; none: its main branch."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter that is merged into the model at `path`."""
+    kind: Literal["copy", "adapter_off", "cpu_offload", "cached"] | None = None
+    """Where it lives: a copy beside the policy; the policy's own weights with the adapter off; a
+    copy in main memory, lent to the device; or a copy whose hidden states are kept on the disk.
+    None: adapter_off where an adapter is trained and no `path` is given, else copy."""
+    cache: str | None = None
+    """Directory of `kind: cached`; it belongs to one reference."""
     reference_differs: bool = False
     """Say that the policy does not start at the reference. Otherwise that is an error."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "ReferenceConfig":
+        if self.path is None and (self.revision or self.adapter):
+            raise ValueError("`revision` and `adapter` go with `path`: without it all is as policy")
+        if self.path is not None and self.kind == "adapter_off":
+            raise ValueError("`kind: adapter_off` reads the policy's own weights: give no `path`")
+        if (self.kind == "cached") != (self.cache is not None):
+            raise ValueError("`cache` goes with `kind: cached` and with nothing else")
+        return self
 
 
 class RewardConfig(_Section):
@@ -71,6 +96,8 @@ class RewardConfig(_Section):
 
     path: str | None = None
     """Directory or hub name of a sequence classifier with one output."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; none: its main branch."""
     callable: str | None = None
     """`module:function`; called with lists of prompts and responses, returns a score for each."""
     weight: float = 1.0
@@ -82,8 +109,10 @@ class RewardConfig(_Section):
     def _one_kind(self) -> "RewardConfig":
         if (self.path is None) == (self.callable is None):
             raise ValueError("give exactly one of `path` and `callable`")
-        if self.callable is not None and self.template is not None:
-            raise ValueError("`template` is for a classifier and does nothing for a callable")
+        if self.callable is not None and (self.template or self.revision):
+            raise ValueError(
+                "`template` and `revision` are for a classifier and do nothing for a callable"
+            )
         return self
 
 
@@ -142,6 +171,9 @@ class LeashConfig(_Section):
     """Where the KL is charged, and by which estimator."""
     allow_biased: bool = False
     """Permit a placement whose gradient is known to be wrong."""
+    reanchor_every: PositiveInt | None = None
+    """Steps after which the leash is tied to the policy as it then is; none: to the reference for
+    good. The KL to the original reference stays a series of its own, `objective/kl_original`."""
 
     @model_validator(mode="after")
     def _fixed_or_moving(self) -> "LeashConfig":
@@ -157,6 +189,32 @@ class LeashConfig(_Section):
             raise ValueError("`horizon` is for `controller: ziegler_code` alone")
         if self.placement == "measure" and self.beta != 0:
             raise ValueError("`placement: measure` charges nothing: give `beta: 0` with it")
+        return self
+
+
+class TripwiresConfig(_Section):
+    """What stops a step: these bounds, and always a number that is not finite or not possible."""
+
+    stop_kl: PositiveFloat | None = None
+    """Most exact KL of a rollout to the original reference, in nats per response; none: no
+    bound."""
+    min_entropy: PositiveFloat | None = None
+    """Least entropy of a rollout, in nats per token; none: no bound."""
+    then: Literal["stop", "rollback"] = "stop"
+    """After a refused step: stop, or return to the last good checkpoint with a higher β."""
+    beta_factor: float | None = Field(default=None, gt=1)
+    """What β is multiplied by in a rollback; 2 unless said."""
+    max_rollbacks: PositiveInt | None = None
+    """Rollbacks of one run, 3 unless said; the refusal after the last of them stops it."""
+    undo: Literal["memory", "checkpoint"] = "memory"
+    """How a step that is refused between its updates is undone: by a copy in main memory of what
+    learns and of its two moments, or by going back to the last checkpoint, which costs nothing
+    until it happens."""
+
+    @model_validator(mode="after")
+    def _rollback_alone(self) -> "TripwiresConfig":
+        if self.then == "stop" and (self.beta_factor or self.max_rollbacks):
+            raise ValueError("`beta_factor` and `max_rollbacks` are for `then: rollback` alone")
         return self
 
 
@@ -256,7 +314,7 @@ class LoggingConfig(_Section):
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: the last step only."""
     keep: PositiveInt = 2
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep, beside the one with the best held-out objective."""
     spot_check_every: NonNegativeInt = 0
     """Steps between comparisons of the streamed log-probabilities with an obvious implementation
     in float64, which for that moment holds both heads a second time; 0: never."""
@@ -277,6 +335,7 @@ class Config(_Section):
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
     leash: LeashConfig
+    tripwires: TripwiresConfig = TripwiresConfig()
     ppo: PPOConfig = PPOConfig()
     value: ValueConfig = ValueConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -306,6 +365,25 @@ class Config(_Section):
         evaluates = self.prompts.heldout is not None
         if not evaluates and self.heldout != HeldoutConfig():
             raise ValueError("`heldout` does nothing without `prompts.heldout`")
+        return self
+
+    @model_validator(mode="after")
+    def _leash_holds(self) -> "Config":
+        if self.reference.kind == "adapter_off" and self.policy.lora is None:
+            raise ValueError("`reference.kind: adapter_off` needs `policy.lora`")
+        if self.reference.kind == "cached" and self.leash.reanchor_every is not None:
+            raise ValueError(
+                "`reference.kind: cached` keeps what one reference says, and "
+                "`leash.reanchor_every` moves it: take one of them"
+            )
+        stop, target = self.tripwires.stop_kl, self.leash.target_kl
+        if stop is not None and target is not None and stop <= target:
+            raise ValueError(f"`tripwires.stop_kl: {stop:g}` is within the target of {target:g}")
+        if self.tripwires.then == "rollback":
+            if not self.logging.checkpoint_every:
+                raise ValueError("`tripwires.then: rollback` needs `logging.checkpoint_every`")
+            if self.leash.beta == 0:
+                raise ValueError("`tripwires.then: rollback` raises β, which is 0 for good")
         return self
 
     @property

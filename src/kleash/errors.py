@@ -6,14 +6,18 @@
     ├── PromptError              a prompt file cannot be used
     ├── ModelError               a model or tokenizer cannot be used
     ├── RewardError              a reward model or callable misbehaves
-    ├── ScoringError             a log-probability or KL is impossible
-    ├── NonFiniteError           something became NaN or infinite; names response and token
+    ├── RefusedError             a step that must not be taken; names response and token
+    │   ├── ScoringError         a log-probability or KL is impossible
+    │   ├── NonFiniteError       something became NaN or infinite
+    │   └── TripwireError        the KL went beyond its bound, or the entropy collapsed
     ├── RunError                 a run directory cannot be written, read or resumed
     └── PreflightError           a check before the run failed                   exit 5
 
 Each also inherits the standard exception it stands for, so `except ValueError` keeps working.
 Mathematical functions raise plain `ValueError`: they have no user, only a caller.
 """
+
+from collections.abc import Sequence
 
 
 class KleashError(Exception):
@@ -44,12 +48,62 @@ class RewardError(KleashError, ValueError):
     """A reward model was not trained, or a reward callable did not keep its contract."""
 
 
-class ScoringError(KleashError, ArithmeticError):
+class RefusedError(KleashError, ArithmeticError):
+    """A step that must not be taken. The run's state stays that of the step before.
+
+    Attributes:
+        wire: what was tripped; the name of a tripwire.
+        response: number of the offending response in the batch, if it is one response's fault.
+        token: number of the offending token in that response, if it is one token's.
+    """
+
+    wire = "impossible"
+
+    def __init__(self, message: str, *, response: int | None = None, token: int | None = None):
+        """Keep a sentence and the place it speaks of.
+
+        Args:
+            message: the sentence; "{place}" in it becomes "token 3 of response 7".
+            response: see the class.
+            token: see the class.
+        """
+        super().__init__(message)
+        self.response, self.token = response, token
+
+    def __str__(self) -> str:
+        row = self.response
+        place = "no response in particular" if row is None else f"response {row}"
+        if self.token is not None:
+            place = f"token {self.token} of {place}"
+        return str(self.args[0]).replace("{place}", place)
+
+    def among(self, rows: Sequence[int]) -> None:
+        """Count the response in the whole batch, of which it was looked for in these rows."""
+        if self.response is not None:
+            self.response = rows[self.response]
+
+
+class ScoringError(RefusedError):
     """A scored number is impossible: a log-probability above 0, a KL below 0."""
 
 
-class NonFiniteError(KleashError, ArithmeticError):
+class NonFiniteError(RefusedError):
     """A number that must be finite is not; the message names the response and the token."""
+
+    wire = "non_finite"
+
+
+class NonFiniteScoreError(NonFiniteError, RewardError):
+    """A reward model gave a score that is NaN or infinite; the message names the response."""
+
+
+class TripwireError(RefusedError):
+    """A bound of the configuration was passed; `wire` is the key of the bound."""
+
+    def __init__(self, message: str, *, wire: str, response: int, token: int):
+        """As `RefusedError`, with the key of the bound."""
+        super().__init__(message, response=response, token=token)
+        self.wire = wire
 
 
 class RunError(KleashError, OSError):
@@ -60,3 +114,9 @@ class PreflightError(KleashError, ValueError):
     """A check before the run failed; the message names the fault and what to change."""
 
     exit_code = 5
+
+
+class ReferenceChangedError(RefusedError, RunError):
+    """The weights of the reference are not what they were when the run began."""
+
+    wire = "reference"

@@ -1,5 +1,8 @@
 """Held-out evaluation: prompts nobody trains on, a second opinion, and the texts side by side."""
 
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +14,19 @@ from kleash.measures import Number, objective_measures
 from kleash.prompts import Prompt, batch_prompts
 from kleash.reward_models import Content, text_of
 from kleash.rollout import generate, response_texts, score
-from kleash.runs import Kind, Sample, Who, rows_to_keep
+from kleash.runs import Kind, Sample, Who
 from kleash.texts import distinct_n
 from kleash.types import Rollout, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Responses as tensors and as texts, before anyone has judged them."""
+
+    rollout: Rollout
+    prompts: list[Content]
+    """As their author wrote them: what reward models read."""
+    responses: list[str]
 
 
 @dataclass(frozen=True)
@@ -38,18 +51,39 @@ def write_responses(
     Raises:
         RewardError: a reward model did not keep its contract.
     """
+    answers = write_answers(
+        crew, prompts, responses_per_prompt=responses_per_prompt, microbatch=microbatch
+    )
+    return judge(crew, answers)
+
+
+def write_answers(
+    crew: Crew, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
+) -> Answers:
+    """Let the policy answer prompts.
+
+    Raises:
+        NonFiniteError: the policy's logits are not finite.
+    """
     rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
     batch = batch_prompts(rows, pad_id=crew.policy.pad_id, device=crew.policy.device)
     rollout = generate(crew.policy, batch, crew.sampling, microbatch=microbatch)
     texts: list[Content] = [prompt.content for prompt in rows]
-    responses = response_texts(crew.policy.tokenizer, rollout)
-    judged = crew.reward.score_each(texts, responses)
-    device = crew.policy.device
+    return Answers(rollout, texts, response_texts(crew.policy.tokenizer, rollout))
+
+
+def judge(crew: Crew, answers: Answers) -> Written:
+    """Let the reward models read answers.
+
+    Raises:
+        RewardError: a reward model did not keep its contract.
+    """
+    judged = crew.reward.score_each(answers.prompts, answers.responses)
     return Written(
-        rollout=rollout,
-        prompts=texts,
-        responses=responses,
-        raw_scores=judged.total.to(device),
+        rollout=answers.rollout,
+        prompts=answers.prompts,
+        responses=answers.responses,
+        raw_scores=judged.total.to(crew.policy.device),
         parts=dict(judged.parts),
     )
 
@@ -145,6 +179,34 @@ def make_samples(
             )
         )
     return samples
+
+
+def rows_to_keep(
+    response_kl: Sequence[float], *, worst: int, at_random: int, seed: int
+) -> list[tuple[int, Kind]]:
+    """Choose which responses of a step to keep: those of largest KL, and some at random.
+
+    A KL that is NaN counts as the worst of all: it is what one wants to look at. The random ones
+    are drawn from the rest, so that no response is kept twice.
+
+    Example:
+        >>> rows_to_keep([0.1, 3.0, float("nan"), 0.2], worst=2, at_random=1, seed=0)
+        [(2, 'worst'), (1, 'worst'), (0, 'random')]
+    """
+    order = sorted(
+        range(len(response_kl)),
+        key=lambda row: math.inf if math.isnan(response_kl[row]) else response_kl[row],
+        reverse=True,
+    )
+    # Python's sort is stable also in reverse, so NaN and inf keep their order among themselves.
+    rest = order[worst:]
+    chosen = random.Random(seed).sample(rest, min(at_random, len(rest)))
+    kinds: tuple[Kind, Kind] = ("worst", "random")
+    return [
+        (row, kind)
+        for kind, rows in zip(kinds, (order[:worst], sorted(chosen)), strict=True)
+        for row in rows
+    ]
 
 
 def _token_texts(crew: Crew, ids: Tensor) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kleash.errors import ConfigError, PromptError
+from kleash.errors import ConfigError, NonFiniteError, PromptError
 from kleash.models import Policy
 from kleash.prompts import PromptBatch
 from kleash.types import Rollout
@@ -124,6 +124,7 @@ def generate(
 
     Raises:
         PromptError: if a prompt leaves no room for `max_new_tokens` in the policy's context.
+        NonFiniteError: if a logit is NaN or infinite, naming response and token.
     """
     width = int(prompts.mask.sum(dim=1).max())
     if policy.context is not None and width + spec.max_new_tokens > policy.context:
@@ -133,7 +134,7 @@ def generate(
         )
     size = len(prompts.ids) if microbatch is None else microbatch
     parts = [
-        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec)
+        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec, first_row=i)
         for i in range(0, len(prompts.ids), size)
     ]
     longest = max(ids.shape[1] for ids, _ in parts)
@@ -177,8 +178,8 @@ class _Sampler(LogitsProcessor):
     and costs as much as a small model's forward pass. `generate` is left with an argmax to take.
     """
 
-    def __init__(self, temperature: float, words: int):
-        self._temperature, self._words = temperature, words
+    def __init__(self, temperature: float, words: int, first_row: int):
+        self._temperature, self._words, self._first_row = temperature, words, first_row
         self._drawn: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -187,6 +188,14 @@ class _Sampler(LogitsProcessor):
             logits = logits / self._temperature
         below = logits - logits.amax(dim=-1, keepdim=True)
         words, mass = _draw(below.exp())
+        finite = mass.isfinite()
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                "expected finite logits from the policy, got NaN or infinity for {place}: its "
+                "weights are damaged or have diverged",
+                response=self._first_row + int((~finite).flatten().nonzero()[0]),
+                token=len(self._drawn),
+            )
         self._drawn.append((below.gather(1, words) - mass.log()).squeeze(1).float())
         return torch.zeros_like(scores).scatter_(1, words, 1.0)
 
@@ -213,11 +222,13 @@ def _write(
     prompt_ids: Int[Tensor, "batch prompt"],
     prompt_mask: Bool[Tensor, "batch prompt"],
     spec: SamplingSpec,
+    *,
+    first_row: int,
 ) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
     """Sample one batch; response ids (rows that ended are padded) and their log-probabilities."""
     first = int(prompt_mask.long().argmax(dim=1).min())
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
-    sampler = _Sampler(spec.temperature, policy.words)
+    sampler = _Sampler(spec.temperature, policy.words, first_row)
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
     with _settings(policy.model, settings):

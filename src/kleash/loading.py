@@ -6,13 +6,11 @@ Left out: what the models are used for; that is `models`, `values` and `reward_m
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -37,14 +35,19 @@ _LOADING_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, S
 
 
 def load_causal_lm(
-    path: str | Path, *, dtype: Dtype, device: str, attention: Attention
+    path: str | Path,
+    *,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Open a causal language model, complete and without dropout, in evaluation mode.
 
     Raises:
         ModelError: if there is no model, only pickled weights, or some weights are missing.
     """
-    model, missing = _load(AutoModelForCausalLM, path, dtype, device, attention)
+    model, missing = _load(AutoModelForCausalLM, path, revision, dtype, device, attention)
     if missing:
         raise ModelError(
             f"expected every weight of the language model in {str(path)!r}, got none for "
@@ -54,7 +57,12 @@ def load_causal_lm(
 
 
 def load_classifier(
-    path: str | Path, *, dtype: Dtype, device: str, attention: Attention
+    path: str | Path,
+    *,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Open a sequence classifier of one output, complete and without dropout.
 
@@ -62,13 +70,15 @@ def load_classifier(
         ModelError: if there is no model, only pickled weights, the number of outputs is not 1, or
             the head (or any other weight) is missing and would be random.
     """
-    labels = load_config(path).num_labels
+    labels = load_config(path, revision=revision).num_labels
     if labels != 1:
         raise ModelError(
             f"expected a reward model of 1 output in {str(path)!r}, got num_labels = {labels}: "
             "train or export it with num_labels=1"
         )
-    model, missing = _load(AutoModelForSequenceClassification, path, dtype, device, attention)
+    model, missing = _load(
+        AutoModelForSequenceClassification, path, revision, dtype, device, attention
+    )
     if missing:
         raise ModelError(
             f"expected a trained reward model in {str(path)!r}, got no weights for "
@@ -78,22 +88,39 @@ def load_classifier(
     return model
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
+def load_config(path: str | Path, *, revision: str | None = None) -> PretrainedConfig:
     """Read a model's configuration, dropouts set to 0.
 
     Raises:
-        ModelError: if there is none, or it names no architecture that transformers knows.
+        ModelError: if there is none, it names no architecture that transformers knows, or a
+            revision is asked of a directory.
     """
+    check_revision(path, revision)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                str(path), revision=revision or "main", trust_remote_code=False
+            )
     except _LOADING_FAILURES as error:
         raise ModelError(_cannot_load("a model", path, error)) from error
     _zero_dropout_settings(config)
     return config
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def check_revision(path: str | Path, revision: str | None) -> None:
+    """Refuse a revision of a directory: there is but one, and a wish for another goes unheard.
+
+    Raises:
+        ModelError: if there is a revision and the path is a directory.
+    """
+    if revision is not None and Path(path).is_dir():
+        raise ModelError(
+            f"expected a hub name with revision {revision!r}, got the directory {str(path)!r}: "
+            "leave the revision out, or name the model as the hub does"
+        )
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Open a tokenizer, the one that was saved.
 
     For some architectures the library builds its own tokenizer around the saved vocabulary. Where
@@ -106,7 +133,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     file = Path(path) / "tokenizer.json"
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), revision=revision or "main", trust_remote_code=False
+            )
             if file.is_file() and _kind(tokenizer) != _saved_kind(file):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
             return tokenizer
@@ -184,22 +213,6 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Fingerprint of a model's weights: names, dtypes, shapes and bytes.
-
-    Adapter weights do not count, so a model with an adapter has the fingerprint of its base.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            continue
-        plain = name.replace(".base_layer", "")
-        digest.update(f"{plain} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy())  # no copy: the largest matrix may be half a gigabyte
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Silence the library's progress bars and notices; what matters is checked and raised."""
@@ -216,16 +229,22 @@ def quiet() -> Generator[None]:
 
 
 def _load(
-    auto: Any, path: str | Path, dtype: Dtype, device: str, attention: Attention
+    auto: Any,
+    path: str | Path,
+    revision: str | None,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Open a model; return it with the names of the weights that its files lack."""
-    config = load_config(path)
+    config = load_config(path, revision=revision)
     _refuse_pickles(path)
     try:
         with quiet():
             model, info = auto.from_pretrained(
                 str(path),
                 config=config,
+                revision=revision or "main",
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
                 trust_remote_code=False,

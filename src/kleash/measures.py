@@ -39,9 +39,9 @@ def objective_measures(scored: ScoredRollout, *, beta: float) -> dict[str, Numbe
     k1 = clustered_mean(response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask), clusters)
     scores = clustered_mean(scored.scores, clusters)
     return {
-        **_with_error("objective/kl_ref", exact),
-        **_with_error("objective/kl_ref_k1", k1),
-        **_with_error("objective/scores", scores),
+        **with_error("objective/kl_ref", exact),
+        **with_error("objective/kl_ref_k1", k1),
+        **with_error("objective/scores", scores),
         "objective/kl_ref_per_token": float(masked_mean(scored.kl, mask)),
         "objective/entropy": float(masked_mean(scored.entropy, mask)),
         "objective/non_score_reward": -beta * exact.mean,
@@ -77,7 +77,8 @@ def accounting_residual(experience: Experience, charge: Tensor, *, beta: float) 
     return float((rewards.mean() - objective.mean()).abs())
 
 
-def _with_error(key: str, estimate: Estimate) -> dict[str, Number]:
+def with_error(key: str, estimate: Estimate) -> dict[str, Number]:
+    """A mean under its key, and its standard error beside it."""
     return {key: estimate.mean, f"{key}_se": estimate.standard_error}
 
 

@@ -8,7 +8,7 @@ What becomes of hidden states is the business of `scoring`. Left out: gradient c
 import contextlib
 import copy
 import inspect
-import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -16,9 +16,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kleash.adapters import AdapterSpec, add_adapter, merge_adapter
 from kleash.errors import ModelError
+from kleash.fingerprints import base_weights, weights_sha256, weights_sum
 from kleash.heads import check_causal, check_head, read_head
 from kleash.loading import (
     Attention,
@@ -29,7 +32,6 @@ from kleash.loading import (
     quiet,
     require_special_tokens,
     stop_ids,
-    weights_sha256,
 )
 from kleash.types import Head
 
@@ -55,16 +57,6 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """A LoRA adapter to train instead of the whole model."""
-
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ()
-    """Names of the linear layers to adapt; empty: those peft knows for the architecture."""
-
-
-@dataclass(frozen=True)
 class Identity:
     """Which model exactly, for the run's record."""
 
@@ -73,7 +65,11 @@ class Identity:
     """How it came to be: "loaded", "copy of the policy" or "policy with its adapter off"."""
     dtype: str
     sha256: str
-    """Fingerprint of the weights, adapter excluded."""
+    """Hash of the weights; of an adapter, those that are merged into them and no others."""
+    revision: str | None = None
+    """Of a hub name."""
+    merged: str | None = None
+    """Adapter that was merged into the weights before anything else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +85,9 @@ class Policy:
     """Ids that end a response."""
     adapter: Any = None
     """The peft model around `model`, if only an adapter is trained."""
+    revision: str | None = None
+    merged: str | None = None
+    """Directory of the adapter that was merged into the weights when they were loaded."""
 
     @property
     def head(self) -> Head:
@@ -133,7 +132,7 @@ class Policy:
 
     def identity(self) -> Identity:
         """Which model this is now."""
-        return _identity(self.model, self.path, "loaded")
+        return _identity(self, "loaded", base_weights(self.model))
 
     def save(self, path: str | Path) -> None:
         """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors."""
@@ -153,6 +152,9 @@ class Reference:
     how: str
     adapter: Any = None
     """If set, `model` is the policy's own and is read with this adapter off."""
+    revision: str | None = None
+    merged: str | None = None
+    """Directory of the adapter that was merged into the weights when they were loaded."""
 
     @property
     def head(self) -> Head:
@@ -175,7 +177,15 @@ class Reference:
 
     def identity(self) -> Identity:
         """Which model this is: it must say the same at the end of a run as at its start."""
-        return _identity(self.model, self.path, self.how)
+        return _identity(self, self.how, self._weights())
+
+    def fingerprint(self) -> int:
+        """A number that is cheap to read and changes when a weight does."""
+        return weights_sum(self._weights())
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The weights it reads with."""
+        return self.model.named_parameters() if self.adapter is None else base_weights(self.model)
 
 
 def load_policy(
@@ -185,6 +195,8 @@ def load_policy(
     device: str = "cpu",
     attention: Attention = "auto",
     adapter: AdapterSpec | None = None,
+    revision: str | None = None,
+    merge: str | None = None,
 ) -> Policy:
     """Open the model that will learn.
 
@@ -194,15 +206,19 @@ def load_policy(
         device: a torch device.
         attention: implementation of attention; "auto" leaves the choice to the library.
         adapter: train only a LoRA adapter; the reference is then the model with it off.
+        revision: of a hub name.
+        merge: directory of a LoRA adapter to merge into the weights first: where supervised
+            training left an adapter, the policy begins as base + that adapter, and so does the
+            reference.
 
     Raises:
         ModelError: if the model or tokenizer cannot be used; see `loading` and `heads`.
     """
-    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention)
-    tokenizer = load_tokenizer(path)
+    model = _load_merged(path, merge, dtype, device, attention, revision)
+    tokenizer = load_tokenizer(path, revision=revision)
     require_special_tokens(tokenizer, path)
     words = _checked_words(model, tokenizer, path)
-    wrapped = None if adapter is None else _with_adapter(model, adapter)
+    wrapped = None if adapter is None else add_adapter(model, adapter)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -210,6 +226,8 @@ def load_policy(
         words=words,
         stop_ids=stop_ids(model, tokenizer),
         adapter=wrapped,
+        revision=revision,
+        merged=merge,
     )
 
 
@@ -219,16 +237,19 @@ def load_reference(
     dtype: Dtype = "float32",
     device: str = "cpu",
     attention: Attention = "auto",
+    revision: str | None = None,
+    merge: str | None = None,
 ) -> Reference:
-    """Open a frozen reference of its own path.
+    """Open a frozen reference of its own; the arguments are those of `load_policy`.
 
     Raises:
         ModelError: if the model or tokenizer cannot be used.
     """
-    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention)
-    tokenizer = load_tokenizer(path)
+    model = _load_merged(path, merge, dtype, device, attention, revision)
+    tokenizer = load_tokenizer(path, revision=revision)
     words = _checked_words(model, tokenizer, path)
-    return Reference(model.requires_grad_(False), tokenizer, str(path), words, "loaded")
+    model.requires_grad_(False)
+    return Reference(model, tokenizer, str(path), words, "loaded", revision=revision, merged=merge)
 
 
 def freeze_copy(policy: Policy) -> Reference:
@@ -237,16 +258,19 @@ def freeze_copy(policy: Policy) -> Reference:
     With an adapter there is nothing to copy: the reference is the same model with the adapter off.
     """
     if policy.adapter is not None:
-        return Reference(
-            policy.model,
-            policy.tokenizer,
-            policy.path,
-            policy.words,
-            "policy with its adapter off",
-            policy.adapter,
-        )
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Reference(model, policy.tokenizer, policy.path, policy.words, "copy of the policy")
+        model, how = policy.model, "policy with its adapter off"
+    else:
+        model, how = copy.deepcopy(policy.model).requires_grad_(False), "copy of the policy"
+    return Reference(
+        model,
+        policy.tokenizer,
+        policy.path,
+        policy.words,
+        how,
+        policy.adapter,
+        revision=policy.revision,
+        merged=policy.merged,
+    )
 
 
 def check_compatible(policy: Policy, reference: Reference) -> None:
@@ -304,11 +328,21 @@ def trunk_states(
     prompt_mask: Bool[Tensor, "batch prompt"],
     response_ids: Int[Tensor, "batch token"],
     response_mask: Bool[Tensor, "batch token"],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch token+1 hidden"]:
     """Hidden states of the response part of [left-padded prompt | right-padded response].
 
     Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
     far it is padded. The state that predicts response token 0 belongs to the last prompt token.
+
+    Args:
+        trunk: the model without its head.
+        prompt_ids: prompts, padded on the left.
+        prompt_mask: True on their tokens.
+        response_ids: responses, padded on the right.
+        response_mask: True on their tokens.
+        weights: parameters and buffers to read with instead of the trunk's own, by name.
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -318,7 +352,8 @@ def trunk_states(
         inputs["attention_mask"] = mask.long()
     if _takes_positions(trunk):
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return trunk(**inputs)[0][:, prompt_ids.shape[1] - 1 :]
+    out = trunk(**inputs) if weights is None else functional_call(trunk, dict(weights), (), inputs)
+    return out[0][:, prompt_ids.shape[1] - 1 :]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -342,42 +377,26 @@ def _checked_words(
     return words
 
 
-def _identity(model: PreTrainedModel, path: str, how: str) -> Identity:
-    dtype = str(read_head(model, 1).weight.dtype).removeprefix("torch.")
-    return Identity(path=path, how=how, dtype=dtype, sha256=weights_sha256(model))
-
-
-def _with_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
-    """Put a LoRA adapter into a model; it starts as no change at all."""
-    heads = [t for t in spec.targets if t.split(".")[-1] in ("lm_head", "embed_out", "output")]
-    if heads:
-        raise ModelError(
-            f"expected an adapter on inner layers, got target {heads[0]!r}: the head is shared "
-            "with the reference and read directly, so it cannot carry one"
-        )
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ModelError(
-            "expected the package peft for an adapter, got none installed: "
-            "pip install 'kleash[lora]'"
-        ) from error
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        target_modules=list(spec.targets) or None,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+def _identity(
+    owner: Policy | Reference, how: str, weights: Iterable[tuple[str, Tensor]]
+) -> Identity:
+    return Identity(
+        path=owner.path,
+        how=how,
+        dtype=str(read_head(owner.model, 1).weight.dtype).removeprefix("torch."),
+        sha256=weights_sha256(weights),
+        revision=owner.revision,
+        merged=owner.merged,
     )
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers for a name that is on its way out: theirs to settle.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"expected adapter targets among the linear layers of {type(model).__name__}, got: "
-            f"{reason}"
-        ) from error
-    return wrapped.eval()
+
+
+def _load_merged(
+    path: str | Path,
+    merge: str | None,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
+    revision: str | None,
+) -> PreTrainedModel:
+    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention, revision=revision)
+    return model if merge is None else merge_adapter(model, merge)

@@ -57,7 +57,7 @@ class TrainingDisplay:
             f"β {_number(metrics['objective/beta'], '.4g')}  "
             f"{_number(metrics['tokens_per_second'], '.0f')} tok/s"
         )
-        self._progress.update(self._task, advance=1, line=line)
+        self._progress.update(self._task, completed=metrics["step"], line=line)
         if not self._live:
             step = metrics["step"]
             self._console.print(f"{self._title} {step}/{self._steps}  {line}", markup=False)

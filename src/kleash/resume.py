@@ -5,13 +5,15 @@
     optimizer.pt        moments of the optimiser; read with `weights_only`
     random.safetensors  the random generators
     state.json          step, episodes, β state, score statistics, place in the prompts, reference
+    anchor.safetensors  the policy that the leash was moved to, if it was moved
 
 The reference itself is not stored: it is loaded as before, and its identity must be the same.
+For the length of one step the same is kept in main memory, so that the step can be undone.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from kleash.beta.controllers import BetaState
 from kleash.checkpoint import (
     list_checkpoints,
     load_tensors,
+    recover,
     save_tensors,
     verify_checkpoint,
     write_checkpoint,
@@ -31,7 +34,10 @@ from kleash.checkpoint import (
 from kleash.errors import RunError
 from kleash.models import Identity
 from kleash.prompts import PromptCursor
+from kleash.references import anchor_at, frozen_model
 from kleash.rewards import ScoreStatistics
+
+_ANCHOR = "anchor.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,19 @@ class TrainingState:
     """Time spent in steps so far, interruptions left out."""
     mixing: float | None = None
     """Coefficient of the placement `mixed` in the next step; None for other placements."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint with a raised β."""
+    anchored: int = 0
+    """The step whose policy the leash is tied to; 0: the reference it began with."""
+    best_step: int | None = None
+    """The checkpoint with the best held-out objective so far."""
+    best_objective: float | None = None
 
 
 def save_run_state(
     parent: Path, crew: Crew, state: TrainingState, reference: Identity, *, keep: int
 ) -> Path:
-    """Write a checkpoint after a step; the older ones beyond `keep` go.
+    """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
 
     Raises:
         RunError: it cannot be written; nothing of it remains.
@@ -65,13 +78,19 @@ def save_run_state(
         save_tensors(directory / "random.safetensors", _random_states())
         record = {**asdict(state), "reference": asdict(reference)}
         (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if state.anchored:
+            save_tensors(directory / _ANCHOR, dict(frozen_model(crew.reference).named_parameters()))
 
-    return write_checkpoint(parent, state.step, write, keep=keep)
+    spare = () if state.best_step is None else (state.best_step,)
+    return write_checkpoint(parent, state.step, write, keep=keep, spare=spare)
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
     """The newest finished checkpoint of a run; None if it has none yet."""
-    found = list_checkpoints(parent) if parent.is_dir() else []
+    if not parent.is_dir():
+        return None
+    recover(parent)
+    found = list_checkpoints(parent)
     return found[-1] if found else None
 
 
@@ -99,7 +118,82 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
         cursor=PromptCursor(**record["cursor"]),
         seconds=record["seconds"],
         mixing=record["mixing"],
+        rollbacks=record["rollbacks"],
+        anchored=record["anchored"],
+        best_step=record["best_step"],
+        best_objective=record["best_objective"],
     )
+
+
+def restore_anchor(directory: Path, crew: Crew, state: TrainingState) -> Crew:
+    """Tie the leash to the policy it was tied to when the checkpoint was written."""
+    if not state.anchored:
+        return replace(crew, reference=crew.original)
+    anchor = anchor_at(crew.policy, state.anchored, like=crew.original)
+    stored = load_tensors(directory / _ANCHOR)
+    with torch.no_grad():
+        for name, parameter in frozen_model(anchor).named_parameters():
+            parameter.copy_(stored[name])
+    return replace(crew, reference=anchor)
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What a step needs in order to be undone."""
+
+    random: Mapping[str, Tensor]
+    weights: Sequence[Tensor] | None
+    """In main memory, in the order of the optimiser's parameters; None: not kept."""
+    moments: Sequence[Mapping[str, Tensor]] = ()
+
+
+def remember(crew: Crew, *, weights: bool) -> Undo:
+    """The random generators before a step and, if wanted, all that learns.
+
+    Args:
+        crew: whose step it is.
+        weights: also keep the parameters and the optimiser's moments, in main memory.
+    """
+    if not weights:
+        return Undo(_random_states(), None)
+    parameters = _learning(crew)
+    moments = [
+        {name: _kept(tensor) for name, tensor in crew.optimizer.state.get(p, {}).items()}
+        for p in parameters
+    ]
+    return Undo(_random_states(), [_kept(p) for p in parameters], moments)
+
+
+@torch.no_grad()
+def put_back(crew: Crew, undo: Undo) -> None:
+    """Everything as it was when it was remembered; gradients are dropped."""
+    _restore_random(undo.random)
+    crew.optimizer.zero_grad(set_to_none=True)
+    if undo.weights is None:
+        return
+    crew.optimizer.state.clear()
+    for parameter, weights, moments in zip(
+        _learning(crew), undo.weights, undo.moments, strict=True
+    ):
+        parameter.copy_(weights)
+        if moments:
+            crew.optimizer.state[parameter] = {
+                name: tensor.to(parameter.device, copy=True) for name, tensor in moments.items()
+            }
+
+
+def weights_are_finite(crew: Crew) -> bool:
+    """Whether no weight that learns is NaN or infinite."""
+    return all(bool(parameter.isfinite().all()) for parameter in _learning(crew))
+
+
+def _learning(crew: Crew) -> list[nn.Parameter]:
+    """The optimiser's parameters, in its order."""
+    return [p for group in crew.optimizer.param_groups for p in group["params"]]
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _module(crew: Crew) -> nn.Module:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kleash.errors import RewardError
+from kleash.errors import NonFiniteScoreError, RewardError
 from kleash.loading import Attention, Dtype, load_classifier, load_tokenizer
 
 Content = str | Sequence[Mapping[str, str]]
@@ -58,6 +58,7 @@ class ClassifierReward:
         device: str = "cpu",
         attention: Attention = "auto",
         batch_size: int = 32,
+        revision: str | None = None,
     ):
         """Open a reward model.
 
@@ -68,6 +69,7 @@ class ClassifierReward:
             device: a torch device.
             attention: implementation of attention; "auto" leaves the choice to the library.
             batch_size: texts read at once; changes memory, not scores.
+            revision: of a hub name.
 
         Raises:
             ModelError: if it cannot be loaded, its head was not trained, or it has several outputs.
@@ -78,9 +80,11 @@ class ClassifierReward:
                 f"expected a template with {{response}}, got {template!r}: for example "
                 f"{PLAIN_TEMPLATE!r}"
             )
-        model = load_classifier(path, dtype=dtype, device=device, attention=attention)
+        model = load_classifier(
+            path, dtype=dtype, device=device, attention=attention, revision=revision
+        )
         self._model = model.requires_grad_(False)
-        self._tokenizer = load_tokenizer(path)
+        self._tokenizer = load_tokenizer(path, revision=revision)
         self._path, self._template, self._batch_size = str(path), template, batch_size
 
     @property
@@ -307,9 +311,10 @@ def _numbers(returned: object, who: str, responses: Sequence[str]) -> list[float
 def _require_finite(scores: Sequence[float], who: str, responses: Sequence[str]) -> None:
     for index, value in enumerate(scores):
         if not math.isfinite(value):
-            raise RewardError(
-                f"expected a finite score from {who} for response {index}, "
-                f"{_excerpt(responses[index])}, got {value}"
+            raise NonFiniteScoreError(
+                f"expected a finite score from {who} for {{place}}, "
+                f"{_excerpt(responses[index])}, got {value}",
+                response=index,
             )
 
 

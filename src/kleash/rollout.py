@@ -257,7 +257,8 @@ def _check(
     )
     for expected, fault in faults:
         if bool(fault.any()):
-            raise ScoringError(f"expected {expected}, got {_at(fault, logprobs, ref_logprobs, kl)}")
+            said, row, token = _at(fault, logprobs, ref_logprobs, kl)
+            raise ScoringError(f"expected {expected}, got {said}", response=row, token=token)
 
 
 def _check_finite(
@@ -269,17 +270,21 @@ def _check_finite(
     if kl is not None:
         fault = fault | ~kl.isfinite()
     if bool(fault.any()):
+        said, row, token = _at(fault, logprobs, ref_logprobs, kl)
         raise NonFiniteError(
-            f"expected finite numbers, got {_at(fault, logprobs, ref_logprobs, kl)}: the policy "
-            "has diverged or a model gives a token no probability; lower the learning rate, or "
-            "check both models"
+            f"expected finite numbers, got {said}: the policy has diverged or a model gives a "
+            "token no probability; lower the learning rate, or check both models",
+            response=row,
+            token=token,
         )
 
 
-def _at(fault: Tensor, logprobs: Tensor, ref_logprobs: Tensor, kl: Tensor | None) -> str:
-    """The first place where a fault is, with what both models say there."""
+def _at(
+    fault: Tensor, logprobs: Tensor, ref_logprobs: Tensor, kl: Tensor | None
+) -> tuple[str, int, int]:
+    """What both models say at the first place where a fault is, and that place."""
     row, column = (int(i) for i in fault.nonzero()[0])
     said = f"log π = {logprobs[row, column]:.6g}, log π_ref = {ref_logprobs[row, column]:.6g}"
     if kl is not None:
         said += f", KL = {kl[row, column]:.6g}"
-    return f"response {row}, token {column}: {said}"
+    return f"{{place}}: {said}", row, column

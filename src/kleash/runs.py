@@ -4,6 +4,8 @@
     run.json         status, argv, versions, seed, reference identity, times, message
     metrics.jsonl    one object a step; keys are defined in `docs/metrics.md`
     samples.jsonl    one object a kept response, with its per-token numbers
+    events.jsonl     refusals, rollbacks and the like; there as soon as there is one
+    refused/         batches of refused steps
     checkpoints/     belongs to the checkpoints' own module
 
 Two promises. A reader can open the directory at any moment, also after a crash: whole files are
@@ -16,9 +18,7 @@ that lone surrogates, NUL and control characters from a model cannot break a lin
 """
 
 import json
-import math
 import numbers
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -29,6 +29,8 @@ from typing import Any, Literal, cast
 import yaml
 
 from kleash.errors import RunError
+from kleash.events import FILE as _EVENTS
+from kleash.events import Event, append_event, event_line, read_event
 from kleash.files import (
     NON_FINITE,
     append_whole,
@@ -96,6 +98,7 @@ class Run:
     meta: Mapping[str, Any]
     metrics: Sequence[Metrics]
     samples: Sequence[Sample]
+    events: Sequence[Event] = ()
     notes: Sequence[str] = ()
     """What was not quite right while reading, in sentences."""
 
@@ -129,6 +132,7 @@ class RunWriter:
         self.path = path
         self._meta = meta
         self._last_step = -1
+        self._events: list[Event] = []
 
     @classmethod
     def create(
@@ -178,13 +182,26 @@ class RunWriter:
         """
         run = read_run(path)
         writer = cls(run.path, {**run.meta, "status": "running", "ended": None, "message": None})
-        writer._last_step = through_step
+        writer._events = list(run.events)
+        if (run.path / _EVENTS).exists():
+            # Without the half line that a killed process may have left.
+            replace_file(run.path / _EVENTS, "".join(event_line(event) for event in run.events))
+        writer.rewind(through_step)
+        writer._write_meta()
+        return writer
+
+    def rewind(self, through_step: int) -> None:
+        """Drop the lines of later steps; events stay.
+
+        Raises:
+            RunError: if the run cannot be read or written.
+        """
+        run = read_run(self.path)
         metrics = [line for line in run.metrics if _step_of(line) <= through_step]
         samples = [sample for sample in run.samples if sample.step <= through_step]
         replace_file(run.path / _METRICS, "".join(_json_line(line) for line in metrics))
         replace_file(run.path / _SAMPLES, "".join(_sample_line(sample) for sample in samples))
-        writer._write_meta()
-        return writer
+        self._last_step = through_step
 
     @property
     def checkpoints(self) -> Path:
@@ -224,9 +241,19 @@ class RunWriter:
         if len(samples) > MAX_SAMPLES_PER_STEP:
             raise ValueError(
                 f"at most {MAX_SAMPLES_PER_STEP} responses are kept at a step, got {len(samples)}; "
-                "choose some with rows_to_keep"
+                "choose some of them"
             )
         self._append(_SAMPLES, "".join(_sample_line(sample) for sample in samples))
+
+    def append_event(self, event: Event) -> None:
+        """Append an event, unless an interrupted run came to the very same one before.
+
+        Raises:
+            RunError: if it cannot be written; nothing of it remains then.
+        """
+        if event not in self._events:
+            append_event(self.path, event)
+            self._events.append(event)
 
     def update_meta(self, **values: Any) -> None:
         """Set entries of run.json, replacing the file atomically.
@@ -274,34 +301,6 @@ class RunWriter:
         append_whole(self.path / name, text)
 
 
-def rows_to_keep(
-    response_kl: Sequence[float], *, worst: int, at_random: int, seed: int
-) -> list[tuple[int, Kind]]:
-    """Choose which responses of a step to keep: those of largest KL, and some at random.
-
-    A KL that is NaN counts as the worst of all: it is what one wants to look at. The random ones
-    are drawn from the rest, so that no response is kept twice.
-
-    Example:
-        >>> rows_to_keep([0.1, 3.0, float("nan"), 0.2], worst=2, at_random=1, seed=0)
-        [(2, 'worst'), (1, 'worst'), (0, 'random')]
-    """
-    order = sorted(
-        range(len(response_kl)),
-        key=lambda row: math.inf if math.isnan(response_kl[row]) else response_kl[row],
-        reverse=True,
-    )
-    # Python's sort is stable also in reverse, so NaN and inf keep their order among themselves.
-    rest = order[worst:]
-    chosen = random.Random(seed).sample(rest, min(at_random, len(rest)))
-    kinds: tuple[Kind, Kind] = ("worst", "random")
-    return [
-        (row, kind)
-        for kind, rows in zip(kinds, (order[:worst], sorted(chosen)), strict=True)
-        for row in rows
-    ]
-
-
 def holds_run(path: Path | str) -> bool:
     """Whether the directory holds a run, or what is left of one."""
     return any((Path(path) / name).exists() for name in (_META, _METRICS, _CONFIG, _SAMPLES))
@@ -329,7 +328,9 @@ def read_run(path: Path | str) -> Run:
     config = _read_config(path / _CONFIG)
     metrics = [_read_metrics(*line) for line in _read_lines(path / _METRICS, notes)]
     samples = [_read_sample(*line) for line in _read_lines(path / _SAMPLES, notes)]
-    return Run(path, config, meta, metrics, samples, tuple(notes))
+    lines = _read_lines(path / _EVENTS, notes) if (path / _EVENTS).exists() else ()
+    events = [read_event(*line) for line in lines]
+    return Run(path, config, meta, metrics, samples, events, tuple(notes))
 
 
 def _claim(file: Path) -> None:

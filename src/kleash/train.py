@@ -13,59 +13,61 @@ Left out: several processes. A run is one process on one device.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from kleash.algorithms import ppo
-from kleash.algorithms.losses import average, combine, explained_variance
-from kleash.assembly import Crew, assemble, learning_rate_factor, make_controller
+from kleash.assembly import Crew, assemble, make_controller
 from kleash.beta.controllers import BetaController, Measurement, initial_beta
 from kleash.config import Config, dump_config, parse_config
-from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
+from kleash.errors import ConfigError, ModelError, RefusedError, RunError
 from kleash.evaluation import (
     Written,
     evaluate_heldout,
     initial_scores,
+    judge,
     training_samples,
-    write_responses,
+    write_answers,
 )
+from kleash.holding import (
+    Attempt,
+    attempt_step,
+    check_bounds,
+    reanchor_if_due,
+    refuse,
+    require_unchanged,
+    save_if_due,
+    seal,
+)
+from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.measures import (
     Clock,
     Number,
     account,
-    first_ratio_error,
     next_mixing,
     objective_measures,
     rollout_measures,
     score_variance,
+    with_error,
 )
-from kleash.models import Identity
 from kleash.preflight import doctor
-from kleash.pretraining import pretraining_loss
 from kleash.progress import TrainingDisplay
 from kleash.prompts import PromptCursor
 from kleash.record import objective_line, run_meta
-from kleash.resume import (
-    TrainingState,
-    latest_checkpoint,
-    restore_run_state,
-    save_run_state,
-)
+from kleash.resume import TrainingState, latest_checkpoint, restore_anchor, restore_run_state
 from kleash.rewards import ScoreStatistics
-from kleash.rollout import TokenScorer, fresh, microbatches, score
+from kleash.rollout import TokenScorer, score
 from kleash.runs import Run, RunWriter, holds_run, read_run
 from kleash.scoring import checked, token_scores
 from kleash.trackers import Trackers
-from kleash.types import Experience, Loss, ScoredRollout
+from kleash.types import ScoredRollout
+from kleash.updates import needs_exact_kl, update
 
-_FIRST_RATIO_TOLERANCE = 1e-3
-"""How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
 _HELDOUT_SAMPLES = 8
@@ -108,6 +110,7 @@ def train(
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
     if checkpoint is not None:
         state = restore_run_state(checkpoint, crew, reference)
+        crew = restore_anchor(checkpoint, crew, state)
         controller = make_controller(config.leash, start=state.beta.beta)
     else:
         controller, state = _begin(config, crew)
@@ -124,11 +127,20 @@ def train(
         display.say(objective_line(config, state.beta.beta))
         if checkpoint is None:
             _heldout(config, crew, state, run)
+        sealed = seal(crew)
         while state.step < config.steps:
-            state, metrics = _step(config, crew, controller, state, run)
+            attempt = attempt_step(config, crew, state)
+            try:
+                require_unchanged(crew, sealed)
+                state, metrics = _step(config, crew, controller, state, run, attempt)
+            except RefusedError as error:
+                display.say(f"step {attempt.step} refused: {error}")
+                crew, state, sealed = refuse(error, attempt, config, crew, state, sealed, run)
+                continue
             trackers.log(metrics)
             display.show(metrics)
-            _save(config, crew, state, reference, run)
+            crew, state, sealed = reanchor_if_due(config, crew, state, sealed, run)
+            state = save_if_due(config, crew, state, metrics, sealed, run)
     return run.path
 
 
@@ -144,22 +156,6 @@ def _require_same_run(config: Config, run: Run) -> None:
             f"{config.output!r} already holds this run, finished; give another output directory, "
             "or move it away"
         )
-
-
-def _save(
-    config: Config, crew: Crew, state: TrainingState, reference: Identity, run: RunWriter
-) -> None:
-    """A checkpoint where one is due; the reference must still be what it was."""
-    every = config.logging.checkpoint_every
-    if state.step < config.steps and not (every and state.step % every == 0):
-        return
-    now = crew.reference.identity()
-    if now != reference:
-        raise RunError(
-            f"the reference changed while training: its weights were {reference.sha256[:12]}…, got "
-            f"{now.sha256[:12]}…; every KL since is void, start again from the last checkpoint"
-        )
-    save_run_state(run.checkpoints, crew, state, reference, keep=config.logging.keep)
 
 
 def _begin(config: Config, crew: Crew) -> tuple[BetaController, TrainingState]:
@@ -196,6 +192,7 @@ def _step(
     controller: BetaController,
     state: TrainingState,
     run: RunWriter,
+    attempt: Attempt,
 ) -> tuple[TrainingState, dict[str, Number]]:
     """One rollout and its updates; every number of it goes into the run directory."""
     clock, beta = Clock(), state.beta.beta
@@ -204,13 +201,15 @@ def _step(
     # 1. The policy writes; the reward models read.
     numbers, cursor = state.cursor.take(config.rollout.prompts_per_step)
     with clock.measure("time/generate"):
-        written = write_responses(
+        attempt.answers = write_answers(
             crew,
             [crew.prompts[number] for number in numbers],
             responses_per_prompt=config.rollout.responses_per_prompt,
             microbatch=config.responses_per_step,
         )
+        written = judge(crew, attempt.answers)
     scores, seen = _normalise(config, written.raw_scores, state.scores)
+    attempt.scores = scores
 
     # 2–3. Policy, reference and critic score the same tokens.
     with clock.measure("time/score"):
@@ -222,29 +221,36 @@ def _step(
             value=crew.value,
             temperature=crew.sampling.temperature,
             microbatch=config.rollout.microbatch_size,
-            keep_ref_hidden=_needs_exact_kl(crew),
+            keep_ref_hidden=needs_exact_kl(crew),
             scorer=_scorer(config, step),
         )
+        original_kl = _original_kl(crew, scored, microbatch=config.rollout.microbatch_size)
+    attempt.scored = scored
 
     if step == 1 and not config.reference.reference_differs:
         _require_reference_is_start(scored)
     doctor.look(config, crew, written, scored, step=step, folder=run.path)
+    check_bounds(config, scored, original_kl)
+    attempt.within_bounds = True
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
         experience = ppo.prepare(scored, beta, settings)
-        updates = _update(config, crew, experience, done=state.step)
+        attempt.updating = True
+        updates = update(config, crew, experience, done=state.step)
 
     # 6. β moves.
     metrics = {
         **objective_measures(experience.scored, beta=beta),
         **rollout_measures(scored, written.responses),
+        **_original_measures(config, scored, original_kl),
         **updates,
         "objective/accounting_residual": account(settings, experience, beta),
     }
     episodes = state.episodes + len(written.responses)
-    after = TrainingState(
+    after = replace(
+        state,
         step=step,
         episodes=episodes,
         beta=controller.update(state.beta, _measurement(config, metrics, scored)),
@@ -266,82 +272,29 @@ def _step(
     return after, metrics
 
 
-def _update(config: Config, crew: Crew, experience: Experience, *, done: int) -> dict[str, Number]:
-    """Passes over the rollout in minibatches; each is one optimiser step."""
-    factor = learning_rate_factor(config.optimizer, step=done, steps=config.steps)
-    for group in crew.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    minibatches: list[dict[str, float]] = []
-    ratio_error: float | None = None
-    rows = ppo.kept_rows(experience)
-    for _ in range(config.ppo.epochs):
-        order = rows[torch.randperm(len(rows)).to(rows.device)]
-        for chosen in order.chunk(config.ppo.minibatches):
-            losses = _backward(config, crew, ppo.select(experience, chosen))
-            if ratio_error is None:
-                ratio_error = max(error for _, error in losses)
-                _require_first_ratio(ratio_error)
-            minibatch = combine([loss for loss, _ in losses])
-            minibatch["optim/grad_norm"] = _optimise(config, crew)
-            minibatches.append(minibatch)
-    foreseen = experience.scored.values
-    return {
-        **average(minibatches),
-        "policy/ratio_first_error": ratio_error,
-        "optim/lr": config.optimizer.lr * factor,
-        "value/explained_variance": None
-        if foreseen is None
-        else explained_variance(foreseen, experience.returns, experience.mask),
-    }
+def _original_kl(crew: Crew, scored: ScoredRollout, *, microbatch: int) -> Tensor:
+    """[batch, token] exact KL to the reference the run began with, wherever the anchor is now."""
+    if crew.reference is crew.original:
+        return scored.kl
+    return score(
+        scored.rollout,
+        policy=crew.policy,
+        reference=crew.original,
+        scores=scored.scores,
+        temperature=crew.sampling.temperature,
+        microbatch=microbatch,
+    ).kl
 
 
-def _backward(config: Config, crew: Crew, minibatch: Experience) -> list[tuple[Loss, float]]:
-    """Gradients of one minibatch, a microbatch at a time; they add to the same whatever the split.
-
-    Returns:
-        Each microbatch's loss, and how far its ratio was from 1.
-    """
-    crew.optimizer.zero_grad(set_to_none=True)
-    tokens = int(minibatch.mask.sum())
-    losses: list[tuple[Loss, float]] = []
-    for rows in microbatches(minibatch.scored.rollout, config.ppo.microbatch_size):
-        part = ppo.select(minibatch, rows)
-        now = fresh(
-            part,
-            policy=crew.policy,
-            value=crew.value,
-            reference=crew.reference,
-            temperature=crew.sampling.temperature,
-            want=("logprobs", "kl") if _needs_exact_kl(crew) else ("logprobs",),
-            scorer=partial(token_scores, tiles=crew.tiles),
-        )
-        loss = ppo.loss(part, now, crew.settings, tokens=tokens)
-        loss.total.backward()
-        error = first_ratio_error(now.logprobs.detach(), part.scored.rollout_logprobs, part.mask)
-        losses.append((loss, error))
-    mix = crew.pretraining
-    if mix is not None:
-        likelihood = pretraining_loss(
-            crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
-        )
-        (mix.coefficient * likelihood).backward()
-        losses[0][0].metrics["loss/pretraining"] = float(likelihood.detach())
-        for loss, _ in losses[1:]:
-            loss.metrics["loss/pretraining"] = 0.0
-    return losses
-
-
-def _optimise(config: Config, crew: Crew) -> float:
-    """One optimiser step; refused if a gradient is not finite, so that the weights stay good."""
-    parameters: list[nn.Parameter] = [*crew.policy.parameters(), *crew.value.parameters()]
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
-    if not norm < float("inf"):
-        raise NonFiniteError(
-            f"the gradient's norm is {norm}: the update was refused and the weights are those of "
-            "the last good step; lower optimizer.lr or look at the scores of this step"
-        )
-    crew.optimizer.step()
-    return norm
+def _original_measures(
+    config: Config, scored: ScoredRollout, original_kl: Tensor
+) -> dict[str, Number]:
+    """The KL to the original reference, where it is not that to the anchor."""
+    if config.leash.reanchor_every is None:
+        return {}
+    mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
+    estimate = clustered_mean(response_kl(original_kl, mask), clusters)
+    return with_error("objective/kl_original", estimate)
 
 
 def _normalise(
@@ -361,11 +314,6 @@ def _scorer(config: Config, step: int) -> TokenScorer:
     """Who scores a rollout: now and then someone who checks a few of the numbers."""
     every = config.logging.spot_check_every
     return checked.token_scores if every and step % every == 0 else token_scores
-
-
-def _needs_exact_kl(crew: Crew) -> bool:
-    """Whether the loss differentiates the exact KL."""
-    return crew.settings.placement in ("exact", "mixed", "loss_exact")
 
 
 def _measurement(config: Config, metrics: dict[str, Number], scored: ScoredRollout) -> Measurement:
@@ -389,16 +337,6 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
             f"the reference is not the policy this run starts from: KL {per_token:.3g} nats per "
             f"token before any update, expected at most {_SAME_MODEL:g}; mend reference.path, or "
             "say reference.reference_differs: true if it is meant"
-        )
-
-
-def _require_first_ratio(error: float) -> None:
-    if error > _FIRST_RATIO_TOLERANCE:
-        raise RunError(
-            f"before the first update the policy must give its own tokens the probability it gave "
-            f"them when they were scored, got a ratio off by {error:.3g}: the model is not "
-            "deterministic (dropout, a low-precision kernel); use policy.dtype: float32 or "
-            "policy.attention: eager"
         )
 
 

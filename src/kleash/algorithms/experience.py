@@ -260,8 +260,10 @@ def require_finite(
     if len(bad):
         row, token = bad[0].tolist()
         raise NonFiniteError(
-            f"every {name} must be finite, got {float(numbers[row, token])} at token {token} of "
-            f"response {row} (and {len(bad) - 1} more): the update was not made"
+            f"every {name} must be finite, got {float(numbers[row, token])} at {{place}} (and "
+            f"{len(bad) - 1} more): the update was not made",
+            response=row,
+            token=token,
         )
 
 

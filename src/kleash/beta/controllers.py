@@ -26,6 +26,7 @@ from kleash.beta.state import (
     check_target,
     clip,
     count,
+    raise_beta,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Measurement",
     "ScheduledBeta",
     "initial_beta",
+    "raise_beta",
 ]
 
 Gain = Literal["paper", "code"]

@@ -1,5 +1,6 @@
 """What a controller is told, what it remembers, and what its settings must be."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -100,6 +101,26 @@ def count(state: BetaState, measurement: Measurement) -> BetaState:
         responses=state.responses + measurement.responses,
         error=0.0,
     )
+
+
+def raise_beta(state: BetaState, factor: float) -> BetaState:
+    """β multiplied, in such a way that the controller goes on from there.
+
+    Args:
+        state: of any controller.
+        factor: above 1 shortens the leash.
+
+    Raises:
+        ValueError: if `factor` is not positive and finite.
+
+    Example:
+        >>> raise_beta(BetaState(0.1), 2.0).beta
+        0.2
+    """
+    if not 0 < factor < _LARGEST:
+        raise ValueError(f"factor must be positive and finite, got {factor}")
+    # `BudgetBeta` steers towards feed-forward and trim, and would take back what trim lacks.
+    return replace(state, beta=state.beta * factor, trim=state.trim + math.log(factor))
 
 
 def clip(value: float, bound: float) -> float:

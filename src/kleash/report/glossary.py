@@ -38,6 +38,24 @@ GLOSSARY: tuple[Metric, ...] = (
         "below a tenth of the KL",
     ),
     Metric(
+        "objective/kl_original",
+        "KL to the original reference",
+        "Where the anchor of the leash is moved (leash.reanchor_every), objective/kl_ref is the KL "
+        "to the anchor; this is the KL to the reference that the run began with. tripwires.stop_kl "
+        "is a bound on it.",
+        "mean_y Σ_t KL(π(·|y<t) ‖ π_original(·|y<t)), y ~ π",
+        "nats per response",
+        "below tripwires.stop_kl; a steady rise says that the leash only slows the drift",
+    ),
+    Metric(
+        "objective/kl_original_se",
+        "Standard error of the KL to the original",
+        "Sampling error of objective/kl_original.",
+        "clustered by prompt",
+        "nats per response",
+        "below a tenth of the KL",
+    ),
+    Metric(
         "objective/kl_ref_k1",
         "KL to the reference, sampled",
         "The same quantity from the sampled tokens alone, as most trainers report it. Unbiased "

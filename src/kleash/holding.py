@@ -1,0 +1,335 @@
+"""What keeps a run on its leash: sealed references, refused steps, rollbacks, anchors, checkpoints.
+
+The loop attempts a step. If it is refused, everything is put back to where it was before, the
+batch goes into the run directory with the offender's name, the refusal into its log, and the run
+stops, or returns to the last good checkpoint with a higher β.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from kleash.assembly import Crew
+from kleash.beta.controllers import raise_beta
+from kleash.checkpoint import (
+    drop_directory,
+    list_checkpoints,
+    save_tensors,
+    step_of,
+    write_directory,
+)
+from kleash.config import Config
+from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError
+from kleash.evaluation import Answers
+from kleash.events import new_event
+from kleash.files import plain_json
+from kleash.measures import Number
+from kleash.models import Identity
+from kleash.references import FrozenReference, anchor_at
+from kleash.resume import (
+    TrainingState,
+    Undo,
+    latest_checkpoint,
+    put_back,
+    remember,
+    restore_anchor,
+    restore_run_state,
+    save_run_state,
+    weights_are_finite,
+)
+from kleash.reward_models import text_of
+from kleash.runs import RunWriter
+from kleash.tripwires import check_entropy, check_kl
+from kleash.types import ScoredRollout
+
+BETA_FACTOR, MAX_ROLLBACKS = 2.0, 3
+"""Of a rollback, unless the configuration says otherwise."""
+_OTHER_DRAWS = 0x9E3779B9
+"""Added to the seed with each rollback, so that the same responses are not drawn again."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Which weights the references have, as a hash and as a sum that is cheap to compare."""
+
+    original: Identity
+    original_sum: int
+    anchor: Identity
+    anchor_sum: int
+
+
+@dataclass
+class Attempt:
+    """A step while it is made: how to undo it, and what it has seen, should it be refused."""
+
+    step: int
+    undo: Undo
+    answers: Answers | None = None
+    scores: Tensor | None = None
+    scored: ScoredRollout | None = None
+    within_bounds: bool = False
+    """The policy that wrote the answers has been measured, and nothing was wrong with it."""
+    updating: bool = False
+    """Weights may have moved."""
+
+
+def seal(crew: Crew) -> Seal:
+    """Take down which weights the references have."""
+    original, total = crew.original.identity(), crew.original.fingerprint()
+    if crew.reference is crew.original:
+        return Seal(original, total, original, total)
+    return Seal(original, total, crew.reference.identity(), crew.reference.fingerprint())
+
+
+def require_unchanged(crew: Crew, sealed: Seal) -> None:
+    """Before every step: the references still have the sum of weights they had.
+
+    Raises:
+        ReferenceChangedError: one of them has not.
+    """
+    if crew.original.fingerprint() != sealed.original_sum:
+        raise _changed(crew.original, sealed.original)
+    if crew.reference is not crew.original and crew.reference.fingerprint() != sealed.anchor_sum:
+        raise _changed(crew.reference, sealed.anchor)
+
+
+def _changed(reference: FrozenReference, was: Identity) -> ReferenceChangedError:
+    return ReferenceChangedError(
+        f"the reference changed while training: its weights were {was.sha256[:12]}…, got "
+        f"{reference.identity().sha256[:12]}…; find what writes into them (a shared parameter, a "
+        "reward function) and resume"
+    )
+
+
+def attempt_step(config: Config, crew: Crew, state: TrainingState) -> Attempt:
+    """The next step, before anything of it has happened."""
+    undo = remember(crew, weights=config.tripwires.undo == "memory")
+    return Attempt(state.step + 1, undo)
+
+
+def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> None:
+    """The tripwires on a rollout; the KL is that to the reference the run began with.
+
+    Raises:
+        TripwireError: a bound was passed.
+    """
+    mask = scored.rollout.response_mask
+    if config.tripwires.stop_kl is not None:
+        check_kl(original_kl, mask, stop_kl=config.tripwires.stop_kl)
+    if config.tripwires.min_entropy is not None:
+        check_entropy(scored.entropy, mask, min_entropy=config.tripwires.min_entropy)
+
+
+def save_if_due(
+    config: Config,
+    crew: Crew,
+    state: TrainingState,
+    metrics: dict[str, Number],
+    sealed: Seal,
+    run: RunWriter,
+) -> TrainingState:
+    """A checkpoint where one is due; the references must have the weights they had, every bit.
+
+    Returns:
+        The state, with the best held-out objective so far if this step has it.
+
+    Raises:
+        RunError: a reference changed, or the checkpoint cannot be written.
+    """
+    every = config.logging.checkpoint_every
+    if state.step < config.steps and not (every and state.step % every == 0):
+        return state
+    if crew.original.identity() != sealed.original:
+        raise _changed(crew.original, sealed.original)
+    if crew.reference is not crew.original and crew.reference.identity() != sealed.anchor:
+        raise _changed(crew.reference, sealed.anchor)
+    objective = metrics.get("heldout/rlhf_reward")
+    best = state.best_objective
+    if objective is not None and (best is None or objective > best):
+        state = replace(state, best_step=state.step, best_objective=objective)
+    save_run_state(run.checkpoints, crew, state, sealed.original, keep=config.logging.keep)
+    run.update_meta(best_checkpoint=state.best_step, best_objective=state.best_objective)
+    return state
+
+
+def reanchor_if_due(
+    config: Config, crew: Crew, state: TrainingState, sealed: Seal, run: RunWriter
+) -> tuple[Crew, TrainingState, Seal]:
+    """Tie the leash to the policy as it now is, where the configuration says so."""
+    every = config.leash.reanchor_every
+    if every is None or state.step % every or state.step == config.steps:
+        return crew, state, sealed
+    crew = replace(crew, reference=anchor_at(crew.policy, state.step, like=crew.original))
+    run.append_event(
+        new_event(state.step, "reanchored", f"the leash is tied to the policy of step {state.step}")
+    )
+    return crew, replace(state, anchored=state.step), seal(crew)
+
+
+def refuse(
+    error: RefusedError,
+    attempt: Attempt,
+    config: Config,
+    crew: Crew,
+    state: TrainingState,
+    sealed: Seal,
+    run: RunWriter,
+) -> tuple[Crew, TrainingState, Seal]:
+    """Undo a refused step, keep the evidence, and stop or go back to a good checkpoint.
+
+    Returns:
+        Everyone as of that checkpoint, with a higher β; later metrics are dropped.
+
+    Raises:
+        RefusedError: the error, where the run stops; it says where the run stands.
+    """
+    put_back(crew, attempt.undo)
+    sentence = str(error)
+    where = _keep_evidence(run.path / "refused", error, attempt, crew, state)
+    event = new_event(
+        attempt.step,
+        "refused",
+        sentence,
+        wire=error.wire,
+        response=error.response,
+        token=error.token,
+        evidence=str(where.relative_to(run.path)),
+    )
+    run.append_event(event)
+    undone = not attempt.updating or attempt.undo.weights is not None
+    wires = config.tripwires
+    if wires.then == "stop" or isinstance(error, ReferenceChangedError):
+        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
+    if state.rollbacks == (wires.max_rollbacks or MAX_ROLLBACKS):
+        error.args = (f"{sentence} (rollbacks so far: {state.rollbacks}, no more are allowed)",)
+        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
+    # A policy that was out of bounds when it wrote is that of the step before: no way back to it.
+    guilty = not attempt.within_bounds and not isinstance(error, NonFiniteScoreError)
+    limit = state.step - 1 if guilty else state.step
+    good = [c for c in list_checkpoints(run.checkpoints) if step_of(c) <= limit]
+    if not good:
+        error.args = (f"{sentence}; there is no good checkpoint to go back to yet",)
+        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
+    return _roll_back(good[-1], config, crew, state, sealed, run, refused=attempt.step)
+
+
+def _roll_back(
+    checkpoint: Path,
+    config: Config,
+    crew: Crew,
+    state: TrainingState,
+    sealed: Seal,
+    run: RunWriter,
+    *,
+    refused: int,
+) -> tuple[Crew, TrainingState, Seal]:
+    """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
+    rollbacks = state.rollbacks + 1
+    restored = restore_run_state(checkpoint, crew, sealed.original)
+    crew = restore_anchor(checkpoint, crew, restored)
+    beta = raise_beta(restored.beta, config.tripwires.beta_factor or BETA_FACTOR)
+    after = replace(restored, beta=beta, rollbacks=rollbacks)
+    torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
+    run.append_event(
+        new_event(
+            refused,
+            "rolled_back",
+            f"from step {refused} back to step {after.step}, β from {restored.beta.beta:.4g} to "
+            f"{beta.beta:.4g} (rollback {rollbacks} of "
+            f"{config.tripwires.max_rollbacks or MAX_ROLLBACKS})",
+            to_step=after.step,
+            beta_before=restored.beta.beta,
+            beta=beta.beta,
+        )
+    )
+    # The newest go first: the last one left is always one that a run can resume from.
+    for later in reversed(list_checkpoints(run.checkpoints)):
+        if step_of(later) > after.step:
+            drop_directory(later)
+    save_run_state(run.checkpoints, crew, after, sealed.original, keep=config.logging.keep)
+    run.rewind(after.step)
+    return crew, after, seal(crew)
+
+
+def _stop(
+    error: RefusedError,
+    attempt: Attempt,
+    config: Config,
+    crew: Crew,
+    state: TrainingState,
+    sealed: Seal,
+    run: RunWriter,
+    *,
+    where: Path,
+    undone: bool,
+) -> NoReturn:
+    """End the run with one sentence; the state before the refused step is on the disk."""
+    newest = latest_checkpoint(run.checkpoints)
+    saved = -1 if newest is None else step_of(newest)
+    if undone and saved < state.step and state.step > 0 and weights_are_finite(crew):
+        # One more than usual, so that no good checkpoint goes for one that may not be.
+        keep = config.logging.keep + 1
+        newest = save_run_state(run.checkpoints, crew, state, sealed.original, keep=keep)
+    stands = "at its beginning" if newest is None else f"at {newest}"
+    error.args = (
+        f"{error}; step {attempt.step} was not made, the run stands {stands}, and the batch is in "
+        f"{where}",
+    )
+    run.append_event(new_event(attempt.step, "stopped", str(error)))
+    raise error
+
+
+def _keep_evidence(
+    folder: Path, error: RefusedError, attempt: Attempt, crew: Crew, state: TrainingState
+) -> Path:
+    """The batch as tensors, its texts and the offender as JSON; nothing that could execute."""
+    final = folder / f"step-{attempt.step:06d}-{state.rollbacks}"
+
+    def write(directory: Path) -> None:
+        save_tensors(directory / "batch.safetensors", _tensors_of(attempt))
+        record = _record_of(error, attempt, crew)
+        (directory / "refusal.json").write_text(plain_json(record, indent=1), encoding="utf-8")
+
+    write_directory(final, write, what="the refused batch")
+    return final
+
+
+def _tensors_of(attempt: Attempt) -> dict[str, Tensor]:
+    """What is known of the batch; numbers that a step did not come to are missing."""
+    rollout = None if attempt.answers is None else attempt.answers.rollout
+    sources = {
+        rollout: ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "ended"),
+        attempt.scored: ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values"),
+    }
+    found = {
+        name: getattr(source, name) for source, names in sources.items() if source for name in names
+    }
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return tensors if attempt.scores is None else {**tensors, "scores": attempt.scores}
+
+
+def _record_of(error: RefusedError, attempt: Attempt, crew: Crew) -> dict[str, object]:
+    record: dict[str, object] = {
+        "step": attempt.step,
+        "wire": error.wire,
+        "sentence": str(error),
+        "response": error.response,
+        "token": error.token,
+    }
+    if attempt.answers is None:
+        return record
+    answers, row = attempt.answers, error.response
+    record |= {
+        "prompts": [text_of(prompt) for prompt in answers.prompts],
+        "responses": answers.responses,
+    }
+    if row is not None:
+        record |= {"offender": answers.responses[row]}
+    if row is not None and error.token is not None:
+        written = cast("list[int]", answers.rollout.response_ids[row].tolist())
+        names = crew.policy.tokenizer.convert_ids_to_tokens(written)
+        record |= {"offending_token": names[error.token]}
+    return record
