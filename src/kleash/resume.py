@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kleash.assembly import Crew
 from kleash.beta.controllers import BetaState
+from kleash.beta.starting import Start
 from kleash.checkpoint import (
     list_checkpoints,
     load_tensors,
@@ -47,6 +48,8 @@ class TrainingState:
     """Time spent in steps so far, interruptions left out."""
     mixing: float | None = None
     """Coefficient of the placement `mixed` in the next step; None for other placements."""
+    start: Start | None = None
+    """Where a moving β started, which its controller goes on building on; None if it was told."""
 
 
 def save_run_state(
@@ -99,6 +102,7 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
         cursor=PromptCursor(**record["cursor"]),
         seconds=record["seconds"],
         mixing=record["mixing"],
+        start=None if record["start"] is None else Start(**record["start"]),
     )
 
 

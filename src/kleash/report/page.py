@@ -82,7 +82,7 @@ def build_report(runs: Sequence[Run]) -> dict[str, Any]:
 
 def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
     """The page of a report that `build_report` made from the same runs."""
-    style, script = _resource("page.css"), _resource("page.js")
+    style, script = resource("page.css"), resource("page.js")
     names = [entry["name"] for entry in report["runs"]]
     drawn = [
         (heading, [draw(chart) for chart in group]) for heading, group in chart_groups(runs, names)
@@ -96,7 +96,7 @@ def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
         "area": [charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH],
     }
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             report=report,
@@ -107,8 +107,8 @@ def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
             metas=[json.dumps(plain(run.meta), indent=2) for run in runs],
             style=Markup(style),
             script=Markup(script),
-            style_hash=_hash(style),
-            script_hash=_hash(script),
+            style_hash=source_hash(style),
+            script_hash=source_hash(script),
             data=Markup(_embed(data)),
         )
     )
@@ -199,15 +199,18 @@ def _embed(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
+    """How a content security policy names a style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """The text of a file beside the templates."""
     return (files("kleash.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, with autoescaping and the filters of every page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kleash.report", "templates"),
         autoescape=True,
