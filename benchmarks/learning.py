@@ -57,9 +57,7 @@ def gaps(placement: str, beta: float, seeds: int, pace: Pace, marks: list[int]) 
         placement=placement,  # pyright: ignore[reportArgumentType]
         mixing=0.0 if placement == "mixed" else None,
     )
-    best = world.objective(
-        world.optimal_logits(reference, scores, beta), reference, scores, beta
-    )
+    best = world.objective(world.optimal_logits(reference, scores, beta), reference, scores, beta)
     found: list[Tensor] = []
 
     def watch(iteration: int, logits: Tensor) -> None:
@@ -91,7 +89,14 @@ def main() -> None:
     o = parser.parse_args()
     torch.set_num_threads(1)
     marks = [round(o.iterations * part / 10) for part in range(1, 11)]
-    pace = Pace(o.iterations, rollouts=o.rollouts, epochs=o.epochs, minibatches=o.minibatches, lr=o.lr, value_lr=o.lr)
+    pace = Pace(
+        o.iterations,
+        rollouts=o.rollouts,
+        epochs=o.epochs,
+        minibatches=o.minibatches,
+        lr=o.lr,
+        value_lr=o.lr,
+    )
     for beta in o.betas:
         print(f"beta {beta}")
         for placement in PLACEMENTS:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kleash.cli import split_overrides
 from kleash.errors import UsageError
+from kleash.frontier import make_frontier, write_frontier
 
 
 def kleash(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,6 +62,9 @@ def test_kl_as_json() -> None:
         (("audit", "a", "b"), "--prompts FILE, --texts FILE or --responses FILE"),
         (("audit", "a", "b", "--prompts", "p", "--bytes"), "give --texts FILE with it"),
         (("audit", "a", "b", "--texts", "t", "--resume"), "--into DIR"),
+        (("plan", "--beta", "tight"), "numbers separated by commas, got 'tight'"),
+        (("plan", "--scores", "plan.json", "--responses", "8"), "--scores has its samples"),
+        (("plan", "--leash.taget-kl", "6"), "did you mean --leash.target_kl?"),
     ],
 )
 def test_a_usage_error_is_one_sentence_and_exit_2(
@@ -98,11 +103,26 @@ def test_help_imports_no_torch_and_ends_with_examples() -> None:
     assert "kleash kl 0.7,0.3 0.5,0.5" in result.stdout.split("Examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["kl", "demo", "check", "train", "audit", "report"])
+@pytest.mark.parametrize("command", ["kl", "demo", "check", "plan", "train", "audit", "report"])
 def test_help_of_every_command_ends_with_examples(command: str) -> None:
     result = kleash(command, "--help")
     assert result.returncode == 0
     assert f"kleash {command}" in result.stdout.split("Examples:")[1]
+
+
+def test_a_plan_is_printed_kept_and_asked_again(tmp_path: Path) -> None:
+    scores = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    made = make_frontier(scores, prompts=list(range(16)), about={})
+    write_frontier(tmp_path / "plan.json", made)
+    ask = ("plan", "--scores", str(tmp_path / "plan.json"), "--beta", "2,1", "--kl", "0.1,9")
+    result = kleash(*ask, "--into", str(tmp_path / "again"))
+    assert result.returncode == 0, result.stderr
+    assert "E*[score]" in result.stdout and "not known, KL 9" in result.stdout
+    assert (tmp_path / "again" / "plan.html").is_file()
+    told = json.loads(kleash(*ask, "--json").stdout)
+    assert told == json.loads((tmp_path / "again" / "plan.json").read_text())
+    assert [row["beta"]["value"] for row in told["rows"]] == [2.0, 1.0]
+    assert [row["known"] for row in told["budgets"]] == [True, False]
 
 
 def test_overrides_are_split_from_the_configuration() -> None:

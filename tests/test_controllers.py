@@ -23,6 +23,7 @@ from plants import (
     variance_under,
 )
 
+from kleash.beta.budget import SMALL_TILT_GAIN
 from kleash.beta.controllers import (
     AdaptiveBeta,
     BetaController,
@@ -240,7 +241,7 @@ def test_an_unknown_noise_counts_as_none(unknown: float):
 
 def test_noise_does_not_bias_the_integral():
     """KL readings with mean at the target and 20 % of noise leave β where it is, on average."""
-    controller = BudgetBeta(1.0, 1.0, look_ahead=0.0)
+    controller = BudgetBeta(1.0, 1.0, look_ahead=0.0, settling=5.0)
     off = 0.2 * torch.randn(500, generator=torch.Generator().manual_seed(0))
     kls = torch.cat([1 + off, 1 - off]).tolist()  # in pairs, so that the mean is the target's
     assert read(controller, *kls, standard_error=0.2).trim == pytest.approx(0, abs=1)
@@ -278,11 +279,22 @@ def test_nothing_winds_up_behind_the_rate_limit():
 
 
 def test_a_plan_is_taken_at_its_word():
-    controller = BudgetBeta(1.0, 0.3, plant_gain=1.5)
+    controller = BudgetBeta(1.0, 0.3, plant_gain=3.0)
+    first = controller.init().beta
+    assert 0.2 < first < 0.3
     state = read(controller, 1.0, 1.0, score_variance=7.0)
-    assert (state.feedforward, state.gain, state.beta) == (0.3, 1.5, 0.3)
+    assert (state.feedforward, state.gain) == (0.3, 3.0)
+    assert state.beta == pytest.approx(first)
     pushed = read(controller, 2.0, 2.0, score_variance=7.0)
-    assert math.log(pushed.beta / 0.3) == pytest.approx(2 * math.log(2) / (1.5 * 5))
+    assert math.log(pushed.beta / first) == pytest.approx(2 * math.log(2) / (3 * 8))
+    assert read(replace(controller, beta_min=0.29)).beta == 0.29
+
+
+def test_a_flat_plan_does_not_hurry_the_loop():
+    flat, small = (
+        read(BudgetBeta(1.0, 0.3, plant_gain=gain), 2.0, 2.0) for gain in (0.5, SMALL_TILT_GAIN)
+    )
+    assert flat == small
 
 
 def test_the_gain_is_measured_at_the_place():

@@ -135,6 +135,10 @@ def test_a_level_that_is_added_changes_nothing():
     )
 
 
+def test_no_budget_has_no_row():
+    assert plan_for_budgets(drawn(4, 16), []) == []
+
+
 def test_a_beta_that_scores_cannot_be_divided_by_is_refused():
     with pytest.raises(ValueError, match="large enough to divide the scores by, got 1e-310"):
         tilt(double([[0.0, 1.0, 2.0]]), 1e-310)

@@ -12,6 +12,7 @@ import torch
 
 import kleash.train
 import kleash.updates
+from kleash.beta.planning import NoRow
 from kleash.checkpoint import load_tensors
 from kleash.config import Config, parse_config
 from kleash.errors import (
@@ -23,7 +24,9 @@ from kleash.errors import (
     RunError,
     ScoringError,
 )
-from kleash.runs import read_run
+from kleash.frontier import read_frontier
+from kleash.report.curves import chart_groups
+from kleash.runs import Run, read_run
 from kleash.scoring import checked
 from kleash.train import train
 
@@ -132,6 +135,7 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         {"leash": {"beta": 0.0, "placement": "measure"}},
         {"leash": {"placement": "loss_k3", "allow_biased": True}},
         {"leash": {"beta": None, "target_kl": 1.0}, "score_normalisation": "initial"},
+        {"leash": {"beta": None, "target_kl": 0.05}, "plan": {"responses": 128}},
         {"leash": {"beta": None, "target_kl": 1.0, "controller": "ziegler_paper"}},
         {
             "leash": {
@@ -178,6 +182,105 @@ def test_interrupted_and_resumed_is_the_run_that_was_not(
         ours, theirs = weights(tmp_path / "broken"), weights(whole)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def even(prompts: list[str], responses: list[str]) -> list[float]:
+    """Nearly normal scores, so that a plan of a few samples knows."""
+    return [float(sum(word[-1] in "02468" for word in r.split())) for r in responses]
+
+
+def test_a_run_starts_from_its_plan_and_is_measured_by_it(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(
+        material,
+        tmp_path / "run",
+        reward_models={"w3": {"callable": "test_train:even"}},
+        leash={"beta": None, "target_kl": 0.1},
+        plan={"responses": 128},
+        steps=8,
+    )
+    run = read_run(train(config))
+    plan = read_frontier(run.path / "plan.json")
+    start = run.meta["start"]
+    row = plan.budgets[0]
+    assert start["source"] == "plan" and row.known and not isinstance(row, NoRow)
+    assert start["beta"] == row.beta.value
+    first = cast(float, run.metrics[1]["objective/beta"])
+    assert 0.75 * row.beta.value < first < row.beta.value
+    assert f"β starts near {row.beta.value:.4g}: the plan's for 0.1 nats" in capsys.readouterr().out
+    told = [line for line in run.metrics if "objective/kl_efficiency" in line]
+    assert told and "objective/kl_efficiency" not in run.metrics[1]
+    for line in told:
+        kl, score = (cast(float, line[f"objective/{k}"]) for k in ("kl_ref", "scores"))
+        possible = plan.possible_gain(kl)
+        assert possible is not None
+        assert line["objective/kl_efficiency"] == (score - plan.mean_score) / possible
+    names = [name for chart in score_charts(run) for name in chart]
+    assert "the optimum, as planned" in names
+
+
+def score_charts(run: Run) -> list[list[str]]:
+    groups = chart_groups([run], ["run"])
+    return [
+        [one.name for one in c.series] for _, charts in groups for c in charts if "√" in c.title
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "words"),
+    [
+        ({"leash": {"beta": None, "target_kl": 9.0}}, "edge", "the last β that the plan knows"),
+        (
+            {"leash": {"beta": None, "target_kl": 9.0}, "plan": {"responses": 3}},
+            "spread",
+            "from the spread of the reference's scores",
+        ),
+        (
+            {
+                "leash": {"beta": None, "target_kl": 9.0},
+                "reference": {"path": "other", "reference_differs": True},
+            },
+            "spread",
+            "does not start at the reference",
+        ),
+    ],
+)
+def test_a_start_that_is_not_the_plans_is_said_in_the_log(
+    material: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    source: str,
+    words: str,
+) -> None:
+    if "reference" in changes:
+        changes["reference"]["path"] = str(material / "other")
+    even = {"reward_models": {"w3": {"callable": "test_train:even"}}}
+    run = read_run(train(settings(material, tmp_path / "run", steps=1, **changes, **even)))
+    assert run.meta["start"]["source"] == source and run.meta["start"]["reason"]
+    assert words in capsys.readouterr().out.replace("\n", " ")
+    assert (run.path / "plan.json").exists() == ("reference" not in changes)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "initial"])
+def test_scores_that_never_vary_are_refused_before_anything_begins(
+    material: Path, tmp_path: Path, normalisation: str
+) -> None:
+    config = settings(
+        material,
+        tmp_path / "run",
+        reward_models={"w3": {"callable": "test_train:flat"}},
+        leash={"beta": None, "target_kl": 1.0},
+        score_normalisation=normalisation,
+    )
+    with pytest.raises(RewardError, match="before the first update: "):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def flat(prompts: list[str], responses: list[str]) -> list[float]:
+    return [1.0] * len(responses)
 
 
 def test_a_value_model_of_its_own_and_a_pretraining_mix(material: Path, tmp_path: Path) -> None:

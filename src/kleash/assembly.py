@@ -14,8 +14,10 @@ from torch import nn
 from kleash.adapters import AdapterSpec
 from kleash.algorithms.ppo import PPOSettings
 from kleash.beta.controllers import AdaptiveBeta, BetaController, BudgetBeta, FixedBeta
+from kleash.beta.starting import Start
 from kleash.config import Config, LeashConfig, OptimizerConfig, RewardConfig
 from kleash.errors import ConfigError
+from kleash.frontier import Frontier
 from kleash.models import (
     Policy,
     check_compatible,
@@ -59,6 +61,8 @@ class Crew:
     optimizer: torch.optim.AdamW
     tiles: Tiles
     """How the update walks over the logits, and how many of them it keeps."""
+    frontier: Frontier | None = None
+    """What the reference's responses hold possible, where they were asked."""
 
 
 def assemble(config: Config) -> Crew:
@@ -117,21 +121,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_controller(leash: LeashConfig, *, start: float | None) -> BetaController:
+def make_controller(leash: LeashConfig, *, start: Start | None) -> BetaController:
     """The controller a leash asks for.
 
     Args:
         leash: its section of the configuration.
-        start: β to start from if the section names none; needed where β moves.
+        start: where β starts if the section names no place; needed where β moves.
     """
     if leash.beta is not None:
         return FixedBeta(leash.beta)
     # The configuration has checked that one of the two is there.
     target = cast(float, leash.target_kl)
-    initial = leash.initial_beta if leash.initial_beta is not None else cast(float, start)
+    if leash.initial_beta is not None:
+        start = Start(leash.initial_beta, "given")
+    assert start is not None
+    initial = start.beta
     match leash.controller or "budget":
         case "budget":
-            return BudgetBeta(target_kl=target, initial=initial)
+            return BudgetBeta(target_kl=target, initial=initial, plant_gain=start.plant_gain)
         case "ziegler_paper":
             return AdaptiveBeta(target_kl=target, initial=initial, gain="paper")
         case "ziegler_code":

@@ -26,6 +26,8 @@ _EXAMPLES = """Examples:
 
     kleash demo
 
+    kleash plan --kl 0.5,1,2
+
     kleash train --steps 10 --leash.beta 0.2 --output runs/tight
 
     kleash report runs/tight
@@ -292,6 +294,80 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+@app.command(
+    name="plan",
+    help_epilogue="Examples:\n\n    kleash plan\n\n    kleash plan recipes/stories.yaml "
+    "--kl 0.5,1,2 --responses 128 --into runs/plan\n\n    kleash plan --scores runs/plan/plan.json "
+    "--beta 0.2,0.1",
+)
+def plan_command(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    beta: str = "",
+    kl: str = "",
+    responses: int | None = None,
+    prompts: int | None = None,
+    scores: Path | None = None,
+    into: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Before training: which β spends which KL for which score, from reference samples alone.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+    beta
+        βs to plan for, separated by commas; by default a ladder of them.
+    kl
+        Budgets to plan for, in nats per response, separated by commas.
+    responses
+        Reference responses to each prompt; by default `plan.responses`.
+    prompts
+        Prompts to draw them for; by default `plan.prompts`.
+    scores
+        An earlier plan.json: ask its samples instead of drawing new ones.
+    into
+        Directory for plan.json and plan.html.
+    as_json
+        Print plan.json instead of a table.
+    """
+    del debug
+    path, overrides = split_overrides(arguments)
+    if scores is not None and (path is not None or responses or prompts):
+        raise UsageError("--scores has its samples already: give no CONFIG, no --responses")
+    try:
+        betas, budgets = (_numbers(text) if text else [] for text in (beta, kl))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    from kleash import plan as planning
+    from kleash.config import load_config
+    from kleash.files import plain_json
+    from kleash.frontier import frontier_json
+
+    _quiet_libraries()
+    if scores is not None:
+        question = planning.Question(betas, budgets)
+        frontier = planning.replan(scores, question)
+    else:
+        sizes = {"plan.responses": responses, "plan.prompts": prompts}
+        overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+        question = planning.Question(betas, budgets, config.leash.target_kl)
+        frontier = planning.plan(config, question)
+    told = planning.told_by(frontier, question)
+    if as_json:
+        print(plain_json(frontier_json(frontier)))
+    else:
+        planning.print_plan(frontier, told)
+    if into is not None:
+        title = str(path or scores or "the embedded world")
+        page = planning.write_plan(into, frontier, told, title=title)
+        print(f"{into / 'plan.json'}\n{page}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(help_epilogue="Examples:\n\n    kleash demo\n\n    kleash demo --seed 3")

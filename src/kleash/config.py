@@ -306,6 +306,15 @@ class HeldoutConfig(_Section):
     """A second opinion the policy is never trained on."""
 
 
+class PlanConfig(_Section):
+    """Reference responses from which β is planned and scores are first normalised."""
+
+    prompts: int = Field(default=32, ge=2)
+    """How many of the training prompts; all, if there are fewer."""
+    responses: int = Field(default=32, ge=3)
+    """Responses to each: a plan knows nothing beyond the log of this many nats."""
+
+
 class LoggingConfig(_Section):
     """What is kept and where it is shown."""
 
@@ -341,6 +350,7 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     pretraining: PretrainingConfig | None = None
     heldout: HeldoutConfig = HeldoutConfig()
+    plan: PlanConfig = PlanConfig()
     logging: LoggingConfig = LoggingConfig()
     steps: PositiveInt = 100
     """Rollouts, each followed by its update."""

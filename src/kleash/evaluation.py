@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kleash.assembly import Crew
@@ -217,9 +218,27 @@ def _token_texts(crew: Crew, ids: Tensor) -> list[str]:
     return [str(text) or str(name) for text, name in zip(texts, names, strict=True)]
 
 
-def initial_scores(crew: Crew, *, count: int, seed: int, microbatch: int) -> Tensor:
-    """[count] scores of responses written before the first update, on prompts drawn by `seed`."""
+def reference_scores(
+    crew: Crew, *, prompts: int, responses: int, seed: int, microbatch: int
+) -> tuple[list[int], Float[Tensor, "prompt sample"]]:
+    """Scores of responses written before the first update, several to each of some prompts.
+
+    Args:
+        crew: whose policy is the reference still.
+        prompts: how many of the training prompts, drawn by `seed`; all, if there are fewer.
+        responses: to each of them.
+        seed: of the choice of prompts.
+        microbatch: responses written at once.
+
+    Returns:
+        Which prompts, and their scores before normalisation.
+    """
     order = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(crew.prompts), (count,), generator=order).tolist()
-    prompts = [crew.prompts[index] for index in chosen]
-    return write_responses(crew, prompts, responses_per_prompt=1, microbatch=microbatch).raw_scores
+    chosen = torch.randperm(len(crew.prompts), generator=order)[:prompts].tolist()
+    written = write_responses(
+        crew,
+        [crew.prompts[index] for index in chosen],
+        responses_per_prompt=responses,
+        microbatch=microbatch,
+    )
+    return chosen, written.raw_scores.view(len(chosen), responses)

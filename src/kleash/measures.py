@@ -6,7 +6,7 @@ and the KL *reported* (`objective/kl_ref`: exact, never clamped, with its standa
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from kleash.algorithms.advantages import gae
 from kleash.algorithms.ppo import PPOSettings
 from kleash.errors import ScoringError
+from kleash.frontier import Frontier
 from kleash.kl.mixing import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
@@ -146,6 +147,17 @@ def next_mixing(settings: PPOSettings, experience: Experience, beta: float) -> f
         lam=settings.lam,
     )
     return mixing_coefficient(plain - settings.mixing * beta * excess, excess, mask, beta=beta)
+
+
+def efficiency_measure(
+    frontier: Frontier | None, metrics: Mapping[str, Number]
+) -> dict[str, Number]:
+    """Score gained ÷ score that the plan holds possible at this KL; absent where it is silent."""
+    score, kl = metrics["objective/scores"], metrics["objective/kl_ref"]
+    if frontier is None or score is None or kl is None:
+        return {}
+    share = frontier.efficiency(score=score, kl=kl)
+    return {} if share is None else {"objective/kl_efficiency": share}
 
 
 class Clock:

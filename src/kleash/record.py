@@ -11,6 +11,7 @@ import transformers
 
 from kleash import __version__
 from kleash.assembly import Crew
+from kleash.beta.starting import Start
 from kleash.config import Config
 from kleash.generation import overridden_settings
 from kleash.models import Identity
@@ -36,7 +37,13 @@ def objective_line(config: Config, beta: float) -> str:
 
 
 def run_meta(
-    config: Config, crew: Crew, reference: Identity, argv: Sequence[str], *, beta: float
+    config: Config,
+    crew: Crew,
+    reference: Identity,
+    argv: Sequence[str],
+    *,
+    beta: float,
+    start: Start | None,
 ) -> dict[str, Any]:
     """The contents of run.json: who, with what, from which seed."""
     return {
@@ -44,6 +51,7 @@ def run_meta(
         "seed": config.seed,
         "device": str(crew.policy.device),
         "objective": objective_line(config, beta),
+        "start": None if start is None else dataclasses.asdict(start),
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(crew.policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kleash.assembly import Crew
 from kleash.beta.controllers import BetaState
+from kleash.beta.starting import Start
 from kleash.checkpoint import (
     list_checkpoints,
     load_tensors,
@@ -60,6 +61,8 @@ class TrainingState:
     best_step: int | None = None
     """The checkpoint with the best held-out objective so far."""
     best_objective: float | None = None
+    start: Start | None = None
+    """Where a moving β started, which its controller goes on building on; None if it was told."""
 
 
 def save_run_state(
@@ -122,6 +125,7 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
         anchored=record["anchored"],
         best_step=record["best_step"],
         best_objective=record["best_objective"],
+        start=None if record["start"] is None else Start(**record["start"]),
     )
 
 

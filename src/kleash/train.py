@@ -22,17 +22,18 @@ from torch import Tensor
 
 from kleash.algorithms import ppo
 from kleash.assembly import Crew, assemble, make_controller
-from kleash.beta.controllers import BetaController, Measurement, initial_beta
+from kleash.beginning import begin, start_line
+from kleash.beta.controllers import BetaController, Measurement
 from kleash.config import Config, dump_config, parse_config
 from kleash.errors import ConfigError, ModelError, RefusedError, RunError
 from kleash.evaluation import (
     Written,
     evaluate_heldout,
-    initial_scores,
     judge,
     training_samples,
     write_answers,
 )
+from kleash.frontier import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.holding import (
     Attempt,
     attempt_step,
@@ -49,6 +50,7 @@ from kleash.measures import (
     Clock,
     Number,
     account,
+    efficiency_measure,
     next_mixing,
     objective_measures,
     rollout_measures,
@@ -111,20 +113,26 @@ def train(
     if checkpoint is not None:
         state = restore_run_state(checkpoint, crew, reference)
         crew = restore_anchor(checkpoint, crew, state)
-        controller = make_controller(config.leash, start=state.beta.beta)
+        frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     else:
-        controller, state = _begin(config, crew)
+        frontier, state = _begin(config, crew)
+    crew = replace(crew, frontier=frontier)
+    controller = make_controller(config.leash, start=state.start)
     if begun:
         run = RunWriter.reopen(path, through_step=state.step if checkpoint else -1)
     else:
-        meta = run_meta(config, crew, reference, argv, beta=state.beta.beta)
+        meta = run_meta(config, crew, reference, argv, beta=state.beta.beta, start=state.start)
         meta["warnings"] = warnings
         run = RunWriter.create(path, config=yaml.safe_load(dump_config(config)), meta=meta)
+    if frontier is not None and checkpoint is None:
+        write_frontier(path / PLAN_FILE, frontier)
     display = TrainingDisplay(
         config.steps, title=path.name, target_kl=config.leash.target_kl, done=state.step
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
+        if state.start is not None:
+            display.say(start_line(config, state.start))
         if checkpoint is None:
             _heldout(config, crew, state, run)
         sealed = seal(crew)
@@ -158,32 +166,19 @@ def _require_same_run(config: Config, run: Run) -> None:
         )
 
 
-def _begin(config: Config, crew: Crew) -> tuple[BetaController, TrainingState]:
+def _begin(config: Config, crew: Crew) -> tuple[Frontier | None, TrainingState]:
     """Look at the scores before the first update where something depends on them."""
-    scores = ScoreStatistics()
-    moves_freely = config.leash.target_kl is not None and config.leash.initial_beta is None
-    start: float | None = None
-    if config.score_normalisation == "initial" or moves_freely:
-        first = initial_scores(
-            crew,
-            count=max(64, config.responses_per_step),
-            seed=config.seed,
-            microbatch=config.rollout.microbatch_size,
-        )
-        scores = scores.update(first)
-        spread = scores.sd if config.score_normalisation == "none" else 1.0
-        if moves_freely:
-            start = initial_beta(cast(float, config.leash.target_kl), spread)
-    controller = make_controller(config.leash, start=start)
-    state = TrainingState(
+    begun = begin(config, crew)
+    initial = config.score_normalisation == "initial"
+    return begun.frontier, TrainingState(
         step=0,
         episodes=0,
-        beta=controller.init(),
-        scores=scores if config.score_normalisation == "initial" else ScoreStatistics(),
+        beta=make_controller(config.leash, start=begun.start).init(),
+        scores=begun.statistics if initial else ScoreStatistics(),
         cursor=PromptCursor(size=len(crew.prompts), seed=config.seed),
         mixing=crew.settings.mixing,
+        start=begun.start,
     )
-    return controller, state
 
 
 def _step(
@@ -257,9 +252,11 @@ def _step(
         scores=seen,
         cursor=cursor,
         mixing=next_mixing(settings, experience, beta),
+        start=state.start,
     )
 
     metrics |= _bookkeeping(config, crew, written, clock, scored, beta=beta)
+    metrics |= efficiency_measure(crew.frontier, metrics)
     after = replace(after, seconds=state.seconds + clock.total)
     metrics |= {"step": step, "episodes": episodes, "seconds": after.seconds}
     every = config.heldout.every

@@ -25,6 +25,9 @@ _LEAST_WEIGHT, _WEIGHT_SLOPE = 0.2, 1.5
 It is 1 from two thirds of the budget on: a weight that still rose at the target would take noise
 above it for more than noise below it.
 """
+_LEAD = 0.2
+"""Of ln β, by which a planned β is undercut at first: a policy nears its optimum ever more slowly,
+and the look-ahead gives it back as the KL rises."""
 _NEAREST = 1e-3
 """Smallest believed ratio of the coming √KL to today's: no policy runs through its reference."""
 
@@ -64,8 +67,8 @@ class BudgetBeta:
     Attributes:
         target_kl: the budget, in nats per response.
         initial: β at the start, in score per nat: from a plan, or `initial_beta`.
-        plant_gain: g at the target according to a plan, whose β is then `initial`; None: both
-            from the variance of the scores.
+        plant_gain: g at the target according to a plan, whose β is then `initial`, and where β
+            starts a little below it; None: both from the variance of the scores.
         settling: iterations in which an error is worked off; larger is calmer.
         look_ahead: iterations that the policy is expected to go on drifting by itself.
         rate_max: largest change of ln β in one update.
@@ -92,7 +95,7 @@ class BudgetBeta:
     target_kl: float
     initial: float
     plant_gain: float | None = None
-    settling: float = 5.0
+    settling: float = 8.0
     look_ahead: float = 5.0
     rate_max: float = 0.5
     error_max: float = 1.0
@@ -111,7 +114,10 @@ class BudgetBeta:
 
     def init(self) -> BetaState:
         """State before training."""
-        return BetaState(self.initial)
+        if self.plant_gain is None:
+            return BetaState(self.initial)
+        beta = max(self.beta_min, self.initial * math.exp(-_LEAD))
+        return BetaState(beta, trim=math.log(beta / self.initial))
 
     def update(self, state: BetaState, measurement: Measurement) -> BetaState:
         """One step of ln β."""
@@ -156,9 +162,13 @@ class BudgetBeta:
         return clip(now + math.copysign(max(0.0, abs(drift) - band), drift), self.error_max)
 
     def _gain(self, state: BetaState, kl: float) -> float:
-        """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt."""
+        """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt.
+
+        A plan knows the slope of the optimum. Where that is flat, a policy on its way there still
+        answers β about as steeply as at a small tilt: a loop divided by less would swing.
+        """
         if self.plant_gain is not None:
-            return self.plant_gain
+            return max(SMALL_TILT_GAIN, self.plant_gain)
         if state.variance is None:
             return SMALL_TILT_GAIN
         low, high = _GAIN_RANGE

@@ -169,6 +169,8 @@ def plan_for_budgets(
     scores, bootstrap = _prepared(scores, confidence, seed)
     if any(not (math.isfinite(budget) and budget > 0) for budget in budgets):
         raise ValueError(f"every budget must be positive nats per response, got {list(budgets)}")
+    if not budgets:
+        return []
     if (sd := spread(scores)) == 0:
         reason = "the scores do not vary within any prompt: nothing can be gained by any KL"
         return [NoRow(budget, reason) for budget in budgets]

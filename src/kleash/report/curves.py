@@ -1,16 +1,20 @@
 """Which charts a report shows: from the metrics of one or several runs to charts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from kleash.beta.planning import PlanRow
+from kleash.frontier import PLAN_FILE, holds_plan, read_frontier
 from kleash.report.charts import Band, Chart, Point, Series, thin
 from kleash.report.glossary import define
 from kleash.runs import Metrics, Run
 
 _BAND = 0.2
 """KL within 20 % of its target counts as on budget."""
+_NORMAL_95 = 1.96
+"""Standard errors from the middle of a 95 % interval to its end."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,34 @@ def _score_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | No
         label = name if len(runs) > 1 else "a step; later ones are stronger"
         if points:
             series.append(Series(label, thin(points), "dots", colour))
+            series += _planned(run, name if len(runs) > 1 else "", colour)
     title = "Score against √KL"
     key = "objective/scores"
     return _finish(title, key, _sample(runs, key), series, x_title="√KL, √nats")
+
+
+def _planned(run: Run, name: str, colour: int) -> list[Series]:
+    """What the run's plan held possible, as far as it knew."""
+    if not holds_plan(run.path):
+        return []
+    points = frontier_points([r for r in read_frontier(run.path / PLAN_FILE).rows if r.known])
+    label = f"{name}, plan" if name else "the optimum, as planned"
+    return [Series(label, points, "line", colour)] if points else []
+
+
+def frontier_points(rows: Iterable[PlanRow]) -> list[Point]:
+    """Score over √KL of a plan's rows, each with the standard error that its interval implies."""
+    return sorted(
+        (
+            Point(
+                math.sqrt(max(0.0, row.kl.value)),
+                row.score.value,
+                (row.score.high - row.score.low) / (2 * _NORMAL_95),
+            )
+            for row in rows
+        ),
+        key=lambda point: point.x,
+    )
 
 
 def _finish(

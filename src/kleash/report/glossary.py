@@ -124,6 +124,16 @@ GLOSSARY: tuple[Metric, ...] = (
         "rises; a fall while the score rises is a policy that overspends",
     ),
     Metric(
+        "objective/kl_efficiency",
+        "KL efficiency",
+        "How much of the score that the plan holds possible at this KL was gained. Absent where "
+        "the plan is silent: without one, below its first KL and beyond the last that its samples "
+        "know.",
+        "(mean(score) − mean(score of the reference)) / (E*[score] − mean(score of the reference))",
+        "share",
+        "rises towards 1; above it only by the noise of both; low means KL spent on noise",
+    ),
+    Metric(
         "objective/beta",
         "β",
         "The price of a nat in force during the step.",

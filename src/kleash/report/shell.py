@@ -21,16 +21,16 @@ from kleash.files import plain_json
 from kleash.report.charts import Drawing, format_number, format_with_error
 
 
-def render_page(template: str, script: str, data: dict[str, Any], **values: Any) -> str:
+def render_page(template: str, script: str | None, data: dict[str, Any], **values: Any) -> str:
     """Fill a template, with the house style, a script and the data that it shows.
 
     Args:
         template: a file of `templates/`.
-        script: a file of `templates/`.
+        script: a file of `templates/`; None: the page has none.
         data: plain values for the script.
         values: what the template names.
     """
-    style, code = _resource("page.css"), _resource(script)
+    style, code = _resource("page.css"), "" if script is None else _resource(script)
     return (
         _environment()
         .get_template(template)

@@ -1,0 +1,140 @@
+"""Before the first update: look at the reference's scores where something depends on them.
+
+Several responses to each of some prompts say how scores are to be normalised, at which β the
+optimum would spend the budget, and how much score that budget can buy at all.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kleash.assembly import Crew
+from kleash.beta.controllers import initial_beta
+from kleash.beta.starting import Start, starting_beta
+from kleash.beta.tilting import spread
+from kleash.config import Config
+from kleash.errors import RewardError
+from kleash.evaluation import reference_scores
+from kleash.frontier import Frontier, make_frontier
+from kleash.rewards import ScoreStatistics
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the reference's responses said.
+
+    Attributes:
+        statistics: of the scores, for normalisation; empty if nobody looked.
+        start: where a moving β starts; None where it does not move, or was told.
+        frontier: the plan; None if nobody looked, or it is not in the units of training.
+    """
+
+    statistics: ScoreStatistics
+    start: Start | None
+    frontier: Frontier | None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Reference responses to some prompts: which, and their scores in the units of training."""
+
+    prompts: list[int]
+    scores: Float[Tensor, "prompt sample"]
+    statistics: ScoreStatistics
+    """Of the scores before normalisation."""
+
+
+def draw(config: Config, crew: Crew) -> Drawn:
+    """Let the policy answer before its first update, and the reward models read the answers.
+
+    Raises:
+        RewardError: every response has the same score.
+    """
+    prompts, raw = reference_scores(
+        crew,
+        prompts=config.plan.prompts,
+        responses=config.plan.responses,
+        seed=config.seed,
+        microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
+    )
+    statistics = ScoreStatistics().update(raw.flatten())
+    if config.score_normalisation == "none":
+        return Drawn(prompts, raw, statistics)
+    try:
+        # Where statistics run, those of the first step are close to these.
+        scores = statistics.normalise(raw.flatten()).view_as(raw)
+        return Drawn(prompts, scores, statistics)
+    except ValueError as error:
+        raise RewardError(f"before the first update: {error}") from error
+
+
+def begin(config: Config, crew: Crew) -> Beginning:
+    """Draw reference responses if normalisation or a starting β needs them.
+
+    Raises:
+        RewardError: the scores say nothing because they do not vary.
+    """
+    target = None if config.leash.initial_beta is not None else config.leash.target_kl
+    if target is None and config.score_normalisation != "initial":
+        return Beginning(ScoreStatistics(), None, None)
+    drawn = draw(config, crew)
+    start = None if target is None else _start(config, drawn, target)
+    return Beginning(drawn.statistics, start, _frontier(config, crew, drawn))
+
+
+def _start(config: Config, drawn: Drawn, target: float) -> Start:
+    try:
+        if config.reference.reference_differs:
+            sd = spread(drawn.scores.double())
+            reason = "the policy does not start at the reference"
+            return Start(initial_beta(target, sd), "spread", reason=reason)
+        return starting_beta(drawn.scores, target)
+    except ValueError as error:
+        raise RewardError(f"before the first update: {error}") from error
+
+
+def start_line(config: Config, start: Start) -> str:
+    """Where β starts and why, in a sentence for the run's log."""
+    match start.source:
+        case "plan":
+            how = f"the plan's for {config.leash.target_kl:g} nats"
+        case "edge":
+            how = f"carried on from the last β that the plan knows, because {start.reason}"
+        case _:
+            how = f"from the spread of the reference's scores, because {start.reason}"
+    return f"β starts near {start.beta:.4g}: {how}"
+
+
+def about(config: Config, crew: Crew) -> dict[str, Any]:
+    """What a plan was made for."""
+    return {
+        "reference": asdict(crew.reference.identity()),
+        "reward_models": {
+            name: reward.model_dump(mode="json", exclude_none=True)
+            for name, reward in config.reward_models.items()
+        },
+        "score_normalisation": config.score_normalisation,
+        "prompts": config.prompts.train,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "temperature": config.rollout.temperature,
+        "seed": config.seed,
+    }
+
+
+def _frontier(config: Config, crew: Crew, drawn: Drawn) -> Frontier | None:
+    """The plan in the units of training; with running statistics those move, and there is none.
+
+    A policy that does not start at the reference wrote samples that plan nothing either.
+    """
+    moving = config.score_normalisation == "running" or config.reference.reference_differs
+    if moving or len(drawn.prompts) < 2:
+        return None
+    target = config.leash.target_kl
+    return make_frontier(
+        drawn.scores,
+        prompts=drawn.prompts,
+        about=about(config, crew),
+        budgets=[] if target is None else [target],
+    )
