@@ -19,8 +19,8 @@ from kleash.references import (
     FrozenReference,
     OffloadedReference,
     anchor_at,
-    frozen_model,
     open_cache,
+    underlying,
 )
 from kleash.rollout import score
 from kleash.types import Rollout, ScoredRollout
@@ -171,7 +171,7 @@ def test_offloaded_weights_stay_and_readings_happen_on_the_device(base: Path) ->
     assert states.device == meta
     assert states.shape == (6, 10, 16)
     assert reference.head.weight.device == meta
-    assert {p.device for p in frozen_model(reference).parameters()} == {CPU}
+    assert {p.device for p in underlying(reference).model.parameters()} == {CPU}
     assert reference.fingerprint() == load_reference(base).fingerprint()
 
 
@@ -241,7 +241,7 @@ def test_an_anchor_is_the_policy_then_and_stays(
     assert (anchor.fingerprint(), anchor.identity()) == before
     assert float(read(policy, anchor).kl.max()) > 1e-3
     # An anchor's own adapter is part of what it is.
-    name, weights = list(frozen_model(anchor).named_parameters())[-1]
+    name, weights = list(underlying(anchor).model.named_parameters())[-1]
     with torch.no_grad():
         weights.view(-1)[0] += 1
     assert anchor.fingerprint() != before[0], name

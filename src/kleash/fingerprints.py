@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ def weights_sha256(weights: Named) -> str:
     for name, parameter in sorted(weights):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy())  # no copy: the largest matrix may be half a gigabyte
+        # No copy: the largest matrix may be half a gigabyte.
+        digest.update(cast(Any, raw.numpy()))
     return digest.hexdigest()
 
 

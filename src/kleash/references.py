@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
 from kleash.files import replace_file
@@ -204,10 +203,10 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
     return OffloadedReference(anchor, policy.device) if offloaded else anchor
 
 
-def frozen_model(reference: FrozenReference) -> PreTrainedModel:
-    """The model that a reference reads with."""
+def underlying(reference: FrozenReference) -> Reference:
+    """The reference that does the reading, wherever its weights or its numbers are kept."""
     assert isinstance(reference, Reference | OffloadedReference | CachedReference)
-    return reference.model if isinstance(reference, Reference) else reference.inner.model
+    return reference if isinstance(reference, Reference) else reference.inner
 
 
 def _name_of(prompt: Int[Tensor, " given"], response: Int[Tensor, " written"]) -> str:

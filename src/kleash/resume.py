@@ -35,7 +35,7 @@ from kleash.checkpoint import (
 from kleash.errors import RunError
 from kleash.models import Identity
 from kleash.prompts import PromptCursor
-from kleash.references import anchor_at, frozen_model
+from kleash.references import anchor_at, underlying
 from kleash.rewards import ScoreStatistics
 
 _ANCHOR = "anchor.safetensors"
@@ -82,7 +82,9 @@ def save_run_state(
         record = {**asdict(state), "reference": asdict(reference)}
         (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         if state.anchored:
-            save_tensors(directory / _ANCHOR, dict(frozen_model(crew.reference).named_parameters()))
+            save_tensors(
+                directory / _ANCHOR, dict(underlying(crew.reference).model.named_parameters())
+            )
 
     spare = () if state.best_step is None else (state.best_step,)
     return write_checkpoint(parent, state.step, write, keep=keep, spare=spare)
@@ -136,7 +138,7 @@ def restore_anchor(directory: Path, crew: Crew, state: TrainingState) -> Crew:
     anchor = anchor_at(crew.policy, state.anchored, like=crew.original)
     stored = load_tensors(directory / _ANCHOR)
     with torch.no_grad():
-        for name, parameter in frozen_model(anchor).named_parameters():
+        for name, parameter in underlying(anchor).model.named_parameters():
             parameter.copy_(stored[name])
     return replace(crew, reference=anchor)
 

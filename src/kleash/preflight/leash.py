@@ -4,6 +4,7 @@ import math
 
 from kleash.assembly import make_controller
 from kleash.beta.controllers import initial_beta
+from kleash.beta.starting import Start
 from kleash.config import Config
 from kleash.kl.placements import gradient_of
 from kleash.measures import score_variance
@@ -184,5 +185,5 @@ def starting_beta(trial: Trial) -> float:
     if leash.target_kl is not None and leash.initial_beta is None:
         deviation = score_deviation(trial) or 1.0
         unit = 1.0 if trial.config.score_normalisation != "none" else deviation
-        start = initial_beta(leash.target_kl, unit)
+        start = Start(initial_beta(leash.target_kl, unit), "spread")
     return make_controller(leash, start=start).init().beta

@@ -5,6 +5,7 @@ from kleash.errors import ModelError
 from kleash.models import check_compatible
 from kleash.preflight.finding import Finding, skipped, some
 from kleash.preflight.trial import Trial
+from kleash.references import underlying
 
 
 def identity(trial: Trial) -> Finding:
@@ -29,7 +30,7 @@ def identity(trial: Trial) -> Finding:
 def frozen(trial: Trial) -> Finding:
     """No parameter of the reference asks for a gradient or is in the optimiser."""
     name, expected = "reference.frozen", "no parameter of the reference can learn"
-    reference = trial.crew.reference
+    reference = underlying(trial.crew.reference)
     if reference.adapter is not None:
         return skipped(name, "The reference is the policy with its adapter off.")
     learning = {id(p) for group in trial.crew.optimizer.param_groups for p in group["params"]}
@@ -51,7 +52,7 @@ def frozen(trial: Trial) -> Finding:
 def storage(trial: Trial) -> Finding:
     """The reference has weights of its own."""
     name, expected = "reference.storage", "no storage shared with weights that learn"
-    reference, policy = trial.crew.reference, trial.crew.policy
+    reference, policy = underlying(trial.crew.reference), trial.crew.policy
     if reference.adapter is not None:
         return _adapter_storage(trial, name, expected)
     learning = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -73,7 +74,7 @@ def storage(trial: Trial) -> Finding:
 def adapter(trial: Trial) -> Finding:
     """With an adapter, only it learns, and its off position is the model the run starts from."""
     name, expected = "reference.adapter", "the adapter starts as no change; only it learns"
-    policy, reference = trial.crew.policy, trial.crew.reference
+    policy, reference = trial.crew.policy, underlying(trial.crew.reference)
     if policy.adapter is None:
         return skipped(name, "No adapter: all weights are trained.")
     if reference.adapter is None:
@@ -100,7 +101,7 @@ def adapter(trial: Trial) -> Finding:
 def vocabulary(crew: Crew) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
     name, expected = "reference.vocabulary", "the same id for every token in both models"
-    policy, reference = crew.policy, crew.reference
+    policy, reference = crew.policy, underlying(crew.reference)
     try:
         check_compatible(policy, reference)
     except ModelError as error:

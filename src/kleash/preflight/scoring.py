@@ -21,6 +21,7 @@ from kleash.preflight.trial import (
     score_rollout,
     states_of,
 )
+from kleash.references import underlying
 from kleash.scoring import token_scores
 from kleash.scoring.dense import token_scores as dense_scores
 
@@ -32,7 +33,7 @@ _PADDING = 5
 def dropout(trial: Trial) -> Finding:
     """The same tokens twice, the same numbers twice; no layer that drops anything."""
     name, expected = "scoring.dropout", "two readings of the same tokens agree; no dropout is on"
-    named = {"policy": trial.crew.policy, "reference": trial.crew.reference}
+    named = {"policy": trial.crew.policy, "reference": underlying(trial.crew.reference)}
     live = {who: live_dropouts(model.model) for who, model in named.items()}
     worst = {who: twice(model, trial.texts) for who, model in named.items()}
     measured = ", ".join(f"{who} {moved:.2g} nats apart" for who, moved in worst.items())
@@ -122,7 +123,7 @@ def start(trial: Trial) -> Finding:
 
 def why_apart(trial: Trial) -> tuple[str, str]:
     """What makes the reference another model than the policy; cause and remedy."""
-    policy, reference = trial.crew.policy, trial.crew.reference
+    policy, reference = trial.crew.policy, underlying(trial.crew.reference)
     mine, theirs = policy.identity(), reference.identity()
     if live := live_dropouts(reference.model):
         return (

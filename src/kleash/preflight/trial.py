@@ -22,6 +22,7 @@ from kleash.config import Config
 from kleash.evaluation import Written, write_responses
 from kleash.heads import apply_head
 from kleash.models import LanguageModel
+from kleash.references import underlying
 from kleash.types import Head, Rollout, ScoredRollout
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.03, torch.bfloat16: 0.2}
@@ -230,7 +231,7 @@ def own_reading(
 @torch.no_grad()
 def reference_logits(crew: Crew, text: Text) -> Float[Tensor, "token vocab"]:
     """The reference's own logits of a response."""
-    reference = crew.reference
+    reference = underlying(crew.reference)
     off = (
         contextlib.nullcontext()
         if reference.adapter is None
