@@ -1,7 +1,7 @@
 """Does a less noisy KL learn faster? k1, exact and mixed on the enumerable oracle, equal samples.
 
-    python benchmarks/learning.py                     tables of the objective's gap
-    python benchmarks/learning.py --svg docs/learning.svg
+    python benchmarks/learning.py
+    python benchmarks/learning.py --epochs 1 --minibatches 1 --lr 0.03 --iterations 300
 
 Sampled PPO from the reference on the 121 strings of the tests' fixture, every placement with the
 same seeds and the same number of samples. The gap is J(π*) − J(π), exactly, by enumeration. The
@@ -11,7 +11,6 @@ coefficient of `mixed` is estimated from the step before, as in `kleash train`.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from climbing import Lane, Pace, climb
-from oracles import fixed_point_model
+from climbing import Lane, Pace, climb  # pyright: ignore[reportMissingImports]
+from oracles import fixed_point_model  # pyright: ignore[reportMissingImports]
 
 from kleash.algorithms.ppo import PPOSettings, loss, prepare
 from kleash.measures import next_mixing
-from kleash.types import Experience, ScoredRollout
+from kleash.types import Experience, Fresh, Loss, ScoredRollout
 
 PLACEMENTS = ("reward_k1", "exact", "mixed")
 
@@ -36,15 +35,12 @@ class Preparer:
     def __init__(self, settings: PPOSettings, lanes: int) -> None:
         self._settings = [settings] * lanes
         self._turn = itertools.cycle(range(lanes))
-        self.mixings: list[list[float]] = [[] for _ in range(lanes)]
 
     def __call__(self, scored: ScoredRollout, beta: float) -> Experience:
         lane = next(self._turn)
         settings = self._settings[lane]
         experience = prepare(scored, beta, settings)
         mixing = next_mixing(settings, experience, beta)
-        if mixing is not None:
-            self.mixings[lane].append(mixing)
         self._settings[lane] = replace(settings, mixing=mixing)
         return experience
 
@@ -67,13 +63,11 @@ def gaps(placement: str, beta: float, seeds: int, pace: Pace, marks: list[int]) 
 
     lanes = [Lane(beta, seed) for seed in range(seeds)]
     preparer = Preparer(settings, seeds)
-    learn: Callable[..., object] = lambda batch, fresh, tokens: loss(  # noqa: E731
-        batch, fresh, settings, tokens=tokens
-    )
+
+    def learn(batch: Experience, fresh: Fresh, tokens: int) -> Loss:
+        return loss(batch, fresh, settings, tokens=tokens)
+
     climb(model, lanes, preparer, learn, pace, watch)
-    if placement == "mixed":
-        c = torch.tensor(preparer.mixings)
-        print("c at marks", [round(float(c[:, m - 1].mean()), 2) for m in marks], float(c.min()))
     return torch.stack(found)
 
 
@@ -86,22 +80,33 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--minibatches", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.05)
-    o = parser.parse_args()
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    marks = [round(o.iterations * part / 10) for part in range(1, 11)]
     pace = Pace(
-        o.iterations,
-        rollouts=o.rollouts,
-        epochs=o.epochs,
-        minibatches=o.minibatches,
-        lr=o.lr,
-        value_lr=o.lr,
+        chosen.iterations,
+        rollouts=chosen.rollouts,
+        epochs=chosen.epochs,
+        minibatches=chosen.minibatches,
+        lr=chosen.lr,
+        value_lr=chosen.lr,
     )
-    for beta in o.betas:
-        print(f"beta {beta}")
+    marks = [round(chosen.iterations * part / 10) for part in range(1, 11)]
+    print(f"{chosen.seeds} seeds; {pace}\n")
+    for beta in chosen.betas:
+        print(f"| β = {beta:g}, after iteration | " + " | ".join(map(str, marks)) + " |")
+        print("|---" * 11 + "|", flush=True)
+        base: Tensor | None = None
         for placement in PLACEMENTS:
-            found = gaps(placement, beta, o.seeds, pace, marks)
-            print(f"{placement:10s}", " ".join(f"{float(x):.4f}" for x in found.mean(1)))
+            found = gaps(placement, beta, chosen.seeds, pace, marks)
+            base = found if base is None else base
+            cells = [f"{float(x):.4f}" for x in found.mean(1)]
+            print(f"| {placement} | " + " | ".join(cells) + " |")
+            if found is not base:
+                error = (found - base).std(1) / chosen.seeds**0.5
+                paired = zip((found - base).mean(1), error, strict=True)
+                told = [f"{float(x):+.4f} ± {float(e):.4f}" for x, e in paired]
+                print("| – less reward_k1 | " + " | ".join(told) + " |", flush=True)
+        print()
 
 
 if __name__ == "__main__":

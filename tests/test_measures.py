@@ -119,6 +119,19 @@ def test_the_mixing_of_the_next_step_exists_for_mixed_alone() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_the_mixing_is_bounded() -> None:
+    """Where reward noise dwarfs that of the KL, the best c of one gradient is huge."""
+    settings = PPOSettings(placement="mixed", mixing=0.0, lam=1.0)
+    found: list[float | None] = []
+    for sign in (1, -1):
+        data = scored()
+        excess = data.rollout_logprobs - data.ref_logprobs - data.kl
+        noise = torch.where(data.rollout.response_mask, excess, 0.0).sum(1)
+        data = replace(data, scores=sign * 100 * noise)
+        found.append(next_mixing(settings, prepare(data, 0.3, settings), 0.3))
+    assert found == [-1.0, 1.0]
+
+
 def test_the_first_ratio() -> None:
     now, then = torch.tensor([[0.1, torch.nan]]), torch.tensor([[0.0, 0.0]])
     mask = torch.tensor([[True, False]])

@@ -129,6 +129,12 @@ def account(settings: PPOSettings, experience: Experience, beta: float) -> float
     return residual
 
 
+LARGEST_MIXING = 1.0
+"""Bound on |c|. Near the reference the best c is far below 0, but only for the first gradient: with
+several updates to a rollout the charges stay what they were while the differentiable KL, then of
+negative weight, moves, and would drive the policy away (`benchmarks/learning.py`)."""
+
+
 def next_mixing(settings: PPOSettings, experience: Experience, beta: float) -> float | None:
     """c of the next step's `mixed`, from this step's responses: independent of those it mixes."""
     if settings.mixing is None:
@@ -146,7 +152,8 @@ def next_mixing(settings: PPOSettings, experience: Experience, beta: float) -> f
         gamma=settings.gamma,
         lam=settings.lam,
     )
-    return mixing_coefficient(plain - settings.mixing * beta * excess, excess, mask, beta=beta)
+    best = mixing_coefficient(plain - settings.mixing * beta * excess, excess, mask, beta=beta)
+    return min(max(best, -LARGEST_MIXING), LARGEST_MIXING)
 
 
 def efficiency_measure(
