@@ -136,6 +136,9 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         {"leash": {"placement": "loss_k3", "allow_biased": True}},
         {"leash": {"beta": None, "target_kl": 1.0}, "score_normalisation": "initial"},
         {"leash": {"beta": None, "target_kl": 0.05}, "plan": {"responses": 128}},
+        {"leash": {"beta": None, "target_kl_per_token": 0.05}},
+        {"leash": {"beta": None, "target_kl_per_token": 0.05, "initial_beta": 0.2}},
+        {"leash": {"beta": None, "schedule": [[0, 0.4], [2, 0.1], [3, 0.1]]}},
         {"leash": {"beta": None, "target_kl": 1.0, "controller": "ziegler_paper"}},
         {
             "leash": {
@@ -218,6 +221,31 @@ def test_a_run_starts_from_its_plan_and_is_measured_by_it(
         assert line["objective/kl_efficiency"] == (score - plan.mean_score) / possible
     names = [name for chart in score_charts(run) for name in chart]
     assert "the optimum, as planned" in names
+
+
+def test_beta_follows_its_schedule(material: Path, tmp_path: Path) -> None:
+    leash = {"beta": None, "schedule": [[0, 0.4], [2, 0.1], [3, 0.1]]}
+    run = read_run(train(settings(material, tmp_path / "run", leash=leash)))
+    betas = [line["objective/beta"] for line in run.metrics[1:]]
+    assert betas == pytest.approx([0.4, 0.25, 0.1, 0.1])
+    assert "along its schedule" in run.meta["objective"]
+
+
+def test_a_target_per_token_is_that_of_a_response_of_the_references_length(
+    material: Path, tmp_path: Path
+) -> None:
+    leash = {"beta": None, "target_kl_per_token": 0.02}
+    run = read_run(train(settings(material, tmp_path / "run", leash=leash)))
+    length = run.meta["start"]["response_length"]
+    assert 1 < length <= 6
+    assert "0.02 nats per token" in run.meta["objective"]
+    for line in run.metrics[1:]:
+        target, tokens = (cast(float, line[k]) for k in ("objective/target_kl", "rollout/length"))
+        assert target == pytest.approx(0.02 * tokens)
+    per_token = run.metrics[-1]["objective/kl_ref_per_token"]
+    state = sorted((run.path / "checkpoints").iterdir())[-1] / "state.json"
+    # What the controller read: the KL per token, of a response as long as the reference's.
+    assert json.loads(state.read_text())["beta"]["kl"] == pytest.approx(per_token * length)
 
 
 def score_charts(run: Run) -> list[list[str]]:

@@ -13,7 +13,13 @@ from torch import nn
 
 from kleash.adapters import AdapterSpec
 from kleash.algorithms.ppo import PPOSettings
-from kleash.beta.controllers import AdaptiveBeta, BetaController, BudgetBeta, FixedBeta
+from kleash.beta.controllers import (
+    AdaptiveBeta,
+    BetaController,
+    BudgetBeta,
+    FixedBeta,
+    ScheduledBeta,
+)
 from kleash.beta.starting import Start
 from kleash.config import Config, LeashConfig, OptimizerConfig, RewardConfig
 from kleash.errors import ConfigError
@@ -121,20 +127,36 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_controller(leash: LeashConfig, *, start: Start | None) -> BetaController:
+def target_per_response(leash: LeashConfig, response_length: float | None) -> float | None:
+    """The budget in nats per response; None where there is none.
+
+    A target per token is that of a response as long as the reference's.
+    """
+    if leash.target_kl_per_token is None:
+        return leash.target_kl
+    assert response_length is not None
+    return leash.target_kl_per_token * response_length
+
+
+def make_controller(
+    leash: LeashConfig, *, start: Start | None, responses_per_step: int
+) -> BetaController:
     """The controller a leash asks for.
 
     Args:
         leash: its section of the configuration.
         start: where β starts if the section names no place; needed where β moves.
+        responses_per_step: what a schedule counts a step as.
     """
     if leash.beta is not None:
         return FixedBeta(leash.beta)
-    # The configuration has checked that one of the two is there.
-    target = cast(float, leash.target_kl)
-    if leash.initial_beta is not None:
-        start = Start(leash.initial_beta, "given")
-    assert start is not None
+    if leash.schedule is not None:
+        points = [(step * responses_per_step, beta) for step, beta in leash.schedule]
+        return ScheduledBeta(tuple(points))
+    if start is None:
+        start = Start(cast(float, leash.initial_beta), "given")
+    # The configuration has checked that a target is there.
+    target = cast(float, target_per_response(leash, start.response_length))
     initial = start.beta
     match leash.controller or "budget":
         case "budget":

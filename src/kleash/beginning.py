@@ -4,13 +4,13 @@ Several responses to each of some prompts say how scores are to be normalised, a
 optimum would spend the budget, and how much score that budget can buy at all.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.assembly import Crew
+from kleash.assembly import Crew, target_per_response
 from kleash.beta.controllers import initial_beta
 from kleash.beta.starting import Start, starting_beta
 from kleash.beta.tilting import spread
@@ -44,6 +44,8 @@ class Drawn:
     scores: Float[Tensor, "prompt sample"]
     statistics: ScoreStatistics
     """Of the scores before normalisation."""
+    length: float
+    """Mean tokens of a response."""
 
 
 def draw(config: Config, crew: Crew) -> Drawn:
@@ -52,7 +54,7 @@ def draw(config: Config, crew: Crew) -> Drawn:
     Raises:
         RewardError: every response has the same score.
     """
-    prompts, raw = reference_scores(
+    prompts, raw, length = reference_scores(
         crew,
         prompts=config.plan.prompts,
         responses=config.plan.responses,
@@ -61,11 +63,11 @@ def draw(config: Config, crew: Crew) -> Drawn:
     )
     statistics = ScoreStatistics().update(raw.flatten())
     if config.score_normalisation == "none":
-        return Drawn(prompts, raw, statistics)
+        return Drawn(prompts, raw, statistics, length)
     try:
         # Where statistics run, those of the first step are close to these.
         scores = statistics.normalise(raw.flatten()).view_as(raw)
-        return Drawn(prompts, scores, statistics)
+        return Drawn(prompts, scores, statistics, length)
     except ValueError as error:
         raise RewardError(f"before the first update: {error}") from error
 
@@ -76,15 +78,23 @@ def begin(config: Config, crew: Crew) -> Beginning:
     Raises:
         RewardError: the scores say nothing because they do not vary.
     """
-    target = None if config.leash.initial_beta is not None else config.leash.target_kl
-    if target is None and config.score_normalisation != "initial":
+    leash = config.leash
+    planned = leash.initial_beta is None and leash.target_kl is not None
+    if not (planned or leash.target_kl_per_token or config.score_normalisation == "initial"):
         return Beginning(ScoreStatistics(), None, None)
     drawn = draw(config, crew)
+    length = None if leash.target_kl_per_token is None else drawn.length
+    target = target_per_response(leash, length)
     start = None if target is None else _start(config, drawn, target)
-    return Beginning(drawn.statistics, start, _frontier(config, crew, drawn))
+    if start is not None and length is not None:
+        start = replace(start, response_length=length)
+    frontier = _frontier(config, crew, drawn, target)
+    return Beginning(drawn.statistics, start, frontier)
 
 
 def _start(config: Config, drawn: Drawn, target: float) -> Start:
+    if config.leash.initial_beta is not None:
+        return Start(config.leash.initial_beta, "given")
     try:
         if config.reference.reference_differs:
             sd = spread(drawn.scores.double())
@@ -98,8 +108,11 @@ def _start(config: Config, drawn: Drawn, target: float) -> Start:
 def start_line(config: Config, start: Start) -> str:
     """Where β starts and why, in a sentence for the run's log."""
     match start.source:
+        case "given":
+            how = "as it was told"
         case "plan":
-            how = f"the plan's for {config.leash.target_kl:g} nats"
+            target = target_per_response(config.leash, start.response_length)
+            how = f"the plan's for {target:.4g} nats"
         case "edge":
             how = f"carried on from the last β that the plan knows, because {start.reason}"
         case _:
@@ -123,7 +136,7 @@ def about(config: Config, crew: Crew) -> dict[str, Any]:
     }
 
 
-def _frontier(config: Config, crew: Crew, drawn: Drawn) -> Frontier | None:
+def _frontier(config: Config, crew: Crew, drawn: Drawn, target: float | None) -> Frontier | None:
     """The plan in the units of training; with running statistics those move, and there is none.
 
     A policy that does not start at the reference wrote samples that plan nothing either.
@@ -131,7 +144,6 @@ def _frontier(config: Config, crew: Crew, drawn: Drawn) -> Frontier | None:
     moving = config.score_normalisation == "running" or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None
-    target = config.leash.target_kl
     return make_frontier(
         drawn.scores,
         prompts=drawn.prompts,

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.beta.controllers import ScheduledBeta
 from kleash.errors import ConfigError, UsageError
 from kleash.kl.placements import Placement
 
@@ -161,6 +162,10 @@ class LeashConfig(_Section):
     """Fixed β, in score per nat. 0 lets go of the leash and still measures."""
     target_kl: PositiveFloat | None = None
     """KL to hold, in nats per response; β then moves by itself."""
+    target_kl_per_token: PositiveFloat | None = None
+    """KL to hold, in nats per token: a longer response may then go further."""
+    schedule: list[tuple[NonNegativeInt, NonNegativeFloat]] | None = None
+    """β along straight lines between points [steps done, β], constant beyond the ends."""
     controller: Literal["budget", "ziegler_paper", "ziegler_code"] | None = None
     """How β moves towards `target_kl`; budget unless said."""
     initial_beta: PositiveFloat | None = None
@@ -177,14 +182,20 @@ class LeashConfig(_Section):
 
     @model_validator(mode="after")
     def _fixed_or_moving(self) -> "LeashConfig":
-        if (self.beta is None) == (self.target_kl is None):
+        ways = ("beta", "target_kl", "target_kl_per_token", "schedule")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ValueError(
-                "give exactly one of `beta` (fixed) and `target_kl` (adaptive), got "
-                f"beta: {self.beta}, target_kl: {self.target_kl}"
+                "give exactly one of `beta` (fixed), `target_kl` (adaptive), "
+                f"`target_kl_per_token` and `schedule`, got {', '.join(given) or 'none of them'}"
             )
         moving = {"controller", "initial_beta", "horizon"} & self.model_fields_set
-        if self.beta is not None and moving:
-            raise ValueError(f"{sorted(moving)} do nothing with a fixed `beta`: leave them out")
+        if moving and given[0] in ("beta", "schedule"):
+            raise ValueError(
+                f"{sorted(moving)} do nothing with a fixed `{given[0]}`: leave them out"
+            )
+        if self.schedule is not None:
+            ScheduledBeta(tuple(self.schedule))  # says itself what is wrong with its points
         if self.horizon is not None and self.controller != "ziegler_code":
             raise ValueError("`horizon` is for `controller: ziegler_code` alone")
         if self.placement == "measure" and self.beta != 0:

@@ -220,7 +220,7 @@ def _token_texts(crew: Crew, ids: Tensor) -> list[str]:
 
 def reference_scores(
     crew: Crew, *, prompts: int, responses: int, seed: int, microbatch: int
-) -> tuple[list[int], Float[Tensor, "prompt sample"]]:
+) -> tuple[list[int], Float[Tensor, "prompt sample"], float]:
     """Scores of responses written before the first update, several to each of some prompts.
 
     Args:
@@ -231,7 +231,7 @@ def reference_scores(
         microbatch: responses written at once.
 
     Returns:
-        Which prompts, and their scores before normalisation.
+        Which prompts, their scores before normalisation, and the mean length of a response.
     """
     order = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(crew.prompts), generator=order)[:prompts].tolist()
@@ -241,4 +241,5 @@ def reference_scores(
         responses_per_prompt=responses,
         microbatch=microbatch,
     )
-    return chosen, written.raw_scores.view(len(chosen), responses)
+    length = float(written.rollout.response_mask.sum(-1).double().mean())
+    return chosen, written.raw_scores.view(len(chosen), responses), length

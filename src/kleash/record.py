@@ -26,13 +26,16 @@ def objective_line(config: Config, beta: float) -> str:
     if config.score_normalisation != "none":
         score_text = f"({score_text} − mean)/sd"
     leash = config.leash
-    if leash.placement == "measure" or beta == 0:
+    if leash.placement == "measure" or leash.beta == 0:
         return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"
-    moves = (
-        f"β = {beta:.4g} fixed"
-        if leash.target_kl is None
-        else f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
-    )
+    if leash.target_kl is not None:
+        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
+    elif leash.target_kl_per_token is not None:
+        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl_per_token:g} nats per token"
+    elif leash.schedule is not None:
+        moves = f"β from {beta:.4g}, along its schedule"
+    else:
+        moves = f"β = {beta:.4g} fixed"
     return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
 
 

@@ -21,9 +21,10 @@ import yaml
 from torch import Tensor
 
 from kleash.algorithms import ppo
-from kleash.assembly import Crew, assemble, make_controller
+from kleash.assembly import Crew, assemble, make_controller, target_per_response
 from kleash.beginning import begin, start_line
 from kleash.beta.controllers import BetaController, Measurement
+from kleash.beta.starting import Start
 from kleash.config import Config, dump_config, parse_config
 from kleash.errors import ConfigError, ModelError, RefusedError, RunError
 from kleash.evaluation import (
@@ -117,7 +118,7 @@ def train(
     else:
         frontier, state = _begin(config, crew)
     crew = replace(crew, frontier=frontier)
-    controller = make_controller(config.leash, start=state.start)
+    controller = _controller(config, state.start)
     if begun:
         run = RunWriter.reopen(path, through_step=state.step if checkpoint else -1)
     else:
@@ -173,12 +174,16 @@ def _begin(config: Config, crew: Crew) -> tuple[Frontier | None, TrainingState]:
     return begun.frontier, TrainingState(
         step=0,
         episodes=0,
-        beta=make_controller(config.leash, start=begun.start).init(),
+        beta=_controller(config, begun.start).init(),
         scores=begun.statistics if initial else ScoreStatistics(),
         cursor=PromptCursor(size=len(crew.prompts), seed=config.seed),
         mixing=crew.settings.mixing,
         start=begun.start,
     )
+
+
+def _controller(config: Config, start: Start | None) -> BetaController:
+    return make_controller(config.leash, start=start, responses_per_step=config.responses_per_step)
 
 
 def _step(
@@ -248,7 +253,9 @@ def _step(
         state,
         step=step,
         episodes=episodes,
-        beta=controller.update(state.beta, _measurement(config, metrics, scored)),
+        beta=controller.update(
+            state.beta, _measurement(config, metrics, scored, start=state.start)
+        ),
         scores=seen,
         cursor=cursor,
         mixing=next_mixing(settings, experience, beta),
@@ -313,14 +320,24 @@ def _scorer(config: Config, step: int) -> TokenScorer:
     return checked.token_scores if every and step % every == 0 else token_scores
 
 
-def _measurement(config: Config, metrics: dict[str, Number], scored: ScoredRollout) -> Measurement:
+def _measurement(
+    config: Config,
+    metrics: dict[str, Number],
+    scored: ScoredRollout,
+    *,
+    start: Start | None,
+) -> Measurement:
     """What the controller reads. A starting β that was given is taken at its word; only one that
-    came from the spread of the scores goes on following it."""
+    came from the spread of the scores goes on following it. Under a target per token the reading
+    is that of responses as long as the reference's, which is what the controller's target is of."""
     error = metrics["objective/kl_ref_se"]
     given = config.leash.initial_beta is not None
+    longer = 1.0
+    if start is not None and start.response_length is not None:
+        longer = start.response_length / cast(float, metrics["rollout/length"])
     return Measurement(
-        response_kl=cast(float, metrics["objective/kl_ref"]),
-        standard_error=float("nan") if error is None else error,
+        response_kl=longer * cast(float, metrics["objective/kl_ref"]),
+        standard_error=float("nan") if error is None else longer * error,
         responses=len(scored.scores),
         score_variance=None if given else score_variance(scored),
     )
@@ -351,7 +368,9 @@ def _bookkeeping(
         **{f"reward/{name}": float(part.mean()) for name, part in written.parts.items()},
         "reward/total": float(written.raw_scores.mean()),
         "objective/beta": beta,
-        "objective/target_kl": config.leash.target_kl,
+        "objective/target_kl": target_per_response(
+            config.leash, float(scored.rollout.response_mask.sum(-1).double().mean())
+        ),
         **clock.seconds,
         "tokens_per_second": tokens / clock.total,
     }

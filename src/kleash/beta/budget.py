@@ -25,6 +25,8 @@ _LEAST_WEIGHT, _WEIGHT_SLOPE = 0.2, 1.5
 It is 1 from two thirds of the budget on: a weight that still rose at the target would take noise
 above it for more than noise below it.
 """
+_LEAST_PLANNED_GAIN = 1.5
+"""A planned slope counts as no flatter than this."""
 _LEAD = 0.2
 """Of ln β, by which a planned β is undercut at first: a policy nears its optimum ever more slowly,
 and the look-ahead gives it back as the KL rises."""
@@ -165,10 +167,10 @@ class BudgetBeta:
         """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt.
 
         A plan knows the slope of the optimum. Where that is flat, a policy on its way there still
-        answers β about as steeply as at a small tilt: a loop divided by less would swing.
+        answers β more steeply: a loop divided by so little would swing.
         """
         if self.plant_gain is not None:
-            return max(SMALL_TILT_GAIN, self.plant_gain)
+            return max(_LEAST_PLANNED_GAIN, self.plant_gain)
         if state.variance is None:
             return SMALL_TILT_GAIN
         low, high = _GAIN_RANGE

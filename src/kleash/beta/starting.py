@@ -35,12 +35,15 @@ class Start:
         source: who said so; "given" is a value out of the configuration.
         plant_gain: −d ln KL*/d ln β that goes with it; None where nothing is known of it.
         reason: why not the plan; empty if it was the plan, or nobody was asked.
+        response_length: mean tokens of a reference response, by which a target per token is
+            multiplied; None where nothing is per token.
     """
 
     beta: float
     source: Source
     plant_gain: float | None = None
     reason: str = ""
+    response_length: float | None = None
 
 
 def starting_beta(scores: Float[Tensor, "prompt sample"], target_kl: float) -> Start:

@@ -2,7 +2,7 @@
 
 import math
 
-from kleash.assembly import make_controller
+from kleash.assembly import make_controller, target_per_response
 from kleash.beta.controllers import initial_beta
 from kleash.beta.starting import Start
 from kleash.config import Config
@@ -180,10 +180,14 @@ def score_deviation(trial: Trial) -> float | None:
 
 
 def starting_beta(trial: Trial) -> float:
-    """β of the first step."""
+    """β of the first step, from this trial's few responses where a plan would ask for more."""
     leash, start = trial.config.leash, None
-    if leash.target_kl is not None and leash.initial_beta is None:
+    length = float(trial.scored.rollout.response_mask.sum(-1).float().mean())
+    target = target_per_response(leash, length)
+    if target is not None:
         deviation = score_deviation(trial) or 1.0
         unit = 1.0 if trial.config.score_normalisation != "none" else deviation
-        start = Start(initial_beta(leash.target_kl, unit), "spread")
-    return make_controller(leash, start=start).init().beta
+        beta = leash.initial_beta or initial_beta(target, unit)
+        start = Start(beta, "spread", response_length=length)
+    responses = trial.config.responses_per_step
+    return make_controller(leash, start=start, responses_per_step=responses).init().beta
