@@ -32,6 +32,7 @@ from kleash.checkpoint import drop_directory
 from kleash.config import load_config, parse_config, with_world
 from kleash.demo import RECIPES
 from kleash.fingerprints import weights_sha256
+from kleash.loading import quiet
 from kleash.models import Identity
 from kleash.playground.build import build_world
 from kleash.prompts import PromptCursor
@@ -89,17 +90,22 @@ def saving(millions: int, rounds: int, folder: Path) -> None:
     crew = crew_of(millions)
     state = TrainingState(1, 1, BudgetBeta(1.0, 1.0).init(), ScoreStatistics(), PromptCursor(1, 0))
     identity = Identity("nowhere", "loaded", "float32", "0" * 64)
-    spent: dict[str, list[float]] = {"save": [], "write": [], "hash the reference": []}
-    sizes: list[int] = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        made = save_run_state(folder / "checkpoints", crew, state, identity, keep=1)
-        spent["save"].append(time.perf_counter() - began)
-        sizes = [file.stat().st_size for file in made.rglob("*") if file.is_file()]
-        drop_directory(made)
-        spent["write"].append(clocked(partial(write_plainly, folder / "plain", sizes)))
-        hashing = partial(weights_sha256, crew.policy.model.named_parameters())
-        spent["hash the reference"].append(clocked(hashing))
+    parent = folder / "checkpoints"
+    save = partial(save_run_state, parent, crew, state, identity, keep=1)
+    made = save()
+    sizes = [file.stat().st_size for file in made.rglob("*") if file.is_file()]
+    drop_directory(made)
+    ways: dict[str, Callable[[], object]] = {
+        "save": save,
+        "write": partial(write_plainly, folder / "plain", sizes),
+        "hash the reference": lambda: weights_sha256(crew.policy.model.named_parameters()),
+    }
+    spent: dict[str, list[float]] = {what: [] for what in ways}
+    for turn in range(rounds):
+        for what in list(ways)[:: -1 if turn % 2 else 1]:
+            spent[what].append(clocked(ways[what]))
+            for directory in parent.iterdir():
+                drop_directory(directory)
     write = statistics.median(spent["write"])
     print(f"\n{sum(sizes) / 2**20:.0f} MiB in {len(sizes)} files, {rounds} rounds\n")
     print("| what | s | beside writing |\n|---|---|---|")
@@ -154,11 +160,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of holding the leash.")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--save", type=int, default=100, help="million parameters to save")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, one thread, torch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as name:
+    with quiet(), tempfile.TemporaryDirectory() as name:
         shares(arguments.steps, Path(name))
         saving(arguments.save, arguments.rounds, Path(name))
 

@@ -1,6 +1,7 @@
 """Kill a run at random moments, resume it, and compare it with the run that was left in peace.
 
     python benchmarks/kill.py --kills 50
+    python benchmarks/kill.py --kills 50 --rollbacks
 
 A small run on the embedded world's questions and reward model, with a moving β, held-out
 evaluation and a checkpoint every other step. Each trial starts it anew, kills it (SIGKILL) within a
@@ -43,11 +44,12 @@ PHASES = {
     "scoring": (kleash.train, "score"),
     "update": (kleash.train, "update"),
     "saving": (kleash.holding, "save_run_state"),
+    "refusing": (kleash.train, "refuse"),
 }
 STEPS = 6
 
 
-def configuration(world: Path, output: Path) -> Config:
+def configuration(world: Path, output: Path, bound: float | None = None) -> Config:
     """A run of seconds that has everything: budget, running statistics, evaluation, saving."""
     path = RECIPES / "leashed.yaml"
     overrides = {
@@ -63,6 +65,11 @@ def configuration(world: Path, output: Path) -> Config:
     tree = with_world(load_config(path, overrides, base=path), world).model_dump()
     tree["leash"] |= {"beta": None, "target_kl": 2.0, "placement": "mixed"}
     tree["value"] |= {"kind": "trunk_detached", "path": None}
+    if bound is not None:
+        wires = {"stop_kl": bound, "then": "rollback", "beta_factor": 4, "max_rollbacks": 20}
+        tree["tripwires"] |= wires
+        tree["leash"] |= {"beta": 0.01, "target_kl": None}
+        tree["logging"] |= {"checkpoint_every": 1, "keep": 4}
     return parse_config(tree, where="the benchmark")
 
 
@@ -154,15 +161,13 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return found + [name for name in mine if not torch.equal(mine[name], other[name])]
 
 
-def trial(number: int, folder: Path, world: Path, expected: dict[str, Any], took: Any) -> str:
+def trial(number: int, config: Config, expected: dict[str, Any], took: dict[str, float]) -> str:
     """One killing or two, and the comparison; what happened in a line."""
-    draw = random.Random(number)
-    path = folder / f"trial-{number}"
-    config = configuration(world, path)
+    draw, path = random.Random(number), Path(config.output)
     done: list[str] = []
     for again in range(2 if draw.random() < 0.3 else 1):
-        phase = list(PHASES)[(number + again) % len(PHASES)]
-        visit = draw.randint(1, 2 if phase == "saving" else 4)
+        phase = list(took)[(number + again) % len(took)]
+        visit = draw.randint(1, {"saving": 2, "refusing": 1}.get(phase, 4))
         delay = draw.random() * took[phase]
 
         def fatal(phase: str = phase, visit: int = visit, delay: float = delay) -> None:
@@ -184,16 +189,26 @@ def trial(number: int, folder: Path, world: Path, expected: dict[str, Any], took
     return f"{'same' if not wrong else 'OTHER ' + str(wrong[:4])}  {', '.join(done)}"
 
 
+def a_bound(world: Path, folder: Path) -> float:
+    """A KL that the run without a bound passes in its last steps."""
+    free = configuration(world, folder / "free", bound=1e9)
+    assert in_child(lambda: kleash.train.train(free)) == 0
+    kls = [line["objective/kl_ref"] or 0.0 for line in read_run(free.output).metrics[1:]]
+    return (max(kls[:-2]) + max(kls)) / 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill a run, resume it, compare.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
+    parser.add_argument("--rollbacks", action="store_true", help="with a bound on the KL")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     world = build_world(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole = configuration(world, folder / "whole")
+        bound = a_bound(world, folder) if arguments.rollbacks else None
+        whole = configuration(world, folder / "whole", bound)
 
         def undisturbed() -> None:
             timed(folder / "durations")
@@ -201,13 +216,16 @@ def main() -> None:
 
         assert in_child(undisturbed) == 0
         expected = what_counts(folder / "whole")
+        events = ", ".join(f"{event.kind} at step {event.step}" for event in expected["events"])
         lines = [json.loads(line) for line in (folder / "durations").read_text().splitlines()]
-        took = {phase: max(t for p, t in lines if p == phase) for phase in PHASES}
+        took = {phase: max(t for p, t in lines if p == phase) for phase in dict(lines)}
         spent = ", ".join(f"{phase} {1000 * t:.0f} ms" for phase, t in took.items())
         print(f"{platform.machine()}, one thread; {STEPS} steps; longest of each phase: {spent}")
+        print(f"events: {events or 'none'}")
         good = hits = 0
         for number in range(arguments.first, arguments.first + arguments.kills):
-            line = trial(number, folder, world, expected, took)
+            config = configuration(world, folder / f"trial-{number}", bound)
+            line = trial(number, config, expected, took)
             good += line.startswith("same")
             hits += "not hit" not in line
             print(f"{number:4d}  {line}", flush=True)

@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,16 +24,13 @@ from pydantic import (
 from kleash.beta.controllers import ScheduledBeta
 from kleash.errors import ConfigError, UsageError
 from kleash.kl.placements import Placement
+from kleash.sections import ReferenceConfig, Section, TripwiresConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Train a low-rank adapter; the reference is then the same weights with the adapter off."""
 
     rank: PositiveInt = 16
@@ -45,7 +41,7 @@ class LoraConfig(_Section):
     """Names of the modules to adapt; none: what peft chooses for this architecture."""
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """The model that is trained."""
 
     path: str
@@ -63,36 +59,7 @@ class PolicyConfig(_Section):
     """Train an adapter instead of all weights."""
 
 
-class ReferenceConfig(_Section):
-    """The frozen model the leash is tied to."""
-
-    path: str | None = None
-    """Directory or hub name; none: the policy as it is before the first update."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name; none: its main branch."""
-    adapter: str | None = None
-    """Directory of a LoRA adapter that is merged into the model at `path`."""
-    kind: Literal["copy", "adapter_off", "cpu_offload", "cached"] | None = None
-    """Where it lives: a copy beside the policy; the policy's own weights with the adapter off; a
-    copy in main memory, lent to the device; or a copy whose hidden states are kept on the disk.
-    None: adapter_off where an adapter is trained and no `path` is given, else copy."""
-    cache: str | None = None
-    """Directory of `kind: cached`; it belongs to one reference."""
-    reference_differs: bool = False
-    """Say that the policy does not start at the reference. Otherwise that is an error."""
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> "ReferenceConfig":
-        if self.path is None and (self.revision or self.adapter):
-            raise ValueError("`revision` and `adapter` go with `path`: without it all is as policy")
-        if self.path is not None and self.kind == "adapter_off":
-            raise ValueError("`kind: adapter_off` reads the policy's own weights: give no `path`")
-        if (self.kind == "cached") != (self.cache is not None):
-            raise ValueError("`cache` goes with `kind: cached` and with nothing else")
-        return self
-
-
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """One reward model: a sequence classifier by its path, or a Python callable."""
 
     path: str | None = None
@@ -117,7 +84,7 @@ class RewardConfig(_Section):
         return self
 
 
-class PromptsConfig(_Section):
+class PromptsConfig(Section):
     """What the policy answers."""
 
     train: str
@@ -126,7 +93,7 @@ class PromptsConfig(_Section):
     """Prompts never trained on, for evaluation."""
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """How the policy writes."""
 
     prompts_per_step: PositiveInt = 64
@@ -155,7 +122,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class LeashConfig(_Section):
+class LeashConfig(Section):
     """How tight, measured how, charged where."""
 
     beta: NonNegativeFloat | None = None
@@ -203,33 +170,7 @@ class LeashConfig(_Section):
         return self
 
 
-class TripwiresConfig(_Section):
-    """What stops a step: these bounds, and always a number that is not finite or not possible."""
-
-    stop_kl: PositiveFloat | None = None
-    """Most exact KL of a rollout to the original reference, in nats per response; none: no
-    bound."""
-    min_entropy: PositiveFloat | None = None
-    """Least entropy of a rollout, in nats per token; none: no bound."""
-    then: Literal["stop", "rollback"] = "stop"
-    """After a refused step: stop, or return to the last good checkpoint with a higher β."""
-    beta_factor: float | None = Field(default=None, gt=1)
-    """What β is multiplied by in a rollback; 2 unless said."""
-    max_rollbacks: PositiveInt | None = None
-    """Rollbacks of one run, 3 unless said; the refusal after the last of them stops it."""
-    undo: Literal["memory", "checkpoint"] = "memory"
-    """How a step that is refused between its updates is undone: by a copy in main memory of what
-    learns and of its two moments, or by going back to the last checkpoint, which costs nothing
-    until it happens."""
-
-    @model_validator(mode="after")
-    def _rollback_alone(self) -> "TripwiresConfig":
-        if self.then == "stop" and (self.beta_factor or self.max_rollbacks):
-            raise ValueError("`beta_factor` and `max_rollbacks` are for `then: rollback` alone")
-        return self
-
-
-class PPOConfig(_Section):
+class PPOConfig(Section):
     """How the policy climbs."""
 
     epochs: PositiveInt = 2
@@ -255,7 +196,7 @@ class PPOConfig(_Section):
     """Scale advantages to mean 0 and variance 1 over the rollout."""
 
 
-class ValueConfig(_Section):
+class ValueConfig(Section):
     """The critic."""
 
     kind: Literal["trunk_detached", "trunk", "model"] = "trunk_detached"
@@ -270,7 +211,7 @@ class ValueConfig(_Section):
         return self
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW, for policy and critic."""
 
     lr: PositiveFloat = 1e-5
@@ -293,7 +234,7 @@ class OptimizerConfig(_Section):
     """Steps over which the rate rises linearly from a tenth of its peak."""
 
 
-class PretrainingConfig(_Section):
+class PretrainingConfig(Section):
     """InstructGPT's pretraining mix (PPO-ptx): likelihood of ordinary text beside the reward."""
 
     texts: str
@@ -306,7 +247,7 @@ class PretrainingConfig(_Section):
     """A text is cut to this many tokens."""
 
 
-class HeldoutConfig(_Section):
+class HeldoutConfig(Section):
     """Evaluation on prompts that are never trained on."""
 
     every: NonNegativeInt = 0
@@ -317,7 +258,7 @@ class HeldoutConfig(_Section):
     """A second opinion the policy is never trained on."""
 
 
-class PlanConfig(_Section):
+class PlanConfig(Section):
     """Reference responses from which β is planned and scores are first normalised."""
 
     prompts: int = Field(default=32, ge=2)
@@ -326,7 +267,7 @@ class PlanConfig(_Section):
     """Responses to each: a plan knows nothing beyond the log of this many nats."""
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What is kept and where it is shown."""
 
     samples_per_step: NonNegativeInt = 2
@@ -342,7 +283,7 @@ class LoggingConfig(_Section):
     """Also send the metrics there, through accelerate."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     policy: PolicyConfig
@@ -502,7 +443,7 @@ def _section_of(section: type[BaseModel] | None, name: str) -> type[BaseModel] |
     annotation = section.model_fields[name].annotation
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, _Section) and name != _FREE:
+        if isinstance(candidate, type) and issubclass(candidate, Section) and name != _FREE:
             return candidate
     return None
 
