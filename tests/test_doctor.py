@@ -10,10 +10,12 @@ import faults
 import planting
 import pytest
 import torch
+from scipy.stats import norm, t
 
 from kleash.assembly import Crew
 from kleash.config import Config
 from kleash.evaluation import Written, write_responses
+from kleash.kl.statistics import Estimate
 from kleash.preflight import doctor
 from kleash.preflight.doctor import symptom_of
 from kleash.preflight.trial import read
@@ -38,7 +40,7 @@ def batch(crew: Crew, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
 
 
 def drifted(crew: Crew) -> Crew:
-    """The policy some way from its reference, as it is while training."""
+    """The policy some nats from its reference, as it is while training."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in crew.policy.parameters():
@@ -70,8 +72,10 @@ def test_each_number_that_cannot_be_is_a_symptom(world: planting.World) -> None:
     assert "kl_sampler" in symptom(replace(scored, rollout=elsewhere))
     negative = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * mask)
     assert "below 0 by more than its noise" in symptom(negative)
-    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 0.2 * mask)
+    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 1.0 * mask)
     assert "Sampled and exact KL differ" in symptom(surplus)
+    sharper = replace(scored, entropy=scored.entropy + 1.0 * mask)
+    assert "surprise and their entropy differ" in symptom(sharper)
 
 
 def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> None:
@@ -86,6 +90,7 @@ def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> No
 CAUSES = [
     ("top-k left over", "top-k"),
     ("a repetition penalty left over", "repetition penalty"),
+    ("another temperature in the sampler", "drawn at a temperature"),
     ("stale weights in the sampler", "another model"),
     ("positions restart at the response", "Position ids are wrong"),
     ("no attention mask", "Padding on the left"),
@@ -111,6 +116,15 @@ def test_an_ill_batch_gets_its_cause(
     record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
     assert record["symptom"] in caplog.messages[0]
     assert (world.folder / "doctor" / "step-000007.safetensors").is_file()
+
+
+@pytest.mark.parametrize("freedom", [3, 7, 25, 63, 1000])
+def test_the_noise_of_few_prompts_is_students(freedom: int) -> None:
+    estimate = Estimate(mean=0.0, standard_error=1.0, n=freedom + 1, clusters=freedom + 1)
+    allowed = doctor._noise(estimate, 0.0)
+    exact = t.isf(norm.sf(5.0), freedom)
+    # The approximation errs on the side of silence, and only where prompts are few.
+    assert exact * 0.99 < allowed < exact * (1.05 if freedom > 5 else 1.5)
 
 
 def test_looking_leaves_the_random_numbers_alone(world: planting.World) -> None:

@@ -341,6 +341,16 @@ def ending(trial: Trial) -> Finding:
             "Name the token this model was taught to end with as eos_token in "
             "tokenizer_config.json and generation_config.json, or fine-tune it to end.",
         )
+    if not bool(ended.any()) and trial.config.rollout.truncated == "drop":
+        return Finding(
+            name,
+            "fail",
+            measured,
+            expected,
+            "Every response is cut by the length limit and rollout.truncated: drop leaves them "
+            "all out: there is nothing to learn from.",
+            f"Raise rollout.max_new_tokens (now {limit}), or set rollout.truncated: score.",
+        )
     if share > 0.5:
         return Finding(
             name,
