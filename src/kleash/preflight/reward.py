@@ -310,7 +310,7 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
     at_best = Counter(word for row in best for word in texts[row].split())
     often = [word for word, count in at_best.items() if count > 1]
     lift = {word: at_best[word] / (1 + everywhere[word]) for word in often}
-    lifted = sorted(often, key=lambda word: -lift[word])[:2]
+    lifted = sorted(often, key=lift.__getitem__, reverse=True)[:2]
     words = dict.fromkeys([word for word, _ in at_best.most_common(2)] + lifted)
     return [
         ("an empty reply", [""] * len(prompts)),
