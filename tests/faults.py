@@ -223,9 +223,9 @@ FAULTS: tuple[Fault, ...] = (
         "sampling.ending",
         "nothing to learn from",
         several(
-            set_key("rollout.max_new_tokens", 1),
+            set_key("rollout.max_new_tokens", 2),
             set_key("rollout.truncated", "drop"),
-            on_crew(never_ends),
+            settings(suppress_tokens="eos"),
         ),
     ),
     Fault(

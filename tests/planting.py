@@ -150,7 +150,8 @@ def findings(world: World, examine: Callable[[Config, Crew], list[Finding]]) -> 
 def set_key(dotted: str, value: Any) -> Callable[[World], None]:
     def plant(world: World) -> None:
         filled = str(value).replace("{m}", str(world.material)) if isinstance(value, str) else value
-        world.set(dotted, filled)
+        # A copy: a world may change it, and other worlds are planted from the same value.
+        world.set(dotted, deepcopy(filled))
 
     return plant
 

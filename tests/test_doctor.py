@@ -103,9 +103,11 @@ CAUSES = [
 def test_an_ill_batch_gets_its_cause(
     world: planting.World, caplog: pytest.LogCaptureFixture, name: str, cause: str
 ) -> None:
-    """The policy has drifted; then the fault sets in."""
+    """The policy has drifted; then the fault sets in. (A temperature on one side moves the mean
+    less than the drift does: it is seen from the start on.)"""
     (fault,) = [fault for fault in faults.FAULTS if fault.name == name]
-    world.meddle.append(drifted)
+    if "temperature in the policy" not in name:
+        world.meddle.append(drifted)
     fault.plant(world)
     config, crew = world.crew()
     written, scored = batch(crew)

@@ -275,8 +275,10 @@ def test_the_command(world: planting.World) -> None:
     command = [sys.executable, "-m", "kleash"]
     found = subprocess.run(
         [*command, "check", str(file), "--quick", "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 5, found.stderr
     assert json.loads(found.stdout)["verdict"] == "fail"
     trained = subprocess.run(
