@@ -49,8 +49,7 @@ def drifted(crew: Crew) -> Crew:
 
 
 def symptom(scored: ScoredRollout) -> str:
-    found = symptom_of(scored, dtype=torch.float32)
-    return "" if found is None else found.sentence
+    return symptom_of(scored, dtype=torch.float32) or ""
 
 
 def test_a_clean_batch_has_no_symptom(world: planting.World) -> None:
@@ -137,6 +136,20 @@ def test_looking_leaves_the_random_numbers_alone(world: planting.World) -> None:
     state = torch.get_rng_state()
     doctor.look(config, crew, written, ill, step=1, folder=world.folder)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_the_first_batches_are_examined(
+    world: planting.World, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, crew = world.crew()
+    written, scored = batch(crew)
+    (world.folder / "doctor").mkdir()
+    for step in range(5):
+        (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
+    ill = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * scored.rollout.response_mask)
+    assert doctor.look(config, crew, written, ill, step=6, folder=world.folder) == []
+    assert "The first batches like it are in doctor/" in caplog.text
+    assert len(list((world.folder / "doctor").iterdir())) == 5
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(

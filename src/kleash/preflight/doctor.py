@@ -14,7 +14,6 @@ their findings, and the log names the cause. A batch that is well costs four sum
 import json
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,14 +35,9 @@ _NOISE = 5.0
 _FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Nats per token that rounding alone may put between sampler and trainer."""
 _TEXTS = 4
+_MOST = 5
+"""Batches of a run that are examined and kept; of later ones the log has the symptom alone."""
 _LOG = logging.getLogger("kleash")
-
-
-@dataclass(frozen=True)
-class Symptom:
-    """What is wrong with a batch's numbers, in a sentence."""
-
-    sentence: str
 
 
 def look(
@@ -71,18 +65,21 @@ def look(
     symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
     if symptom is None:
         return []
+    if len(list((folder / "doctor").glob("*.json"))) >= _MOST:
+        _LOG.warning("step %d: %s The first batches like it are in doctor/.", step, symptom)
+        return []
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         findings = diagnose(config, crew, written, scored)
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: look at lr and at this step's samples."
-    _LOG.warning("step %d: %s %s", step, symptom.sentence, named or unnamed)
+    _LOG.warning("step %d: %s %s", step, symptom, named or unnamed)
     _keep(folder / "doctor", step, symptom, findings, scored)
     return causes
 
 
-def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
+def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
     """The first number of a batch that cannot be; None if all can."""
     rollout = scored.rollout
     mask, clusters = rollout.response_mask, rollout.prompt_index
@@ -93,13 +90,13 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
         gap = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
         found = clustered_mean(gap, clusters)
         if abs(found.mean) > floor:
-            return Symptom(
+            return (
                 f"kl_sampler is {found.mean:+.3g} nats per response, beyond the {floor:.2g} that "
                 "rounding explains."
             )
     mean = clustered_mean(k1, clusters)
     if mean.mean < -_noise(mean, floor):
-        return Symptom(
+        return (
             f"The KL to the reference is {mean.mean:+.3g} nats per response (k1), below 0 by more "
             f"than its noise of {mean.standard_error or 0:.2g}."
         )
@@ -110,7 +107,7 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
     ):
         gap = clustered_mean(numbers, clusters)
         if abs(gap.mean) > _noise(gap, floor):
-            return Symptom(
+            return (
                 f"{what} differ by {gap.mean:+.3g} nats per response, by more than their noise "
                 f"of {gap.standard_error or 0:.2g}."
             )
@@ -144,7 +141,7 @@ def _noise(estimate: Estimate, floor: float) -> float:
 
 
 def _keep(
-    folder: Path, step: int, symptom: Symptom, findings: list[Finding], scored: ScoredRollout
+    folder: Path, step: int, symptom: str, findings: list[Finding], scored: ScoredRollout
 ) -> None:
     """The batch as tensors and the findings as JSON, for whoever looks later."""
     folder.mkdir(exist_ok=True)
@@ -162,5 +159,5 @@ def _keep(
     }
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
     save_tensors(folder / f"step-{step:06d}.safetensors", kept)
-    record = {"step": step, "symptom": symptom.sentence, "findings": [vars(f) for f in findings]}
+    record = {"step": step, "symptom": symptom, "findings": [vars(f) for f in findings]}
     (folder / f"step-{step:06d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
