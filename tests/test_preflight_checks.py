@@ -81,7 +81,8 @@ def test_what_is_skipped_says_why(trial: Trial) -> None:
 
 
 def test_weights_that_do_not_average_to_one(trial: Trial) -> None:
-    shifted = trial.scored.ref_logprobs - 0.02 * trial.rollout.response_mask
+    shifted = trial.scored.ref_logprobs.clone()
+    shifted[:, 0] -= 0.3
     found = sampling.mean_weight(replace(trial, scored=replace(trial.scored, ref_logprobs=shifted)))
     assert found.verdict == "fail"
     assert "do not average to 1" in found.cause
