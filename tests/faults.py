@@ -1,6 +1,6 @@
 """Faults that look like learning dynamics, and which check must find each of them.
 
-Used by the tests and by `benchmarks/faults.py`, which plants all of them on all architectures.
+Used by the tests and by `benchmarks/preflight.py`, which plants all of them on all architectures.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from planting import (
     half_vocabulary,
     holes,
     hot,
+    judge_for_policy,
     leak,
     louder_head,
     never_ends,
@@ -97,6 +98,12 @@ FAULTS: tuple[Fault, ...] = (
         "scoring.positions",
         "Position ids are wrong",
         patch("kleash.models.trunk_states", restarting_positions),
+    ),
+    Fault(
+        "a judge for a policy",
+        "scoring.architecture",
+        "was saved as GPT2",
+        judge_for_policy,
     ),
     Fault(
         "states off by one",
@@ -211,6 +218,16 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("no end is ever produced", "sampling.ending", "never produced", on_crew(never_ends)),
     Fault("responses cut short", "sampling.ending", "cut by the length limit", wrong_end, "warn"),
+    Fault(
+        "all responses cut and dropped",
+        "sampling.ending",
+        "nothing to learn from",
+        several(
+            set_key("rollout.max_new_tokens", 2),
+            set_key("rollout.truncated", "drop"),
+            settings(suppress_tokens="eos"),
+        ),
+    ),
     Fault(
         "settings in the model's own file",
         "sampling.leftovers",
@@ -375,5 +392,8 @@ VARIANTS: dict[str, Callable[[World], None]] = {
     ),
     "a padded vocabulary": padded_rows,
     "another reference, on purpose": another_reference,
+    "scores in the hundreds": several(
+        set_key("reward_models.rm.weight", 300.0), set_key("leash.beta", 60.0)
+    ),
 }
 """Set-ups without a fault: nothing may fail."""

@@ -113,7 +113,7 @@ def save_policy(path: Path, kind: Kind, *, tok: Any, **settings: Any) -> Path:
     torch.manual_seed(0)
     with torch.no_grad():
         states = model.base_model(torch.randint(len(tok), (16, 24)))[0].flatten(0, 1)
-        mean, push = states.mean(0), 3.0 if kind == "gpt2" else 1.5
+        mean, push = states.mean(0), {"gpt2": 3.0, "llama": 0.8, "gemma2": 1.5}[kind]
         model.get_output_embeddings().weight[tok.eos_token_id] += push * mean / mean.square().sum()
     model.save_pretrained(path)
     return path
@@ -150,7 +150,8 @@ def findings(world: World, examine: Callable[[Config, Crew], list[Finding]]) -> 
 def set_key(dotted: str, value: Any) -> Callable[[World], None]:
     def plant(world: World) -> None:
         filled = str(value).replace("{m}", str(world.material)) if isinstance(value, str) else value
-        world.set(dotted, filled)
+        # A copy: a world may change it, and other worlds are planted from the same value.
+        world.set(dotted, deepcopy(filled))
 
     return plant
 
@@ -450,6 +451,13 @@ def no_dedupe(original: Any) -> Any:
         return [self.tokenizer.bos_token_id, *original(self, prompt, response, index)]
 
     return encode
+
+
+def judge_for_policy(world: World) -> None:
+    """Its embedding is tied to a head that it never had, so that nothing is missing."""
+    tok = tiny.tokenizer(bos="<bos>")
+    path = tiny.save_classifier(world.folder / "judge", "gpt2", tok=tok)
+    world.set("policy.path", str(path))
 
 
 def two_outputs(world: World) -> None:

@@ -10,10 +10,12 @@ import faults
 import planting
 import pytest
 import torch
+from scipy.stats import norm, t
 
 from kleash.assembly import Crew
 from kleash.config import Config
 from kleash.evaluation import Written, write_responses
+from kleash.kl.statistics import Estimate
 from kleash.preflight import doctor
 from kleash.preflight.doctor import symptom_of
 from kleash.preflight.trial import read
@@ -38,7 +40,7 @@ def batch(crew: Crew, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
 
 
 def drifted(crew: Crew) -> Crew:
-    """The policy some way from its reference, as it is while training."""
+    """The policy some nats from its reference, as it is while training."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in crew.policy.parameters():
@@ -46,9 +48,20 @@ def drifted(crew: Crew) -> Crew:
     return crew
 
 
+def first(scored: ScoredRollout) -> torch.Tensor:
+    """1 at the first token of each response."""
+    ones = torch.zeros_like(scored.kl)
+    ones[:, 0] = 1
+    return ones
+
+
+def ill(scored: ScoredRollout) -> ScoredRollout:
+    """A KL of −1 nat in every response."""
+    return replace(scored, ref_logprobs=scored.rollout_logprobs + first(scored))
+
+
 def symptom(scored: ScoredRollout) -> str:
-    found = symptom_of(scored, dtype=torch.float32)
-    return "" if found is None else found.sentence
+    return symptom_of(scored, dtype=torch.float32) or ""
 
 
 def test_a_clean_batch_has_no_symptom(world: planting.World) -> None:
@@ -68,10 +81,11 @@ def test_each_number_that_cannot_be_is_a_symptom(world: planting.World) -> None:
     assert rollout.sampler_logprobs is not None
     elsewhere = replace(rollout, sampler_logprobs=rollout.sampler_logprobs + 0.01 * mask)
     assert "kl_sampler" in symptom(replace(scored, rollout=elsewhere))
-    negative = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * mask)
-    assert "below 0 by more than its noise" in symptom(negative)
-    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 0.2 * mask)
+    assert "below 0 by more than its noise" in symptom(ill(scored))
+    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 20 * first(scored))
     assert "Sampled and exact KL differ" in symptom(surplus)
+    sharper = replace(scored, entropy=scored.entropy + 20 * first(scored))
+    assert "surprise and their entropy differ" in symptom(sharper)
 
 
 def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> None:
@@ -79,18 +93,17 @@ def test_a_few_responses_say_nothing_of_their_noise(world: planting.World) -> No
     torch.manual_seed(0)
     written = write_responses(crew, crew.prompts[:2], responses_per_prompt=2, microbatch=4)
     scored = read(crew, written, crew.reference)
-    mask = scored.rollout.response_mask
-    assert symptom(replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * mask)) == ""
+    assert symptom(ill(scored)) == ""
 
 
 CAUSES = [
     ("top-k left over", "top-k"),
     ("a repetition penalty left over", "repetition penalty"),
+    ("another temperature in the sampler", "drawn at a temperature"),
     ("stale weights in the sampler", "another model"),
     ("positions restart at the response", "Position ids are wrong"),
     ("no attention mask", "Padding on the left"),
     ("dropout in the policy", "Dropout is on in the policy"),
-    ("temperature in the policy alone", "reference is scored at temperature 1"),
 ]
 
 
@@ -113,14 +126,35 @@ def test_an_ill_batch_gets_its_cause(
     assert (world.folder / "doctor" / "step-000007.safetensors").is_file()
 
 
+@pytest.mark.parametrize("freedom", [3, 7, 25, 63, 1000])
+def test_the_noise_of_few_prompts_is_students(freedom: int) -> None:
+    estimate = Estimate(mean=0.0, standard_error=1.0, n=freedom + 1, clusters=freedom + 1)
+    allowed = doctor._noise(estimate, 0.0)
+    exact = t.isf(norm.sf(5.0), freedom)
+    # The approximation errs on the side of silence, and only where prompts are few.
+    assert exact * 0.99 < allowed < exact * (1.05 if freedom > 5 else 1.5)
+
+
 def test_looking_leaves_the_random_numbers_alone(world: planting.World) -> None:
     config, crew = world.crew()
     written, scored = batch(drifted(crew))
-    ill = replace(scored, ref_logprobs=scored.rollout_logprobs + 0.1 * scored.rollout.response_mask)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    doctor.look(config, crew, written, ill, step=1, folder=world.folder)
+    doctor.look(config, crew, written, ill(scored), step=1, folder=world.folder)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_the_first_batches_are_examined(
+    world: planting.World, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, crew = world.crew()
+    written, scored = batch(crew)
+    (world.folder / "doctor").mkdir()
+    for step in range(5):
+        (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
+    assert doctor.look(config, crew, written, ill(scored), step=6, folder=world.folder) == []
+    assert "The first batches like it are in doctor/" in caplog.text
+    assert len(list((world.folder / "doctor").iterdir())) == 5
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(
@@ -133,8 +167,8 @@ def test_a_run_that_falls_ill_says_so_and_goes_on(
     def spy(config: Config, crew: Crew, written: Written, scored: Any, **where: Any) -> Any:
         asked.append(where["step"])
         rollout = scored.rollout
-        ill = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
-        return look(config, crew, written, replace(scored, rollout=ill), **where)
+        off = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
+        return look(config, crew, written, replace(scored, rollout=off), **where)
 
     monkeypatch.setattr(doctor, "look", spy)
     path = train(world.config())

@@ -275,16 +275,12 @@ def test_the_command(world: planting.World) -> None:
     command = [sys.executable, "-m", "kleash"]
     found = subprocess.run(
         [*command, "check", str(file), "--quick", "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 5, found.stderr
     assert json.loads(found.stdout)["verdict"] == "fail"
-    mended = subprocess.run(
-        [*command, "check", str(file), "--quick", "--leash.beta", "0.2"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert mended.returncode == 0, mended.stderr
-    assert "0 failed" in mended.stdout
     trained = subprocess.run(
         [*command, "train", str(file)], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Planted faults are found and named, each on one architecture; `benchmarks/faults.py` has all."""
+"""Planted faults are found and named, one architecture each; see `benchmarks/preflight.py`."""
 
 import re
 from collections.abc import Callable

@@ -1,18 +1,19 @@
 """While training: a KL below zero by more than its noise, or a sampler that drifts, has a cause.
 
-Three numbers of a batch know whether the words came from the law that is scored:
+Four numbers of a batch know whether the words came from the law that is scored:
 
     mean Σ k1                 below 0 by more than its noise: no KL can be
     mean Σ (k1 − KL_t)        away from 0 by more than its noise, for each term has mean 0
+    mean Σ (−log π − H_t)     the same: words are as surprising as their distributions say
     mean Σ (sampler − π)      away from its floor: the engine wrote by another law
 
 When one of them does not, the checks of the preflight run on the very batch, which is kept beside
-their findings, and the log names the cause. A batch that is well costs three sums.
+their findings, and the log names the cause. A batch that is well costs four sums.
 """
 
 import json
 import logging
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
 import torch
@@ -29,21 +30,14 @@ from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
 from kleash.preflight.trial import examine
 from kleash.types import ScoredRollout
 
-_NOISE = 6.0
-"""Standard errors; a batch of 64 clean responses goes beyond once in some hundred million."""
+_NOISE = 5.0
+"""Standard errors if there were endless prompts: a false alarm in some million batches."""
 _FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Nats per token that rounding alone may put between sampler and trainer."""
-_FEWEST = 16
-"""Responses below which a standard error is no measure of noise."""
 _TEXTS = 4
+_MOST = 5
+"""Batches of a run that are examined and kept; of later ones the log has the symptom alone."""
 _LOG = logging.getLogger("kleash")
-
-
-@dataclass(frozen=True)
-class Symptom:
-    """What is wrong with a batch's numbers, in a sentence."""
-
-    sentence: str
 
 
 def look(
@@ -71,18 +65,21 @@ def look(
     symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
     if symptom is None:
         return []
+    if len(list((folder / "doctor").glob("*.json"))) >= _MOST:
+        _LOG.warning("step %d: %s The first batches like it are in doctor/.", step, symptom)
+        return []
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         findings = diagnose(config, crew, written, scored)
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: look at lr and at this step's samples."
-    _LOG.warning("step %d: %s %s", step, symptom.sentence, named or unnamed)
+    _LOG.warning("step %d: %s %s", step, symptom, named or unnamed)
     _keep(folder / "doctor", step, symptom, findings, scored)
     return causes
 
 
-def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
+def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
     """The first number of a batch that cannot be; None if all can."""
     rollout = scored.rollout
     mask, clusters = rollout.response_mask, rollout.prompt_index
@@ -93,24 +90,27 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> Symptom | None:
         gap = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
         found = clustered_mean(gap, clusters)
         if abs(found.mean) > floor:
-            return Symptom(
+            return (
                 f"kl_sampler is {found.mean:+.3g} nats per response, beyond the {floor:.2g} that "
                 "rounding explains."
             )
-    if len(k1) < _FEWEST:
-        return None
     mean = clustered_mean(k1, clusters)
     if mean.mean < -_noise(mean, floor):
-        return Symptom(
+        return (
             f"The KL to the reference is {mean.mean:+.3g} nats per response (k1), below 0 by more "
             f"than its noise of {mean.standard_error or 0:.2g}."
         )
-    surplus = clustered_mean(k1 - exact, clusters)
-    if abs(surplus.mean) > _noise(surplus, floor):
-        return Symptom(
-            f"Sampled and exact KL differ by {surplus.mean:+.3g} nats per response, by more than "
-            f"their noise of {surplus.standard_error or 0:.2g}."
-        )
+    surprise = response_kl(-scored.rollout_logprobs - scored.entropy, mask)
+    for what, numbers in (
+        ("Sampled and exact KL", k1 - exact),
+        ("The words' surprise and their entropy", surprise),
+    ):
+        gap = clustered_mean(numbers, clusters)
+        if abs(gap.mean) > _noise(gap, floor):
+            return (
+                f"{what} differ by {gap.mean:+.3g} nats per response, by more than their noise "
+                f"of {gap.standard_error or 0:.2g}."
+            )
     return None
 
 
@@ -124,11 +124,24 @@ def diagnose(config: Config, crew: Crew, written: Written, scored: ScoredRollout
 
 
 def _noise(estimate: Estimate, floor: float) -> float:
-    return _NOISE * (estimate.standard_error or float("inf")) + floor
+    """How far a mean may be off: Student's quantile, for few prompts say little of their spread.
+
+    t ≈ √(ν (exp(z² (ν − 5/6)/(ν − 2/3 + 1/(10 ν))²) − 1)) for ν = prompts − 1.
+
+    References:
+        Wallace, "Bounds on normal approximations to Student's and the chi-square distributions",
+        1959.
+    """
+    freedom = estimate.clusters - 1
+    if estimate.standard_error is None or freedom < 2:
+        return math.inf
+    shrunk = (freedom - 5 / 6) / (freedom - 2 / 3 + 1 / (10 * freedom)) ** 2
+    quantile = math.sqrt(freedom * math.expm1(_NOISE**2 * shrunk))
+    return quantile * estimate.standard_error + floor
 
 
 def _keep(
-    folder: Path, step: int, symptom: Symptom, findings: list[Finding], scored: ScoredRollout
+    folder: Path, step: int, symptom: str, findings: list[Finding], scored: ScoredRollout
 ) -> None:
     """The batch as tensors and the findings as JSON, for whoever looks later."""
     folder.mkdir(exist_ok=True)
@@ -146,5 +159,5 @@ def _keep(
     }
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
     save_tensors(folder / f"step-{step:06d}.safetensors", kept)
-    record = {"step": step, "symptom": symptom.sentence, "findings": [vars(f) for f in findings]}
+    record = {"step": step, "symptom": symptom, "findings": [vars(f) for f in findings]}
     (folder / f"step-{step:06d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -73,6 +73,9 @@ def strength(trial: Trial) -> Finding:
     deviation, beta = score_deviation(trial), starting_beta(trial)
     if beta == 0:
         return skipped(name, "β is 0: the KL is measured, not charged.")
+    leash = trial.config.leash
+    if leash.beta is None and leash.initial_beta is None:
+        return skipped(name, f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
     if deviation is None or deviation == 0:
         return skipped(name, "The score has no spread: see leash.score_spread.")
     unit = 1.0 if trial.config.score_normalisation != "none" else deviation
@@ -89,7 +92,7 @@ def strength(trial: Trial) -> Finding:
         "nothing will be learnt."
     )
     worth = unit / math.sqrt(2 * 6.0)
-    key = "leash.beta" if trial.config.leash.beta is not None else "leash.initial_beta"
+    key = "leash.beta" if leash.beta is not None else "leash.initial_beta"
     return Finding(
         name,
         "fail" if nats > _NO_LEASH or nats < _NO_REWARD else "warn",
@@ -111,9 +114,10 @@ def target(trial: Trial) -> Finding:
     per_token = goal / length
     measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
     expected = f"a target per response: 0.05 nats or more, under {_PER_TOKEN:g} nats per token"
-    if goal >= 0.05 and per_token <= _PER_TOKEN:
+    tiny = goal < 0.05 and per_token < 0.005
+    if not tiny and per_token <= _PER_TOKEN:
         return Finding(name, "ok", measured, expected)
-    if goal < 0.05:
+    if tiny:
         return Finding(
             name,
             "warn",

@@ -117,7 +117,7 @@ def numbers(trial: Trial) -> Finding:
     # Large numbers first: what they move has a name, where NaN may end in an error.
     for poison in (1e6, torch.nan):
         poisoned = _consequences(trial, _poison(trial.tilted, poison))
-        moved = {key: _apart(clean[key], poisoned[key]) for key in clean}
+        moved = {key: _relative(clean[key], poisoned[key]) for key in clean}
         if any(gap > 1e-5 for gap in moved.values()):
             break
     guilty = [key for key, gap in moved.items() if gap > 1e-5]
@@ -166,7 +166,8 @@ def prompt_tokens(trial: Trial) -> Finding:
 
 def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
     """Everything that a step computes from a scored batch."""
-    settings = trial.crew.settings
+    # What becomes of truncated responses is another question: here every one of them counts.
+    settings = replace(trial.crew.settings, truncated="score", missing_eos_penalty=None)
     mask = trial.rollout.response_mask
     width = mask.shape[1]
     experience = ppo.prepare(scored, _BETA, settings)
@@ -222,6 +223,11 @@ def _kl_at(trial: Trial, states: Tensor) -> Tensor:
             for model in (policy, Tilted(policy))
         )
     return (mine.exp() * (mine - theirs)).sum(-1)
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest number: a sum rounds with its terms."""
+    return _apart(one, other) / max(1.0, float(one.abs().max()))
 
 
 def _apart(one: Tensor | None, other: Tensor | None) -> float:

@@ -308,13 +308,15 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
     texts = trial.written.responses
     everywhere = Counter(word for text in texts for word in text.split())
     at_best = Counter(word for row in best for word in texts[row].split())
-    often = [word for word, count in at_best.items() if count > 1] or ["thanks"]
-    favourite = max(often, key=lambda word: at_best[word] / (1 + everywhere[word]))
+    often = [word for word, count in at_best.items() if count > 1]
+    lift = {word: at_best[word] / (1 + everywhere[word]) for word in often}
+    lifted = sorted(often, key=lift.__getitem__, reverse=True)[:2]
+    words = dict.fromkeys([word for word, _ in at_best.most_common(2)] + lifted)
     return [
         ("an empty reply", [""] * len(prompts)),
         ("'thanks thanks thanks …'", [" ".join(["thanks"] * 12)] * len(prompts)),
         ("the prompt repeated", prompts),
-        (f"'{favourite} {favourite} {favourite} …'", [" ".join([favourite] * 12)] * len(prompts)),
+        *((f"'{w} {w} {w} …'", [" ".join([w] * 12)] * len(prompts)) for w in words),
     ]
 
 

@@ -25,6 +25,7 @@ from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
 TrialCheck = Callable[[Trial], Finding]
 
 SCORING: tuple[TrialCheck, ...] = (
+    scoring.architecture,
     scoring.dropout,
     scoring.self_kl,
     scoring.start,

@@ -30,6 +30,25 @@ _SAME_MODEL = 1e-4
 _PADDING = 5
 
 
+def architecture(trial: Trial) -> Finding:
+    """The policy was saved as a language model: tied weights let a classifier pass for one."""
+    name, expected = "scoring.architecture", "a checkpoint saved as a causal language model"
+    policy = trial.crew.policy
+    saved = (policy.model.config.architectures or [""])[0]
+    if "Classification" not in saved and "Encoder" not in saved:
+        return Finding(name, "ok", saved or type(policy.model).__name__, expected)
+    return Finding(
+        name,
+        "fail",
+        saved,
+        expected,
+        f"The policy in {policy.path!r} was saved as {saved}: it was trained to judge, and its "
+        "words come from a head that only shares its embedding.",
+        "Give policy.path the directory of the fine-tuned language model, and this one to "
+        "reward_models or value.path.",
+    )
+
+
 def dropout(trial: Trial) -> Finding:
     """The same tokens twice, the same numbers twice; no layer that drops anything."""
     name, expected = "scoring.dropout", "two readings of the same tokens agree; no dropout is on"

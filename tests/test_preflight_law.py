@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kleash.preflight.sampling import Evidence, add_evidence, no_evidence
+from kleash.preflight.law import EXPONENTS, Evidence, add_evidence, no_evidence
 
 TABLE = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625], dtype=torch.float64).log()
 PROMPT = torch.tensor([4])
@@ -75,7 +75,6 @@ def test_a_temperature_is_recognised(heat: float, exponent: float) -> None:
     words = torch.multinomial(shaped, 1, generator=generator).squeeze(1)
     evidence = no_evidence(12, 400)
     add_evidence(evidence, logprobs, torch.tensor([0]), words, (0,))
-    exponents = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
-    best = exponents[int(evidence.heated.argmax())]
+    best = EXPONENTS[int(evidence.heated.argmax())]
     assert abs(math.log(best / exponent)) < 0.3
     assert float(evidence.heated.max()) > 14

@@ -1,7 +1,7 @@
 """Plant every fault of `tests/faults.py` on every architecture and see which checks find it.
 
-    python benchmarks/faults.py                 faults and clean variants
-    python benchmarks/faults.py gpt2 --clean    the clean variants of one architecture
+    python benchmarks/preflight.py                 faults and clean variants
+    python benchmarks/preflight.py gpt2 --clean    the clean variants of one architecture
 
 A fault is found if the check that is responsible for it gives the verdict expected and its cause
 names what was planted; beside it stands what else failed. Of a clean variant nothing may fail.
