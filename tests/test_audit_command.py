@@ -123,6 +123,7 @@ def test_errors_are_one_sentence(kleash, tmp_path) -> None:
         (("base", "other", "--texts", "texts.jsonl"), "--texts FILE --bytes"),
         (("base", "nowhere", "--texts", "texts.jsonl"), "expected a model at 'nowhere'"),
         (("base", "base", "--texts", "nowhere.jsonl"), "expected a file of texts"),
+        (("base", "other", "--texts", "texts.jsonl", "--bytes", "--fail-above", "1"), "no KL"),
         (("step-100", "step-200", "other", "--texts", "texts.jsonl", "--bytes"), "a drift curve"),
     ):
         code, _, err = kleash(*arguments)
