@@ -73,6 +73,8 @@ def test_a_stopped_audit_goes_on_to_the_same_json(base, moved, prompts, tmp_path
     done = audit(moved, base, prompts, into=into, resume=True, **settings)
     assert done.to_json() == whole.to_json()
     assert audit(moved, base, prompts, into=into, resume=True, **settings) == whole
+    again = audit(moved, base, prompts, into=into, resume=True, fail_above=0.0, **settings)
+    assert again.gate.decision == "above" and again.kl == whole.kl
 
 
 def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path) -> None:

@@ -145,14 +145,16 @@ class _Run:
         self._written = time.monotonic()
 
     def header(self) -> dict[str, Any]:
-        """Everything that the results depend on."""
+        """All that the scored responses depend on; another threshold may be tried on them."""
         policy, reference = self._identities
+        settings = self._settings()
+        del settings["fail_above"], settings["keep"]
         return {
             "audit": "kleash.responses/1",
             "version": __version__,
             "policy": asdict(policy),
             "reference": asdict(reference),
-            **self._settings(),
+            **settings,
         }
 
     def writers(self) -> list[By]:
