@@ -2,9 +2,9 @@
 
     python benchmarks/audit_kill.py [--kills 20]
 
-Each time: `kleash audit … --into DIR` is killed (SIGKILL) at a moment drawn from the length of an
-uninterrupted run, then run again with `--resume`. The final audit.json must be the uninterrupted
-one, byte for byte.
+Each time: `kleash audit … --into DIR` is killed (SIGKILL) at a moment drawn from the second half of
+an uninterrupted run, the first being start-up, then run again with `--resume`. The final audit.json
+must be the uninterrupted one, byte for byte.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from audit_speed import make_pair
+from transformers.utils import logging
 
 WORDS = 500
 
@@ -28,7 +29,7 @@ def command(folder: Path, into: Path, *more: str) -> list[str]:
     """The audit under test: both models write, many small batches."""
     return [
         sys.executable, "-m", "kleash", "audit", str(folder / "policy"), str(folder / "reference"),
-        "--prompts", str(folder / "prompts.jsonl"), "--both", "--max-new-tokens", "48",
+        "--prompts", str(folder / "prompts.jsonl"), "--both", "--max-new-tokens", "32",
         "--batch-tokens", "800", "--keep", "5", "--into", str(into), *more,
     ]  # fmt: skip
 
@@ -44,10 +45,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     kills = parser.parse_args().kills
     rng = random.Random(0)
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_pair(folder, words=WORDS, width=64, layers=2)
-        rows = [{"prompt": f"w{rng.randrange(2, WORDS)} w{n % 400 + 2}"} for n in range(256)]
+        rows = [{"prompt": f"w{rng.randrange(2, WORDS)} w{n % 400 + 2}"} for n in range(160)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "prompts.jsonl").write_text(text)
         began = time.perf_counter()
@@ -59,7 +61,7 @@ def main() -> None:
         same = 0
         for number in range(1, kills + 1):
             into = folder / "killed"
-            moment = rng.uniform(0.3, 1.0) * length
+            moment = rng.uniform(0.5, 1.0) * length
             victim = subprocess.Popen(
                 command(folder, into), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )

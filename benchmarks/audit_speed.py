@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from kleash.auditing import audit
 from kleash.auditing.pairs import load_pair
 from kleash.auditing.sources import Source
 
 BATCH = 8
-TEXTS = 160
+TEXTS = 48
 
 
 def make_pair(folder: Path, *, words: int, width: int, layers: int) -> None:
@@ -155,15 +156,17 @@ def beside() -> None:
             for line in (folder / "texts.jsonl").read_text().splitlines()
         ]
         batch_tokens = max(511, BATCH * sum(lengths) // len(lengths))
-        found = {what: measure(what, folder, batch_tokens) for what in ("audit", "loop")}
-    print(f"{TEXTS} texts, {sum(lengths):,} tokens, {min(lengths)}…{max(lengths)} each")
-    print("| | tokens/s | peak MiB | KL per token | reverse | top-1 |")
-    print("|---|---|---|---|---|---|")
-    for what, one in found.items():
-        print(
-            f"| {what} | {one['tokens'] / one['seconds']:,.0f} | {one['peak']:,.0f} "
-            f"| {one['kl']:.6f} | {one['reverse_kl']:.6f} | {one['same_top']:.5f} |"
-        )
+        print(f"{TEXTS} texts, {sum(lengths):,} tokens, {min(lengths)}…{max(lengths)} each")
+        print("| | tokens/s | peak MiB | KL per token | reverse | top-1 |")
+        print("|---|---|---|---|---|---|", flush=True)
+        found: dict[str, dict[str, Any]] = {}
+        for what in ("audit", "loop"):
+            one = found[what] = measure(what, folder, batch_tokens)
+            print(
+                f"| {what} | {one['tokens'] / one['seconds']:,.0f} | {one['peak']:,.0f} "
+                f"| {one['kl']:.6f} | {one['reverse_kl']:.6f} | {one['same_top']:.5f} |",
+                flush=True,
+            )
     ours, loop = found["audit"], found["loop"]
     print(
         f"{loop['seconds'] / ours['seconds']:.2f} × the speed, "
@@ -196,6 +199,7 @@ def main() -> None:
     if given.child:
         child(given.child[0], Path(given.child[1]), int(given.child[2]))
         return
+    logging.disable_progress_bar()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"

@@ -171,7 +171,7 @@ def test_a_padded_copy_is_exactly_zero_too(tmp_path, prompts) -> None:
 def test_other_dtypes(base, moved, prompts, dtype) -> None:
     zero, far = (audit(a, base, prompts, dtype=dtype, **SMALL) for a in (base, moved))
     assert zero.parts[0].verdict == "identical" and far.parts[0].verdict == "resolved"
-    assert (far.parts[0].floor > 1e-6) == (dtype == "bfloat16")
+    assert far.policy.dtype == dtype and 0 <= far.parts[0].floor < 1e-3
 
 
 def test_rounding_is_called_not_resolvable(base, tmp_path, prompts) -> None:

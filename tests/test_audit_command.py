@@ -86,7 +86,8 @@ def test_the_exit_code_is_the_gate(kleash, threshold, code) -> None:
 def test_one_prompt_leaves_the_gate_undecided(kleash, tmp_path) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text('{"prompt": "w1"}\n')
-    code, out, _ = kleash("step-100", "base", "--prompts", str(file), "--fail-above", "0.1")
+    arguments = ("--prompts", str(file), "--max-new-tokens", "6", "--fail-above", "0.1")
+    code, out, _ = kleash("step-100", "base", *arguments)
     assert code == 4 and "not told apart" in out
 
 
@@ -123,6 +124,7 @@ def test_errors_are_one_sentence(kleash, tmp_path) -> None:
         (("base", "other", "--texts", "texts.jsonl"), "--texts FILE --bytes"),
         (("base", "nowhere", "--texts", "texts.jsonl"), "expected a model at 'nowhere'"),
         (("base", "base", "--texts", "nowhere.jsonl"), "expected a file of texts"),
+        (("base", "other", "--texts", "texts.jsonl", "--bytes", "--fail-above", "1"), "no KL"),
         (("step-100", "step-200", "other", "--texts", "texts.jsonl", "--bytes"), "a drift curve"),
     ):
         code, _, err = kleash(*arguments)
@@ -145,8 +147,8 @@ def test_ctrl_c_leaves_a_result_that_can_be_resumed(kleash, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(AuditDisplay, "show", stop)
-        code, out, err = kleash(*arguments)
-    assert code == 130 and "--resume goes on" in out and "interrupted" in err
+        code, out, _ = kleash(*arguments)
+    assert code == 130 and "--resume goes on" in out
     assert not Audit.from_json((into / "audit.json").read_text()).complete
     assert "not complete" in (into / "audit.html").read_text()
     assert kleash(*arguments, "--resume")[0] == 0

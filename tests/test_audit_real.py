@@ -107,7 +107,8 @@ def test_every_token_of_real_texts_in_both_directions(tmp_path, name: str, how: 
             reverse = (np.exp(q) * (q - p)).sum(-1)
             np.testing.assert_allclose(record.reverse_kl, reverse, rtol=0, atol=1e-6)
             at = np.arange(len(p)), ids[1:]
-            np.testing.assert_allclose(record.logprobs, p[at], rtol=0, atol=1e-6)
+            # Records are float32: of a log-probability of −37 they keep 24 bits.
+            np.testing.assert_allclose(record.logprobs, p[at], rtol=2**-24, atol=1e-6)
             same = p.argmax(-1) == q.argmax(-1)
             assert (record.same_top == same).mean() > 0.999
             tokens += len(ids) - 1

@@ -73,6 +73,8 @@ def test_a_stopped_audit_goes_on_to_the_same_json(base, moved, prompts, tmp_path
     done = audit(moved, base, prompts, into=into, resume=True, **settings)
     assert done.to_json() == whole.to_json()
     assert audit(moved, base, prompts, into=into, resume=True, **settings) == whole
+    again = audit(moved, base, prompts, into=into, resume=True, fail_above=0.0, **settings)
+    assert again.gate.decision == "above" and again.kl == whole.kl
 
 
 def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path) -> None:
@@ -89,8 +91,10 @@ def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path)
         file.write_text("".join(changed))
         with pytest.raises(RunError, match=message):
             audit(moved, base, prompts, into=into, resume=True, batch_tokens=80, **SMALL)
+    # Not even the header is whole: there is nothing to go on with.
     file.write_text(lines[0][:20])
-    assert PartFile.resume(into, {}).take(("policy", 0, 0)) is None or True
+    assert PartFile.resume(into, {"a": 1}).take(("policy", 0, 0)) is None
+    assert file.read_text() == '{"a":1}\n'
 
 
 def test_a_directory_that_cannot_be_made(base, moved, prompts, tmp_path) -> None:

@@ -44,8 +44,8 @@ def run_order(order: Order) -> int:
     """
     if order.resume and order.into is None:
         raise UsageError("--resume needs the directory to resume: --into DIR")
-    if order.bytewise and order.source.kind != "texts":
-        raise UsageError("--bytes compares whole texts: give --texts FILE with it")
+    if order.bytewise:
+        _check_bytewise(order)
     console = Console(highlight=False, stderr=order.as_json)
     folders = _folders(order)
     audits = [_one(order, policy, folders[n], console) for n, policy in enumerate(order.policies)]
@@ -58,6 +58,14 @@ def run_order(order: Order) -> int:
     codes = [audit.gate.exit_code for audit in audits if audit.gate is not None]
     # Above (3) outranks undecided (4), which outranks below (0).
     return max(codes, key=(0, 4, 3).index, default=0)
+
+
+def _check_bytewise(order: Order) -> None:
+    if order.source.kind != "texts":
+        raise UsageError("--bytes compares whole texts: give --texts FILE with it")
+    settings = order.settings
+    if settings.precision is not None or settings.fail_above is not None or order.resume:
+        raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 
 
 def _one(order: Order, policy: str, into: Path | None, console: Console) -> Audit:

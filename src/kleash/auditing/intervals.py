@@ -5,6 +5,7 @@ many times, and an ordinary interval is wrong too often at one look of many. The
 may be looked at whenever one likes. Left out: intervals for a quantile.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,6 +176,7 @@ def tail_index(largest: Sequence[float]) -> float | None:
     return (len(largest) - 1) / total if total > 0 else None
 
 
+@functools.cache
 def student_quantile(freedom: int) -> float:
     """The number t with P(|T| ≤ t) = `LEVEL` for Student's T of so many degrees of freedom.
 

@@ -32,6 +32,13 @@ class Moments:
         self._second += sums.T @ sums
         self.clusters += len(sums)
 
+    def copy(self) -> "Moments":
+        """The same so far, to be gone on with apart."""
+        other = Moments(tuple(self._place))
+        other._first, other._second = self._first.clone(), self._second.clone()
+        other.clusters = self.clusters
+        return other
+
     def total(self, name: str) -> float:
         """Sum over all prompts."""
         return float(self._first[self._place[name]])

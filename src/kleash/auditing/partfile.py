@@ -57,9 +57,12 @@ class PartFile:
             RunError: if the directory holds another audit; the first difference is named.
         """
         file = folder / NAME
+        if file.exists():
+            _cut_torn_line(file)
+            if file.stat().st_size == 0:
+                file.unlink()
         if not file.exists():
             return cls.create(folder, header)
-        _cut_torn_line(file)
         saved = _lines(file)
         before = _parse(file, next(saved, ""))
         now = cast(dict[str, Any], plain(header))

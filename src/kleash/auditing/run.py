@@ -83,8 +83,8 @@ class Progress:
     done: int
     """Prompts or texts."""
     total: int
-    headline: Interval | None
-    """KL per token so far; None before the first window is complete."""
+    headline: Interval
+    """KL so far."""
 
 
 Watch = Callable[[Progress], None]
@@ -145,14 +145,16 @@ class _Run:
         self._written = time.monotonic()
 
     def header(self) -> dict[str, Any]:
-        """Everything that the results depend on."""
+        """All that the scored responses depend on; another threshold may be tried on them."""
         policy, reference = self._identities
+        settings = self._settings()
+        del settings["fail_above"], settings["keep"]
         return {
             "audit": "kleash.responses/1",
             "version": __version__,
             "policy": asdict(policy),
             "reference": asdict(reference),
-            **self._settings(),
+            **settings,
         }
 
     def writers(self) -> list[By]:
@@ -179,7 +181,8 @@ class _Run:
                 number += len(records)
                 done += len(batch)
                 tally.add(records)
-                self._watch(Progress(by, done, self._total, self._so_far(tally)))
+                glimpse = tally.glimpse(tally.headline, self.settings.per, kind=self._kind)
+                self._watch(Progress(by, done, self._total, glimpse))
             tally.close_window()
             self._write_now_and_then()
             # Only between windows: within one, batches come longest first.
@@ -265,9 +268,6 @@ class _Run:
 
     def _headline(self, tally: Tally) -> Interval:
         return tally.mean(tally.headline, self.settings.per, kind=self._kind)
-
-    def _so_far(self, tally: Tally) -> Interval | None:
-        return self._headline(tally) if tally.moments.clusters else None
 
     def _narrow(self, tally: Tally) -> bool:
         half = self._headline(tally).half_width

@@ -74,7 +74,7 @@ class AuditDisplay:
 
     def show(self, step: Step) -> None:
         """Show one more batch."""
-        line = "" if step.headline is None else f"KL {plus_minus(step.headline)}"
+        line = f"KL {plus_minus(step.headline)}"
         if self._task is None or step.by != self._by:
             self._by = step.by
             self._task = self._progress.add_task(WRITERS[step.by], total=step.total, line=line)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from torch import Tensor
 
 from kleash.auditing.intervals import Interval, Kind
 from kleash.auditing.moments import Moments
@@ -93,7 +94,7 @@ class Tally:
         """Every prompt seen so far is complete: add their sums to the moments."""
         if not self._open:
             return
-        rows = torch.from_numpy(np.stack([sums for _, sums in self._open.values()]))
+        rows = self._open_rows()
         self.moments.add(rows)
         labels = [group for group, _ in self._open.values()]
         for group in sorted({label for label in labels if label is not None}):
@@ -108,6 +109,13 @@ class Tally:
     def mean(self, name: str, per: str, *, kind: Kind = "fixed") -> Interval:
         """Mean of a quantity per "token" or per "response", over closed windows."""
         return self.moments.ratio(name, f"{per}s", kind=kind)
+
+    def glimpse(self, name: str, per: str, *, kind: Kind = "fixed") -> Interval:
+        """The same with the open window: to look at, not to stop by, for long texts come first."""
+        moments = self.moments.copy()
+        if self._open:
+            moments.add(self._open_rows())
+        return moments.ratio(name, f"{per}s", kind=kind)
 
     @property
     def headline(self) -> str:
@@ -141,6 +149,9 @@ class Tally:
         """The largest KLs of whole responses, at most a tenth of all, largest first."""
         count = max(10, round(self.moments.total("responses")) // 10)
         return sorted(self._largest, reverse=True)[:count]
+
+    def _open_rows(self) -> Float[Tensor, "cluster name"]:
+        return torch.from_numpy(np.stack([sums for _, sums in self._open.values()]))
 
     def _sums(self, record: Record) -> Float[np.ndarray, " name"]:
         kl, reverse = record.kl.astype(np.float64), record.reverse_kl.astype(np.float64)
