@@ -152,7 +152,9 @@ def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
     assert resources.adam_bytes(crew) == 8 * sum(p.numel() for p in learning)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(12, "12 s"), (600, "10 min"), (36_000, "10.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.0, "12 s"), (600.0, "10 min"), (36_000.0, "10.0 h")]
+)
 def test_a_time_is_spelled(seconds: float, text: str) -> None:
     assert resources._spelled(seconds) == text
 
