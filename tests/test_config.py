@@ -45,15 +45,6 @@ def test_overrides_win_and_dashes_are_underscores(tmp_path: Path) -> None:
     assert config.reward_models["r"].weight == 2
 
 
-def test_a_fixed_beta_gives_way_only_when_it_is_taken_out(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(minimal()))
-    with pytest.raises(ConfigError, match="exactly one of `beta`"):
-        load_config(file, {"leash.target_kl": "6"}, base=file)
-    config = load_config(file, {"leash.target_kl": "6", "leash.beta": "null"}, base=file)
-    assert (config.leash.beta, config.leash.target_kl) == (None, 6)
-
-
 @pytest.mark.parametrize(
     ("tree", "sentence"),
     [
@@ -125,3 +116,32 @@ def test_the_world_fills_in_its_directory() -> None:
     filled = with_world(config, Path("/worlds/0"))
     assert isinstance(filled, Config)
     assert filled.policy.path == "/worlds/0/policy"
+
+
+@pytest.mark.parametrize(
+    ("leash", "overrides", "expected"),
+    [
+        ({"beta": 0.3}, {"leash.target-kl": "6"}, {"target_kl": 6.0}),
+        ({"target_kl": 5, "controller": "budget"}, {"leash.beta": "0.1"}, {"beta": 0.1}),
+        (
+            {"target_kl": 5, "controller": "ziegler_paper"},
+            {"leash.target_kl_per_token": "0.1"},
+            {"target_kl_per_token": 0.1, "controller": "ziegler_paper"},
+        ),
+        ({"beta": 0.3, "placement": "exact"}, {"steps": "3"}, {"beta": 0.3, "placement": "exact"}),
+    ],
+)
+def test_an_override_takes_the_place_of_the_files_kind_of_leash(
+    tmp_path: Path, leash: dict[str, Any], overrides: dict[str, str], expected: dict[str, Any]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(minimal(leash=leash)))
+    found = load_config(file, overrides, base=file).leash
+    assert found.model_dump(exclude_unset=True) == expected
+
+
+def test_two_kinds_of_leash_on_the_command_line_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(minimal()))
+    with pytest.raises(ConfigError, match="got beta, target_kl"):
+        load_config(file, {"leash.beta": "1", "leash.target_kl": "6"}, base=file)

@@ -122,6 +122,12 @@ class RolloutConfig(Section):
         return self
 
 
+_WAYS = ("beta", "target_kl", "target_kl_per_token", "schedule")
+"""Kinds of leash; a run has one."""
+_MOVING = {"controller", "initial_beta", "horizon"}
+"""What goes with a β that follows a target."""
+
+
 class LeashConfig(Section):
     """How tight, measured how, charged where."""
 
@@ -149,14 +155,13 @@ class LeashConfig(Section):
 
     @model_validator(mode="after")
     def _fixed_or_moving(self) -> "LeashConfig":
-        ways = ("beta", "target_kl", "target_kl_per_token", "schedule")
-        given = [name for name in ways if getattr(self, name) is not None]
+        given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 "give exactly one of `beta` (fixed), `target_kl` (adaptive), "
                 f"`target_kl_per_token` and `schedule`, got {', '.join(given) or 'none of them'}"
             )
-        moving = {"controller", "initial_beta", "horizon"} & self.model_fields_set
+        moving = _MOVING & self.model_fields_set
         if moving and given[0] in ("beta", "schedule"):
             raise ValueError(
                 f"{sorted(moving)} do nothing with a fixed `{given[0]}`: leave them out"
@@ -370,9 +375,21 @@ def load_config(path: Path | None, overrides: dict[str, str], *, base: Path) -> 
         UsageError: an override names a key that does not exist.
     """
     tree = _read_yaml(path or base)
-    for dotted, value in overrides.items():
-        _set(tree, dotted.replace("-", "_"), value)
+    named = {dotted.replace("-", "_"): value for dotted, value in overrides.items()}
+    _give_way(tree, set(named))
+    for dotted, value in named.items():
+        _set(tree, dotted, value)
     return parse_config(tree, where=str(path or base))
+
+
+def _give_way(tree: dict[str, Any], named: set[str]) -> None:
+    """Drop from the file what an override puts another in place of: there is one kind of leash."""
+    leash = tree.get("leash")
+    told = {way for way in _WAYS if f"leash.{way}" in named}
+    if not told or not isinstance(leash, dict):
+        return
+    gone = {*_WAYS, *(() if told & {"target_kl", "target_kl_per_token"} else _MOVING)}
+    tree["leash"] = {key: value for key, value in leash.items() if key not in gone}
 
 
 def parse_config(tree: dict[str, Any], *, where: str) -> Config:
