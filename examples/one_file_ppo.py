@@ -63,7 +63,8 @@ def write(policy: Any, prompts: list[list[int]], tokens: int, eos: int | None) -
     for _ in range(tokens):
         positions, seen = _positions(mask)[:, new], {"past_key_values": cache, "use_cache": True}
         out = policy(ids[:, new], attention_mask=mask.long(), position_ids=positions, **seen)
-        drawn = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1)
+        heap = out.logits[:, -1].float().softmax(-1).double().cumsum(-1)
+        drawn = torch.searchsorted(heap, heap[:, -1:] * torch.rand_like(heap[:, -1:]), right=True)
         ids, mask = torch.cat([ids, drawn], 1), torch.cat([mask, writing[:, None]], 1)
         new, cache = slice(-1, None), out.past_key_values
         # The token that ends a response belongs to it; what follows does not.

@@ -47,6 +47,7 @@ from planting import (
     set_key,
     settings,
     several,
+    shaped,
     share,
     stale,
     sum_everything,
@@ -59,6 +60,12 @@ from planting import (
     with_prompts,
     written,
     wrong_end,
+)
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from kleash.preflight.finding import Verdict
@@ -187,9 +194,9 @@ FAULTS: tuple[Fault, ...] = (
         on_crew(reference_in_half),
         "warn",
     ),
-    Fault("top-p left over", "sampling.law", "as top-p does", settings(top_p=0.7)),
-    Fault("top-k left over", "sampling.law", "as top-k does", settings(top_k=4)),
-    Fault("min-p left over", "sampling.law", "as min-p does", settings(min_p=0.4)),
+    Fault("top-p left over", "sampling.law", "as top-p does", shaped(TopPLogitsWarper(0.7))),
+    Fault("top-k left over", "sampling.law", "as top-k does", shaped(TopKLogitsWarper(4))),
+    Fault("min-p left over", "sampling.law", "as min-p does", shaped(MinPLogitsWarper(0.4))),
     Fault(
         "a repetition penalty left over",
         "sampling.law",
@@ -200,7 +207,7 @@ FAULTS: tuple[Fault, ...] = (
         "another temperature in the sampler",
         "sampling.law",
         "drawn at a temperature",
-        settings(temperature=0.6),
+        shaped(TemperatureLogitsWarper(0.6)),
     ),
     Fault(
         "the end token suppressed",

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kleash.assembly import Crew, assemble
@@ -323,6 +323,19 @@ def settings(**changes: Any) -> Callable[[World], None]:
         return settings
 
     return patch("kleash.generation._clean_settings", make)
+
+
+def shaped(warper: Callable[[Any, Tensor], Tensor]) -> Callable[[World], None]:
+    """Something bends the distribution between the log-probability that is noted and the draw."""
+
+    def make(original: Any) -> Any:
+        def draw(weights: Tensor) -> tuple[Tensor, Tensor]:
+            words, _ = original(warper(None, weights.log()).exp())
+            return words, weights.sum(-1, keepdim=True, dtype=torch.float64)
+
+        return draw
+
+    return patch("kleash.generation._draw", make)
 
 
 def written(change: Callable[..., Rollout]) -> Callable[[World], None]:

@@ -160,7 +160,7 @@ def test_the_setting_that_a_remedy_names_is_enough(
         world.set(key, value)
     bad = look()
     assert bad.verdict in ("warn", "fail")
-    found = re.findall(r"(leash\.\w+): ([\w.e+-]+\w)", bad.remedy)
+    found = re.findall(r"(leash\.\w+): ([\w.e+-]*\w)", bad.remedy)
     assert found
     key, value = found[0]
     world.set(key, yaml.safe_load(value) if value[0].isalpha() else float(value))

@@ -73,7 +73,7 @@ def test_what_is_skipped_says_why(trial: Trial) -> None:
         (sampling.replay(blind), "gave no log-probabilities"),
         (sampling.mean_weight(far), "rare responses carry"),
         (reference.adapter(trial), "No adapter"),
-        (leash.target(trial), "there is no target"),
+        (leash.target(trial), "there is no target per response"),
         (leash.strength(free), "measured, not charged"),
     ):
         assert finding.verdict == "skipped"

@@ -65,8 +65,9 @@ def starting_beta(scores: Float[Tensor, "prompt sample"], target_kl: float) -> S
         ValueError: if the target is no positive number, or scores do not vary within any prompt.
 
     Example:
+        >>> import torch
         >>> scores = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-        >>> starting_beta(scores, 0.5).source, starting_beta(scores, 8.0).source
+        >>> starting_beta(scores, 0.3).source, starting_beta(scores, 8.0).source
         ('plan', 'edge')
     """
     check_target(target_kl)

@@ -109,7 +109,7 @@ def target(trial: Trial) -> Finding:
     name = "leash.target"
     goal = trial.config.leash.target_kl
     if goal is None:
-        return skipped(name, "β is fixed: there is no target.")
+        return skipped(name, "β does not move: there is no target per response.")
     length = float(trial.rollout.response_mask.sum(-1).double().mean())
     per_token = goal / length
     measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
