@@ -5,7 +5,6 @@ with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupt
 """
 
 import json
-import logging
 import sys
 import traceback
 from pathlib import Path
@@ -15,7 +14,14 @@ from cyclopts import App, CycloptsError, Parameter
 
 from kleash import __version__
 from kleash.errors import ConfigError, KleashError, UsageError
-from kleash.kl.explicit import ExplicitKL, explicit_kl
+from kleash.kl.explicit import explicit_kl
+from kleash.terminal import (
+    explicit_as_json,
+    numbers,
+    print_explicit,
+    quiet_libraries,
+    split_overrides,
+)
 
 if TYPE_CHECKING:
     from kleash.config import Config
@@ -26,13 +32,15 @@ _EXAMPLES = """Examples:
 
     kleash demo
 
+    kleash check
+
     kleash plan --kl 0.5,1,2
 
     kleash train --steps 10 --leash.beta 0.2 --output runs/tight
 
     kleash report runs/tight
 
-    kleash audit runs/tight/policy models/sft --prompts prompts.jsonl"""
+    kleash audit runs/tight/checkpoints/step-000010/policy models/sft --prompts prompts.jsonl"""
 
 app = App(
     name="kleash",
@@ -99,54 +107,13 @@ def kl_command(
     """
     del debug  # read by `main`
     try:
-        result = explicit_kl(_numbers(p), _numbers(q))
+        result = explicit_kl(numbers(p), numbers(q))
     except ValueError as error:
         raise UsageError(str(error)) from None
     if as_json:
-        print(json.dumps(_as_json(result), indent=2))
+        print(json.dumps(explicit_as_json(result), indent=2))
     else:
-        _print_table(result)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
-
-
-def _as_json(result: ExplicitKL) -> dict[str, object]:
-    def finite(value: float) -> float | str:
-        return "Infinity" if value == float("inf") else value
-
-    return {
-        "unit": "nats",
-        "p": result.p,
-        "q": result.q,
-        "kl_p_q": finite(result.forward),
-        "kl_p_q_terms": [finite(term) for term in result.forward_terms],
-        "kl_q_p": finite(result.reverse),
-        "kl_q_p_terms": [finite(term) for term in result.reverse_terms],
-    }
-
-
-def _print_table(result: ExplicitKL) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    headers = ("outcome", "p", "q", "p·ln(p/q)", "q·ln(q/p)")
-    for header in headers:
-        table.add_column(header, justify="right")
-    rows = zip(result.p, result.q, result.forward_terms, result.reverse_terms, strict=True)
-    for index, (p, q, forward, reverse) in enumerate(rows):
-        cells = (f"{p:.4g}", f"{q:.4g}", f"{forward:+.4f}", f"{reverse:+.4f}")
-        table.add_row(str(index), *cells)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"\nKL(p‖q) = {result.forward:.4f} nats   KL(q‖p) = {result.reverse:.4f} nats")
-    if float("inf") in (result.forward, result.reverse):
-        console.print("Infinite: an outcome that one gives, the other never does.")
+        print_explicit(result)
 
 
 @app.command(
@@ -187,7 +154,7 @@ def train(
     from kleash.preflight.runner import require_sound
     from kleash.train import train as run
 
-    _quiet_libraries()
+    quiet_libraries()
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
     directory = run(config, argv=sys.argv, preflight=None if no_check else require_sound)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
@@ -240,7 +207,7 @@ def check(
         from kleash.preflight.runner import check as examine
 
         path, overrides = split_overrides(arguments)
-        _quiet_libraries()
+        quiet_libraries()
         config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
         report = examine(config, quick=quick, pairs=read_pairs(pairs) if pairs else ())
     if as_json:
@@ -251,31 +218,6 @@ def check(
         raise SystemExit(5)
 
 
-def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, str]]:
-    """Split `CONFIG --dotted.key VALUE …` into the path and the overrides.
-
-    Raises:
-        UsageError: a value is missing, or there is more than one CONFIG.
-    """
-    path: Path | None = None
-    overrides: dict[str, str] = {}
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            if not equals:
-                found = next(rest, None)
-                if found is None or found.startswith("--"):
-                    raise UsageError(f"--{key} needs a value: --{key} VALUE")
-                value = found
-            overrides[key] = value
-        elif path is None:
-            path = Path(argument)
-        else:
-            raise UsageError(f"expected one CONFIG, got {str(path)!r} and {argument!r}")
-    return path, overrides
-
-
 def _build_world(config: "Config") -> "Config":
     if config.world is None:
         return config
@@ -283,17 +225,6 @@ def _build_world(config: "Config") -> "Config":
     from kleash.playground.build import build_world
 
     return with_world(config, build_world(config.world))
-
-
-def _quiet_libraries() -> None:
-    """Keep loading bars of other libraries out of our display; their errors still reach us."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 @app.command(
@@ -341,7 +272,7 @@ def plan_command(
     if scores is not None and (path is not None or responses or prompts):
         raise UsageError("--scores has its samples already: give no CONFIG, no --responses")
     try:
-        betas, budgets = (_numbers(text) if text else [] for text in (beta, kl))
+        betas, budgets = (numbers(text) if text else [] for text in (beta, kl))
     except ValueError as error:
         raise UsageError(str(error)) from None
     from kleash import plan as planning
@@ -349,7 +280,7 @@ def plan_command(
     from kleash.files import plain_json
     from kleash.frontier import frontier_json
 
-    _quiet_libraries()
+    quiet_libraries()
     if scores is not None:
         question = planning.Question(betas, budgets)
         frontier = planning.replan(scores, question)
@@ -384,7 +315,7 @@ def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = Fal
     del debug
     from kleash.demo import run_demo
 
-    _quiet_libraries()
+    quiet_libraries()
     run_demo(seed, output)
 
 
@@ -480,7 +411,7 @@ def audit(
         kind, file = one_source({"prompts": prompts, "texts": texts, "responses": responses})
     except ConfigError as error:
         raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
-    _quiet_libraries()
+    quiet_libraries()
     code = run_order(
         Order(
             policies=(policy, *others[:-1]),

@@ -27,7 +27,7 @@ above it for more than noise below it.
 """
 _LEAST_PLANNED_GAIN = 1.5
 """A planned slope counts as no flatter than this."""
-_LEAD = 0.2
+_LEAD = 0.1
 """Of ln β, by which a planned β is undercut at first: a policy nears its optimum ever more slowly,
 and the look-ahead gives it back as the KL rises."""
 _NEAREST = 1e-3
