@@ -60,6 +60,7 @@ _SOURCES = (
     "learning.py",
     "preferences.py",
     "sampling.py",
+    "../generation.py",
 )
 _STANDARD_REPLIES = 1024
 """Replies on which the reward model's scores are standardised."""
