@@ -10,11 +10,13 @@ from pathlib import Path
 import faults
 import planting
 import pytest
+import tiny
 import torch
 import yaml
 from rich.console import Console
 
 from kleash.assembly import assemble
+from kleash.config import load_config
 from kleash.errors import PreflightError, PromptError
 from kleash.preflight import leash, reward
 from kleash.preflight.finding import Finding, Report, skipped
@@ -175,6 +177,8 @@ def test_the_setting_that_a_remedy_names_is_enough(
         ("a wrong reference", {"reference": {}}, "scoring.start"),
         ("a wrong reference", {"reference.reference_differs": True}, "scoring.start"),
         ("responses cut short", {"rollout.max_new_tokens": 28}, "sampling.ending"),
+        ("responses cut short", {"rollout.truncated": "score"}, "sampling.ending"),
+        ("no end is ever produced", {"rollout.truncated": "score"}, "sampling.ending"),
         (
             "a template applied twice",
             {"reward_models.rm.template": "{prompt}{response}"},
@@ -191,6 +195,26 @@ def test_the_remedy_makes_the_check_pass(
     for key, value in remedy.items():
         world.set(key, value)
     assert named(check(world.config(), quick=True), check_name).verdict == "ok"
+
+
+def test_nothing_left_to_learn_from_is_found_and_tried_no_further(world: planting.World) -> None:
+    (planted,) = [f for f in faults.FAULTS if f.name == "all responses cut and dropped"]
+    planted.plant(world)
+    report = examine_crew(*world.crew(), quick=False)
+    assert named(report, "sampling.ending").verdict == "fail"
+    assert named(report, "resources.memory").verdict == "skipped"
+
+
+@pytest.mark.skipif(not tiny.REAL.exists(), reason="needs the optional folder of real inputs")
+@pytest.mark.parametrize("recipe", ["stories", "stories-free"])
+def test_the_shipped_recipes_pass_the_quick_part(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = Path(__file__).parents[1]
+    monkeypatch.chdir(checkout)
+    path = checkout / "recipes" / f"{recipe}.yaml"
+    report = check(load_config(path, {}, base=path), quick=True)
+    assert report.fails == ()
 
 
 # --- the reward on pairs --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from kleash.algorithms import ppo
 from kleash.assembly import Crew
 from kleash.evaluation import write_responses
-from kleash.preflight.finding import Finding
+from kleash.preflight.finding import Finding, skipped
 from kleash.preflight.trial import Trial, read
 from kleash.rollout import fresh
 
@@ -46,6 +46,9 @@ class Cost:
 
 def examine(trial: Trial) -> list[Finding]:
     """Memory and time of the run."""
+    if trial.config.rollout.truncated == "drop" and not bool(trial.rollout.ended.any()):
+        why = "No response is left to learn from, so no iteration can be tried."
+        return [skipped("resources.memory", why), skipped("resources.time", why)]
     costs = [_iterate(trial) for _ in range(_ITERATIONS)]
     return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1])]
 

@@ -118,6 +118,9 @@ def ending(trial: Trial) -> Finding:
     share, limit = 1 - float(ended.double().mean()), trial.crew.sampling.max_new_tokens
     measured = f"{share:.0%} cut at {limit} tokens; p(end) up to {mass:.2g}"
     names = some([str(w) for w in policy.tokenizer.convert_ids_to_tokens(list(policy.stop_ids))])
+    rollout = trial.config.rollout
+    if rollout.truncated == "score" and "truncated" in rollout.model_fields_set:
+        return Finding(name, "ok", measured, "fragments: the configuration scores what was cut")
     if not bool(ended.any()) and mass < 1e-3:
         return Finding(
             name,
@@ -127,9 +130,10 @@ def ending(trial: Trial) -> Finding:
             f"The end token is never produced: the policy gives {names} no probability, so every "
             "response runs into the limit.",
             "Name the token this model was taught to end with as eos_token in "
-            "tokenizer_config.json and generation_config.json, or fine-tune it to end.",
+            "tokenizer_config.json and generation_config.json, or fine-tune it to end; where "
+            "fragments are meant, write rollout.truncated: score.",
         )
-    if not bool(ended.any()) and trial.config.rollout.truncated == "drop":
+    if not bool(ended.any()) and rollout.truncated == "drop":
         return Finding(
             name,
             "fail",
@@ -146,8 +150,8 @@ def ending(trial: Trial) -> Finding:
             measured,
             expected,
             "Most responses are cut by the length limit: the reward judges fragments.",
-            "Raise rollout.max_new_tokens, or set rollout.truncated: penalise with a "
-            "missing_eos_penalty.",
+            "Raise rollout.max_new_tokens, set rollout.truncated: penalise with a "
+            "missing_eos_penalty; where fragments are meant, write rollout.truncated: score.",
         )
     return Finding(name, "ok", measured, expected)
 
