@@ -229,9 +229,13 @@ def _step(
 
     if step == 1 and not config.reference.reference_differs:
         _require_reference_is_start(scored)
-    doctor.look(config, crew, written, scored, step=step, folder=run.path)
+    doctor.look(config, crew, written, scored, step=step, folder=run.path, tell=run.append_event)
     check_bounds(config, scored, original_kl)
     attempt.within_bounds = True
+    # Looked at closely while the policy is still the one that wrote them.
+    samples = training_samples(
+        crew, scored, written, step=step, count=config.logging.samples_per_step
+    )
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
@@ -270,9 +274,7 @@ def _step(
     if step == config.steps or (every and step % every == 0):
         metrics |= _evaluate(config, crew, after, run)
     run.append_metrics(metrics)
-    kept = config.logging.samples_per_step
-    if kept:
-        run.append_samples(training_samples(crew, scored, written, step=step, count=kept))
+    run.append_samples(samples)
     return after, metrics
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 34
+SIGN = 9
+"""Room for the sign of a mark."""
+SPOKEN_MARKS = 6
 MAX_POINTS = 400
 """More points than this cannot be told apart; the extremes of each stretch are kept."""
 
@@ -30,7 +33,8 @@ class Series:
 
     name: str
     points: Sequence[Point]
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "spot"] = "line"
+    """Dots are joined by a faint trail; spots are larger and stand alone."""
     colour: int = 0
     """Index of a colour of the page; the faint line of a run shares its run's colour."""
 
@@ -44,6 +48,20 @@ class Band:
     """The middle, over x."""
     relative: float
     """Half width as a share of the middle."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a place along the horizontal axis."""
+
+    x: float
+    kind: str
+    """What kind of thing, in a word or two: the legend says it."""
+    text: str
+    """What happened, for the pointer."""
+    style: Literal["refused", "stopped", "rolled_back", "reanchored", "alarm"]
+    colour: int | None = None
+    """Index of a colour of the page; None: the colour of its style."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Chart:
     x_title: str = "step"
     include: Sequence[float] = ()
     """Values that the vertical axis must reach."""
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -95,12 +114,24 @@ class DrawnBand:
 
 
 @dataclass(frozen=True)
+class DrawnMark:
+    """Marks of one style that stand too close to be told apart, as one."""
+
+    at: float
+    height: float
+    """Where its sign stands: signs at one place stand one below the other."""
+    style: str
+    colour: int | None
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A chart ready for its template, and the numbers behind it for the pointer."""
 
     chart: Chart
     series: Sequence[DrawnSeries]
     bands: Sequence[DrawnBand]
+    marks: Sequence[DrawnMark]
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     x_domain: tuple[float, float]
@@ -114,7 +145,19 @@ class Drawing:
             for series in self.chart.series
             if series.points
         ]
-        return f"{self.chart.title}, {self.chart.unit}. " + "; ".join(ends)
+        told = [f"{mark.kind} at {format_number(mark.x)}" for mark in self.chart.marks]
+        more = [f"and {len(told) - SPOKEN_MARKS} more"] if len(told) > SPOKEN_MARKS else []
+        sentences = ["; ".join(ends), ", ".join([*told[:SPOKEN_MARKS], *more])]
+        said = ". ".join(sentence for sentence in sentences if sentence)
+        return f"{self.chart.title}, {self.chart.unit}. {said}"
+
+    @property
+    def mark_kinds(self) -> list[Mark]:
+        """One mark of each kind, for the legend."""
+        kinds: dict[str, Mark] = {}
+        for mark in self.chart.marks:
+            kinds.setdefault(mark.kind, mark)
+        return list(kinds.values())
 
 
 def format_number(value: float) -> str:
@@ -210,14 +253,16 @@ def draw(chart: Chart) -> Drawing:
     heights = [height for point in everything for height in _reach(point)]
     for band in chart.bands:
         heights += [p.y * (1 + side * band.relative) for p in band.points for side in (-1, 1)]
+    places = [*(point.x for point in everything), *(mark.x for mark in chart.marks)]
     scale = _Scale(
-        _domain([point.x for point in everything], margin=0.0, fixed=()),
+        _domain(places, margin=0.0, fixed=()),
         _domain([*heights, *chart.include], margin=0.06, fixed=chart.include),
     )
     return Drawing(
         chart=chart,
         series=[_draw_series(series, scale) for series in chart.series],
         bands=[_draw_band(band, scale) for band in chart.bands],
+        marks=_draw_marks(chart.marks, scale),
         x_ticks=[Tick(scale.place(x, 0.0)[0], label) for x, label in labelled_ticks(*scale.x)],
         y_ticks=[Tick(scale.place(0.0, y)[1], label) for y, label in labelled_ticks(*scale.y)],
         x_domain=scale.x,
@@ -263,7 +308,7 @@ def _draw_series(series: Series, scale: _Scale) -> DrawnSeries:
             scale.place(p.x, p.y)
             for run in runs
             for p in run
-            if series.style == "dots" or len(run) == 1
+            if series.style in ("dots", "spot") or len(run) == 1
         ],
         lost=[scale.place(p.x, 0.0)[0] for p in series.points if not math.isfinite(p.y)],
     )
@@ -277,6 +322,18 @@ def _draw_band(band: Band, scale: _Scale) -> DrawnBand:
         area=_area(upper, lower),
         line=_line([scale.place(p.x, p.y) for p in band.points]),
     )
+
+
+def _draw_marks(marks: Sequence[Mark], scale: _Scale) -> list[DrawnMark]:
+    drawn: list[DrawnMark] = []
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        at = scale.place(mark.x, 0.0)[0]
+        near = [one for one in drawn if at - one.at < SIGN]
+        if any((one.style, one.colour) == (mark.style, mark.colour) for one in near):
+            continue
+        height = TOP + SIGN * (0.5 + len(near))
+        drawn.append(DrawnMark(at, height, mark.style, mark.colour))
+    return drawn
 
 
 def _reach(point: Point) -> list[float]:
