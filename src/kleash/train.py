@@ -17,7 +17,7 @@ from typing import cast
 
 from torch import Tensor
 
-from kleash.algorithms import ppo
+from kleash.algorithms import choice
 from kleash.assembly import Crew, target_per_response
 from kleash.beginning import start_line
 from kleash.beta.controllers import BetaController, Measurement
@@ -57,7 +57,7 @@ from kleash.measures import (
 from kleash.opening import Preflight, open_run
 from kleash.preflight import doctor
 from kleash.progress import TrainingDisplay
-from kleash.record import objective_line
+from kleash.record import objective_line, price
 from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
@@ -145,12 +145,12 @@ def _step(
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
-        experience = ppo.prepare(scored, beta, settings)
+        experience = choice.prepare(scored, beta, settings)
         attempt.updating = True
         updates = update(config, crew, experience, done=state.step)
 
     metrics = {
-        **objective_measures(experience.scored, beta=beta),
+        **objective_measures(experience.scored, beta=price(config, beta)),
         **rollout_measures(scored, written.responses),
         **_original_measures(config, scored, original_kl),
         **updates,
@@ -160,7 +160,8 @@ def _step(
     metrics |= efficiency_measure(crew.frontier, metrics)
 
     # 6. β moves.
-    reading = _measurement(config, metrics, scored, start=state.start)
+    trained = replace(scored, scores=choice.trained_scores(experience.scored, settings))
+    reading = _measurement(config, metrics, trained, start=state.start)
     after = replace(
         state,
         step=step,
@@ -352,7 +353,7 @@ def _evaluate(
     metrics, samples = evaluate_heldout(
         crew,
         step=state.step,
-        beta=state.beta.beta,
+        beta=price(config, state.beta.beta),
         responses_per_prompt=config.heldout.responses_per_prompt,
         microbatch=max(256, config.rollout.microbatch_size),
         samples=_HELDOUT_SAMPLES,
