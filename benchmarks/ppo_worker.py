@@ -182,13 +182,15 @@ def build(folder: Path, shape: Shape) -> None:
 def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool) -> None:
     """Drive `kleash.train.train` itself; a gate stands before each of its steps."""
     loop: Any = importlib.import_module("kleash.train")
+    opening: Any = importlib.import_module("kleash.opening")
+    updates: Any = importlib.import_module("kleash.updates")
     evaluation: Any = importlib.import_module("kleash.evaluation")
     rewards: Any = importlib.import_module("kleash.reward_models")
     configuration: Any = importlib.import_module("kleash.config")
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
-    assemble, step, write = loop.assemble, loop._step, evaluation.generate
-    optimise = loop._optimise
+    assemble, step, write = opening.assemble, loop._step, evaluation.generate
+    optimise = updates._optimise
 
     def assemble_without_stop(config: Any) -> Any:
         crew = assemble(config)
@@ -214,12 +216,12 @@ def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool
         phases.updates += 1
         return optimise(*args, **kwargs)
 
-    loop.assemble, loop._step = assemble_without_stop, gated_step
-    loop._optimise, evaluation.generate = counted_optimise, counted_write
+    opening.assemble, loop._step = assemble_without_stop, gated_step
+    updates._optimise, evaluation.generate = counted_optimise, counted_write
     phases.wrap(evaluation, "generate", "generate")
     phases.wrap(rewards.WeightedSum, "score_each", "score")
     phases.wrap(loop, "score", "score")
-    phases.wrap(loop, "_update", "update")
+    phases.wrap(loop, "update", "update")
     tree = kleash_config(folder, shape, epochs, own_value_model=own_value_model)
     loop.train(configuration.parse_config(tree, where="benchmark"))
 

@@ -148,6 +148,7 @@ ON_POLICY: list[tuple[Placement, float | None, tuple[float, float, float]]] = [
     ("reward_k3", None, (1.433, -0.53, 6.10)),
     ("reward_exact", None, (1.529, -0.53, 3.42)),
     ("exact", None, (0, 1, 3.31)),
+    ("exact_weighted", None, (0, 1, 3.31)),
     ("mixed", 0.0, (0, 1, 6.86)),
     ("mixed", 1.0, (0, 1, 3.31)),
 ]
@@ -215,6 +216,7 @@ def test_gradient_of_each_placement_off_policy(truth: Tensor) -> None:
         ("reward_k1, token ratios, charged at rollout", charged_at_rollout, (0.782, 0.904, 9.157)),
         ("reward_k1 to-go, weight of the whole string", whole_weight, (0, 1, 8.57)),
         ("off_policy_exact_loss", prefix_weighted, (0, 1, 3.81)),
+        ("exact_weighted", penalty("exact_weighted", mu), (0, 1, 3.81)),
     ]
     for name, per_string, expected in rows:
         check_row(name, compare(per_string, mu, truth), expected)
@@ -412,7 +414,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert placements.loss_weights("exact", mask=mask).dtype == torch.float32
 
 
-BIASED = [p for p in get_args(Placement) if p not in ("reward_k1", "exact", "mixed", "measure")]
+SOUND = ("reward_k1", "exact", "exact_weighted", "mixed", "measure")
+BIASED = [placement for placement in get_args(Placement) if placement not in SOUND]
 
 
 @pytest.mark.parametrize("placement", BIASED)
@@ -426,7 +429,7 @@ def test_unsound_placements_are_refused_unless_allowed(placement: Placement) -> 
 
 
 def test_sound_placements_are_accepted() -> None:
-    for placement in set(get_args(Placement)) - set(BIASED):
+    for placement in SOUND:
         placements.check_placement(placement, allow_biased=False)
 
 

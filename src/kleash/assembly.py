@@ -4,15 +4,16 @@ Everything that can be wrong with paths, models, prompts and reward models is fo
 run directory exists. Left out: anything that happens more than once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from kleash.adapters import AdapterSpec
+from kleash.algorithms.choice import Settings
+from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
+from kleash.algorithms.rloo import RLOOSettings
 from kleash.beta.controllers import (
     AdaptiveBeta,
     BetaController,
@@ -55,7 +56,8 @@ class Crew:
     """What the leash is tied to."""
     original: FrozenReference
     """What it was tied to at first; the same unless the anchor moves."""
-    value: ValueFunction
+    value: ValueFunction | None
+    """The critic; None where the algorithm has none."""
     reward: WeightedSum
     gold: RewardModel | None
     """A second opinion on held-out responses; nobody is ever trained on it."""
@@ -63,7 +65,8 @@ class Crew:
     heldout: list[Prompt]
     pretraining: PretrainingMix | None
     sampling: SamplingSpec
-    settings: PPOSettings
+    settings: Settings
+    """The numbers of the algorithm, which also say which one it is."""
     optimizer: torch.optim.AdamW
     tiles: Tiles
     """How the update walks over the logits, and how many of them it keeps."""
@@ -91,7 +94,7 @@ def assemble(config: Config) -> Crew:
         for name, reward in config.reward_models.items()
     }
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
-    value = _value(config, policy, device)
+    value = _value(config, policy, device) if config.algorithm == "ppo" else None
     optimizer = _optimizer(config.optimizer, policy, value)
     return Crew(
         policy=policy,
@@ -257,35 +260,47 @@ def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
     )
 
 
-def _settings(config: Config) -> PPOSettings:
+def _settings(config: Config) -> Settings:
+    common: dict[str, Any] = {
+        "clip_range": config.ppo.clip_range,
+        "placement": config.leash.placement,
+        # `mixed` begins as `reward_k1`; the loop then estimates c from each rollout.
+        "mixing": 0.0 if config.leash.placement == "mixed" else None,
+        "allow_biased": config.leash.allow_biased,
+        "truncated": config.rollout.truncated,
+        "missing_eos_penalty": config.rollout.missing_eos_penalty,
+    }
     try:
-        return PPOSettings(
-            gamma=config.ppo.gamma,
-            lam=config.ppo.lam,
-            clip_range=config.ppo.clip_range,
-            value_clip_range=config.ppo.value_clip_range,
-            value_coef=config.ppo.value_coef,
-            whiten_advantages=config.ppo.whiten_advantages,
-            placement=config.leash.placement,
-            # `mixed` begins as `reward_k1`; the loop then estimates c from each rollout.
-            mixing=0.0 if config.leash.placement == "mixed" else None,
-            allow_biased=config.leash.allow_biased,
-            truncated=config.rollout.truncated,
-            missing_eos_penalty=config.rollout.missing_eos_penalty,
-        )
+        match config.algorithm:
+            case "ppo":
+                return PPOSettings(
+                    **common,
+                    gamma=config.ppo.gamma,
+                    lam=config.ppo.lam,
+                    value_clip_range=config.ppo.value_clip_range,
+                    value_coef=config.ppo.value_coef,
+                    whiten_advantages=config.ppo.whiten_advantages,
+                )
+            case "grpo":
+                return GRPOSettings(**common)
+            case "rloo":
+                return RLOOSettings(**common)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _optimizer(config: OptimizerConfig, policy: Policy, value: ValueFunction) -> torch.optim.AdamW:
-    critic: list[nn.Parameter] = list(value.parameters())
-    value_lr = config.value_lr or config.lr
-    groups: list[Mapping[str, object]] = [
-        {"params": policy.parameters(), "lr": config.lr, "peak_lr": config.lr},
-        {"params": critic, "lr": value_lr, "peak_lr": value_lr},
+def _optimizer(
+    config: OptimizerConfig, policy: Policy, value: ValueFunction | None
+) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [
+        {"params": policy.parameters(), "lr": config.lr, "peak_lr": config.lr}
     ]
+    if value is not None:
+        value_lr = config.value_lr or config.lr
+        critic = list(value.parameters())
+        groups.append({"params": critic, "lr": value_lr, "peak_lr": value_lr})
     return torch.optim.AdamW(
-        [dict(group) for group in groups],
+        groups,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,

@@ -7,9 +7,11 @@ optimum would spend the budget, and how much score that budget can buy at all.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kleash.algorithms.advantages import group_relative
 from kleash.assembly import Crew, target_per_response
 from kleash.beta.controllers import initial_beta
 from kleash.beta.starting import Start, starting_beta
@@ -62,6 +64,10 @@ def draw(config: Config, crew: Crew) -> Drawn:
         microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
     )
     statistics = ScoreStatistics().update(raw.flatten())
+    if config.algorithm == "grpo":
+        groups = torch.arange(len(raw)).repeat_interleave(raw.shape[1])
+        relative = group_relative(raw.flatten(), groups)
+        return Drawn(prompts, relative.view_as(raw), statistics, length)
     if config.score_normalisation == "none":
         return Drawn(prompts, raw, statistics, length)
     try:
@@ -137,11 +143,12 @@ def about(config: Config, crew: Crew) -> dict[str, Any]:
 
 
 def _frontier(config: Config, crew: Crew, drawn: Drawn, target: float | None) -> Frontier | None:
-    """The plan in the units of training; with running statistics those move, and there is none.
+    """The plan in the units of training; where those are not the score's own, there is none.
 
     A policy that does not start at the reference wrote samples that plan nothing either.
     """
-    moving = config.score_normalisation == "running" or config.reference.reference_differs
+    moving = config.score_normalisation == "running" or config.algorithm == "grpo"
+    moving = moving or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None
     return make_frontier(

@@ -176,7 +176,8 @@ class LeashConfig(Section):
 
 
 class PPOConfig(Section):
-    """How the policy climbs."""
+    """How the policy climbs. What speaks of a critic, λ or whitening is PPO's alone; the rest is
+    that of GRPO and RLOO too, which make the same clipped updates."""
 
     epochs: PositiveInt = 2
     """Passes over a rollout."""
@@ -189,6 +190,11 @@ class PPOConfig(Section):
     memory and speed, not the gradient."""
     clip_range: PositiveFloat = 0.2
     """ε of the clipped policy loss."""
+    min_effective_samples: float | None = Field(default=None, ge=0, lt=1)
+    """Least share of a minibatch's tokens that the prefix weights Π π/π_rollout may leave
+    effective; below it the policy is too far from the one that wrote, and the rest of the updates
+    to this rollout is left out (`policy/updates` counts those made). None: 0.5 where the placement
+    `exact_weighted` has the weights in its loss, otherwise no bound."""
     value_clip_range: PositiveFloat | None = 0.2
     """ε of the clipped value loss; none: not clipped."""
     value_coef: PositiveFloat = 0.1
@@ -199,6 +205,10 @@ class PPOConfig(Section):
     """λ of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout."""
+
+
+_OF_PPO = ("value_clip_range", "value_coef", "gamma", "lam", "whiten_advantages")
+"""What GRPO and RLOO have no use for."""
 
 
 class ValueConfig(Section):
@@ -291,6 +301,9 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole run."""
 
+    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
+    """How advantages come about: from a critic; or, without one, from the other responses to the
+    same prompt, in units of their spread (grpo: so is β) or as they are (rloo)."""
     policy: PolicyConfig
     reference: ReferenceConfig = ReferenceConfig()
     reward_models: dict[str, RewardConfig] = Field(min_length=1)
@@ -332,6 +345,34 @@ class Config(Section):
         evaluates = self.prompts.heldout is not None
         if not evaluates and self.heldout != HeldoutConfig():
             raise ValueError("`heldout` does nothing without `prompts.heldout`")
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_uses_all(self) -> "Config":
+        if self.algorithm == "ppo":
+            return self
+        name, ppo, untouched = self.algorithm, self.ppo, PPOConfig()
+        idle = [f"ppo.{key}" for key in _OF_PPO if getattr(ppo, key) != getattr(untouched, key)]
+        idle += ["value"] if self.value != ValueConfig() else []
+        idle += ["optimizer.value_lr"] if self.optimizer.value_lr is not None else []
+        if name == "grpo" and self.score_normalisation != "none":
+            idle.append("score_normalisation (each group is normalised by itself)")
+        if idle:
+            raise ValueError(f"with `algorithm: {name}` these do nothing: {', '.join(idle)}")
+        if self.rollout.responses_per_prompt < 2:
+            raise ValueError(
+                f"`algorithm: {name}` compares the responses to one prompt: give "
+                "`rollout.responses_per_prompt` of 2 or more"
+            )
+        if self.rollout.truncated == "bootstrap":
+            raise ValueError(
+                f"`rollout.truncated: bootstrap` needs a critic, and `algorithm: {name}` has none"
+            )
+        if self.leash.placement == "mixed":
+            raise ValueError(
+                "`leash.placement: mixed` finds its coefficient by a critic's advantages, and "
+                f"`algorithm: {name}` has none: take `reward_k1` or `exact`"
+            )
         return self
 
     @model_validator(mode="after")

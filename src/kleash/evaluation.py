@@ -101,7 +101,7 @@ def evaluate_heldout(
     crew: Crew,
     *,
     step: int,
-    beta: float,
+    beta: float | None,
     responses_per_prompt: int,
     microbatch: int,
     samples: int,

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kleash.algorithms import choice
 from kleash.algorithms.advantages import gae
+from kleash.algorithms.choice import Settings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.errors import ScoringError
 from kleash.frontier import Frontier
@@ -29,25 +31,28 @@ _ACCOUNTING_TOLERANCE = 1e-5
 """How far the accounting identity may be off, relative to the size of its terms."""
 
 
-def objective_measures(scored: ScoredRollout, *, beta: float) -> dict[str, Number]:
+def objective_measures(scored: ScoredRollout, *, beta: float | None) -> dict[str, Number]:
     """KL, entropy, score and objective of a rollout, per response, with standard errors.
 
-    Standard errors are clustered by prompt; None where there is only one prompt.
+    Standard errors are clustered by prompt; None where there is only one prompt. `beta` is None
+    where it is not in score per nat (GRPO's is in spreads of a group): there is no objective then.
     """
     rollout = scored.rollout
     mask, clusters = rollout.response_mask, rollout.prompt_index
     exact = clustered_mean(response_kl(scored.kl, mask), clusters)
     k1 = clustered_mean(response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask), clusters)
     scores = clustered_mean(scored.scores, clusters)
-    return {
+    measures: dict[str, Number] = {
         **with_error("objective/kl_ref", exact),
         **with_error("objective/kl_ref_k1", k1),
         **with_error("objective/scores", scores),
         "objective/kl_ref_per_token": float(masked_mean(scored.kl, mask)),
         "objective/entropy": float(masked_mean(scored.entropy, mask)),
-        "objective/non_score_reward": -beta * exact.mean,
-        "objective/rlhf_reward": scores.mean - beta * exact.mean,
     }
+    if beta is not None:
+        measures["objective/non_score_reward"] = -beta * exact.mean
+        measures["objective/rlhf_reward"] = scores.mean - beta * exact.mean
+    return measures
 
 
 def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[str, Number]:
@@ -65,16 +70,18 @@ def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[st
     return measures
 
 
-def accounting_residual(experience: Experience, charge: Tensor, *, beta: float) -> float:
+def accounting_residual(
+    experience: Experience, scores: Tensor, charge: Tensor, *, beta: float
+) -> float:
     """|mean(Σ_t rewards_t) − (mean(score) − β · mean(Σ_t charge_t))|: zero but for rounding.
 
-    `charge` is what the placement says is penalised per token, computed apart from the rewards.
+    `scores` are those the algorithm trains on, `charge` is what the placement says is penalised
+    per token; both computed apart from the rewards.
     """
-    scored = experience.scored
     kept = experience.mask.any(-1)
     rewards = response_kl(experience.rewards, experience.mask)[kept].double()
     penalised = response_kl(charge, experience.mask)[kept].double()
-    objective = scored.scores[kept].double() - beta * penalised
+    objective = scores[kept].double() - beta * penalised
     return float((rewards.mean() - objective.mean()).abs())
 
 
@@ -104,7 +111,7 @@ def score_variance(scored: ScoredRollout) -> float | None:
     return float((scores - means[groups]).square().sum()) / freedom
 
 
-def account(settings: PPOSettings, experience: Experience, beta: float) -> float:
+def account(settings: Settings, experience: Experience, beta: float) -> float:
     """The accounting identity, from the placement's charges computed apart from the rewards."""
     scored = experience.scored
     mask = scored.rollout.response_mask
@@ -119,7 +126,8 @@ def account(settings: PPOSettings, experience: Experience, beta: float) -> float
             mask=mask,
             mixing=settings.mixing,
         )
-    residual = accounting_residual(experience, charge, beta=beta)
+    scores = choice.trained_scores(scored, settings)
+    residual = accounting_residual(experience, scores, charge, beta=beta)
     size = 1 + float(experience.rewards.abs().sum(-1).max())
     if residual > _ACCOUNTING_TOLERANCE * size:
         raise ScoringError(
@@ -135,9 +143,9 @@ several updates to a rollout the charges stay what they were while the different
 negative weight, moves, and would drive the policy away (`benchmarks/learning.py`)."""
 
 
-def next_mixing(settings: PPOSettings, experience: Experience, beta: float) -> float | None:
+def next_mixing(settings: Settings, experience: Experience, beta: float) -> float | None:
     """c of the next step's `mixed`, from this step's responses: independent of those it mixes."""
-    if settings.mixing is None:
+    if not isinstance(settings, PPOSettings) or settings.mixing is None:
         return None
     scored, mask = experience.scored, experience.mask
     excess = kl_excess(

@@ -17,6 +17,11 @@ from kleash.generation import overridden_settings
 from kleash.models import Identity
 
 
+def price(config: Config, beta: float) -> float | None:
+    """β in score per nat; None for GRPO, whose β is in spreads of a group per nat."""
+    return None if config.algorithm == "grpo" else beta
+
+
 def objective_line(config: Config, beta: float) -> str:
     """The objective actually optimised, with its numbers."""
     score_text = " + ".join(
@@ -25,6 +30,8 @@ def objective_line(config: Config, beta: float) -> str:
     )
     if config.score_normalisation != "none":
         score_text = f"({score_text} − mean)/sd"
+    if config.algorithm == "grpo":
+        score_text = f"({score_text} − group mean)/group sd"
     leash = config.leash
     if leash.placement == "measure" or leash.beta == 0:
         return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"

@@ -1,7 +1,7 @@
 """Everything that decides the future of a run, put away and taken out again.
 
     policy/             Hugging Face format, with its tokenizer
-    value.safetensors   the critic
+    value.safetensors   the critic, where there is one
     optimizer.pt        moments of the optimiser; read with `weights_only`
     random.safetensors  the random generators
     state.json          step, episodes, β state, score statistics, place in the prompts, reference
@@ -37,6 +37,7 @@ from kleash.models import Identity
 from kleash.prompts import PromptCursor
 from kleash.references import anchor_at, underlying
 from kleash.rewards import ScoreStatistics
+from kleash.values import ValueFunction
 
 _ANCHOR = "anchor.safetensors"
 
@@ -76,7 +77,9 @@ def save_run_state(
 
     def write(directory: Path) -> None:
         crew.policy.save(directory / "policy")
-        save_tensors(directory / "value.safetensors", dict(_module(crew).state_dict()))
+        if crew.value is not None:
+            critic = _module(crew.value).state_dict()
+            save_tensors(directory / "value.safetensors", dict(critic))
         torch.save(crew.optimizer.state_dict(), directory / "optimizer.pt")
         save_tensors(directory / "random.safetensors", _random_states())
         record = {**asdict(state), "reference": asdict(reference)}
@@ -111,7 +114,9 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
     _require_reference(directory, record["reference"], reference)
     _load_policy(directory / "policy", crew)
     device = crew.policy.device
-    _module(crew).load_state_dict(load_tensors(directory / "value.safetensors", device))
+    if crew.value is not None:
+        critic = load_tensors(directory / "value.safetensors", device)
+        _module(crew.value).load_state_dict(critic)
     moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
     crew.optimizer.load_state_dict(moments)
     _restore_random(load_tensors(directory / "random.safetensors"))
@@ -202,9 +207,9 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _module(crew: Crew) -> nn.Module:
+def _module(value: ValueFunction) -> nn.Module:
     """The critic as a module; both kinds are."""
-    return cast(nn.Module, crew.value)
+    return cast(nn.Module, value)
 
 
 def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity) -> None:

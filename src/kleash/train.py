@@ -10,23 +10,20 @@
 Left out: several processes. A run is one process on one device.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
-import yaml
 from torch import Tensor
 
-from kleash.algorithms import ppo
-from kleash.assembly import Crew, assemble, make_controller, target_per_response
-from kleash.beginning import begin, start_line
+from kleash.algorithms import choice
+from kleash.assembly import Crew, target_per_response
+from kleash.beginning import start_line
 from kleash.beta.controllers import BetaController, Measurement
 from kleash.beta.starting import Start
-from kleash.config import Config, dump_config, parse_config
-from kleash.errors import ConfigError, ModelError, RefusedError, RunError
+from kleash.config import Config
+from kleash.errors import ModelError, RefusedError
 from kleash.evaluation import (
     Written,
     evaluate_heldout,
@@ -34,7 +31,6 @@ from kleash.evaluation import (
     training_samples,
     write_answers,
 )
-from kleash.frontier import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.holding import (
     Attempt,
     attempt_step,
@@ -58,16 +54,15 @@ from kleash.measures import (
     score_variance,
     with_error,
 )
+from kleash.opening import Preflight, open_run
 from kleash.preflight import doctor
 from kleash.progress import TrainingDisplay
-from kleash.prompts import PromptCursor
-from kleash.record import objective_line, run_meta
-from kleash.resume import TrainingState, latest_checkpoint, restore_anchor, restore_run_state
+from kleash.record import objective_line, price
+from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
-from kleash.rollout import TokenScorer, score
-from kleash.runs import Run, RunWriter, holds_run, read_run
+from kleash.rollout import score
+from kleash.runs import RunWriter, Sample
 from kleash.scoring import checked, token_scores
-from kleash.trackers import Trackers
 from kleash.types import ScoredRollout
 from kleash.updates import needs_exact_kl, update
 
@@ -76,12 +71,7 @@ _SAME_MODEL = 1e-4
 _HELDOUT_SAMPLES = 8
 
 
-def train(
-    config: Config,
-    *,
-    argv: Sequence[str] = (),
-    preflight: Callable[[Config, Crew], list[str]] | None = None,
-) -> Path:
+def train(config: Config, *, argv: Sequence[str] = (), preflight: Preflight | None = None) -> Path:
     """Train a policy on the leash and leave a run directory.
 
     If the output already holds this very run, unfinished, it is continued from its newest
@@ -100,48 +90,23 @@ def train(
         KleashError: something the user can mend; nothing was begun if it shows at the start, and
             the run directory says "failed" and why if it shows later.
     """
-    _require_one_process()
-    path = Path(config.output)
-    begun = holds_run(path)
-    if begun:
-        _require_same_run(config, read_run(path))
-    torch.manual_seed(config.seed)
-    crew = assemble(config)
-    warnings = preflight(config, crew) if preflight is not None and not begun else []
-    reference = crew.reference.identity()
-    trackers = Trackers(config.logging.trackers, path)
-    checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
-    if checkpoint is not None:
-        state = restore_run_state(checkpoint, crew, reference)
-        crew = restore_anchor(checkpoint, crew, state)
-        frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
-    else:
-        frontier, state = _begin(config, crew)
-    crew = replace(crew, frontier=frontier)
-    controller = _controller(config, state.start)
-    if begun:
-        run = RunWriter.reopen(path, through_step=state.step if checkpoint else -1)
-    else:
-        meta = run_meta(config, crew, reference, argv, beta=state.beta.beta, start=state.start)
-        meta["warnings"] = warnings
-        run = RunWriter.create(path, config=yaml.safe_load(dump_config(config)), meta=meta)
-    if frontier is not None and checkpoint is None:
-        write_frontier(path / PLAN_FILE, frontier)
+    opened = open_run(config, argv=argv, preflight=preflight)
+    crew, state, run, trackers = opened.crew, opened.state, opened.run, opened.trackers
     display = TrainingDisplay(
-        config.steps, title=path.name, target_kl=config.leash.target_kl, done=state.step
+        config.steps, title=run.path.name, target_kl=config.leash.target_kl, done=state.step
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
         if state.start is not None:
             display.say(start_line(config, state.start))
-        if checkpoint is None:
-            _heldout(config, crew, state, run)
+        if opened.fresh and crew.heldout:
+            run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
         sealed = seal(crew)
         while state.step < config.steps:
             attempt = attempt_step(config, crew, state)
             try:
                 require_unchanged(crew, sealed)
-                state, metrics = _step(config, crew, controller, state, run, attempt)
+                state, metrics = _step(config, crew, opened.controller, state, run, attempt)
             except RefusedError as error:
                 display.say(f"step {attempt.step} refused: {error}")
                 crew, state, sealed = refuse(error, attempt, config, crew, state, sealed, run)
@@ -153,39 +118,6 @@ def train(
     return run.path
 
 
-def _require_same_run(config: Config, run: Run) -> None:
-    """An output directory is free, or holds this very run, unfinished."""
-    if parse_config(dict(run.config), where=f"{run.path}/config.yaml") != config:
-        raise RunError(
-            f"{config.output!r} already holds a run of another configuration; give another output "
-            "directory, or move that run away"
-        )
-    if run.status == "finished":
-        raise RunError(
-            f"{config.output!r} already holds this run, finished; give another output directory, "
-            "or move it away"
-        )
-
-
-def _begin(config: Config, crew: Crew) -> tuple[Frontier | None, TrainingState]:
-    """Look at the scores before the first update where something depends on them."""
-    begun = begin(config, crew)
-    initial = config.score_normalisation == "initial"
-    return begun.frontier, TrainingState(
-        step=0,
-        episodes=0,
-        beta=_controller(config, begun.start).init(),
-        scores=begun.statistics if initial else ScoreStatistics(),
-        cursor=PromptCursor(size=len(crew.prompts), seed=config.seed),
-        mixing=crew.settings.mixing,
-        start=begun.start,
-    )
-
-
-def _controller(config: Config, start: Start | None) -> BetaController:
-    return make_controller(config.leash, start=start, responses_per_step=config.responses_per_step)
-
-
 def _step(
     config: Config,
     crew: Crew,
@@ -195,112 +127,68 @@ def _step(
     attempt: Attempt,
 ) -> tuple[TrainingState, dict[str, Number]]:
     """One rollout and its updates; every number of it goes into the run directory."""
-    clock, beta = Clock(), state.beta.beta
-    step = state.step + 1
+    clock, beta, step = Clock(), state.beta.beta, state.step + 1
 
     # 1. The policy writes; the reward models read.
     numbers, cursor = state.cursor.take(config.rollout.prompts_per_step)
     with clock.measure("time/generate"):
-        attempt.answers = write_answers(
-            crew,
-            [crew.prompts[number] for number in numbers],
-            responses_per_prompt=config.rollout.responses_per_prompt,
-            microbatch=config.responses_per_step,
-        )
-        written = judge(crew, attempt.answers)
+        written = _write(config, crew, numbers, attempt)
     scores, seen = _normalise(config, written.raw_scores, state.scores)
     attempt.scores = scores
 
     # 2–3. Policy, reference and critic score the same tokens.
     with clock.measure("time/score"):
-        scored = score(
-            written.rollout,
-            policy=crew.policy,
-            reference=crew.reference,
-            scores=scores,
-            value=crew.value,
-            temperature=crew.sampling.temperature,
-            microbatch=config.rollout.microbatch_size,
-            keep_ref_hidden=needs_exact_kl(crew),
-            scorer=_scorer(config, step),
-        )
-        original_kl = _original_kl(crew, scored, microbatch=config.rollout.microbatch_size)
-    attempt.scored = scored
-
-    if step == 1 and not config.reference.reference_differs:
-        _require_reference_is_start(scored)
-    doctor.look(config, crew, written, scored, step=step, folder=run.path, tell=run.append_event)
-    check_bounds(config, scored, original_kl)
-    attempt.within_bounds = True
+        attempt.scored = scored = _read(config, crew, written, scores, step=step)
+        original_kl = _original_kl(config, crew, scored)
+    _require_sound(config, crew, written, scored, original_kl, attempt, run)
     # Looked at closely while the policy is still the one that wrote them.
-    samples = training_samples(
-        crew, scored, written, step=step, count=config.logging.samples_per_step
-    )
+    count = config.logging.samples_per_step
+    samples = training_samples(crew, scored, written, step=step, count=count)
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
-        experience = ppo.prepare(scored, beta, settings)
+        experience = choice.prepare(scored, beta, settings)
         attempt.updating = True
         updates = update(config, crew, experience, done=state.step)
 
-    # 6. β moves.
     metrics = {
-        **objective_measures(experience.scored, beta=beta),
+        **objective_measures(experience.scored, beta=price(config, beta)),
         **rollout_measures(scored, written.responses),
         **_original_measures(config, scored, original_kl),
         **updates,
         "objective/accounting_residual": account(settings, experience, beta),
+        **_reward_measures(config, written, scored, beta=beta),
     }
-    episodes = state.episodes + len(written.responses)
+    metrics |= efficiency_measure(crew.frontier, metrics)
+
+    # 6. β moves.
+    trained = replace(scored, scores=choice.trained_scores(experience.scored, settings))
+    reading = _measurement(config, metrics, trained, start=state.start)
     after = replace(
         state,
         step=step,
-        episodes=episodes,
-        beta=controller.update(
-            state.beta, _measurement(config, metrics, scored, start=state.start)
-        ),
+        episodes=state.episodes + len(written.responses),
+        beta=controller.update(state.beta, reading),
         scores=seen,
         cursor=cursor,
         mixing=next_mixing(settings, experience, beta),
-        start=state.start,
+        seconds=state.seconds + clock.total,
     )
-
-    metrics |= _bookkeeping(config, crew, written, clock, scored, beta=beta)
-    metrics |= efficiency_measure(crew.frontier, metrics)
-    after = replace(after, seconds=state.seconds + clock.total)
-    metrics |= {"step": step, "episodes": episodes, "seconds": after.seconds}
-    every = config.heldout.every
-    if step == config.steps or (every and step % every == 0):
-        metrics |= _evaluate(config, crew, after, run)
-    run.append_metrics(metrics)
-    run.append_samples(samples)
+    metrics |= _progress(clock, scored, after)
+    _write_down(config, crew, samples, after, metrics, run)
     return after, metrics
 
 
-def _original_kl(crew: Crew, scored: ScoredRollout, *, microbatch: int) -> Tensor:
-    """[batch, token] exact KL to the reference the run began with, wherever the anchor is now."""
-    if crew.reference is crew.original:
-        return scored.kl
-    return score(
-        scored.rollout,
-        policy=crew.policy,
-        reference=crew.original,
-        scores=scored.scores,
-        temperature=crew.sampling.temperature,
-        microbatch=microbatch,
-    ).kl
-
-
-def _original_measures(
-    config: Config, scored: ScoredRollout, original_kl: Tensor
-) -> dict[str, Number]:
-    """The KL to the original reference, where it is not that to the anchor."""
-    if config.leash.reanchor_every is None:
-        return {}
-    mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
-    estimate = clustered_mean(response_kl(original_kl, mask), clusters)
-    return with_error("objective/kl_original", estimate)
+def _write(config: Config, crew: Crew, numbers: Sequence[int], attempt: Attempt) -> Written:
+    """Responses to the prompts with these numbers, and what the reward models say of them."""
+    attempt.answers = write_answers(
+        crew,
+        [crew.prompts[number] for number in numbers],
+        responses_per_prompt=config.rollout.responses_per_prompt,
+        microbatch=config.responses_per_step,
+    )
+    return judge(crew, attempt.answers)
 
 
 def _normalise(
@@ -316,10 +204,70 @@ def _normalise(
             return seen.normalise(raw), seen
 
 
-def _scorer(config: Config, step: int) -> TokenScorer:
-    """Who scores a rollout: now and then someone who checks a few of the numbers."""
+def _read(
+    config: Config, crew: Crew, written: Written, scores: Tensor, *, step: int
+) -> ScoredRollout:
+    """What policy, reference and critic say of every token; now and then compared with float64."""
     every = config.logging.spot_check_every
-    return checked.token_scores if every and step % every == 0 else token_scores
+    return score(
+        written.rollout,
+        policy=crew.policy,
+        reference=crew.reference,
+        scores=scores,
+        value=crew.value,
+        temperature=crew.sampling.temperature,
+        microbatch=config.rollout.microbatch_size,
+        keep_ref_hidden=needs_exact_kl(crew),
+        scorer=checked.token_scores if every and step % every == 0 else token_scores,
+    )
+
+
+def _original_kl(config: Config, crew: Crew, scored: ScoredRollout) -> Tensor:
+    """[batch, token] exact KL to the reference the run began with, wherever the anchor is now."""
+    if crew.reference is crew.original:
+        return scored.kl
+    return score(
+        scored.rollout,
+        policy=crew.policy,
+        reference=crew.original,
+        scores=scored.scores,
+        temperature=crew.sampling.temperature,
+        microbatch=config.rollout.microbatch_size,
+    ).kl
+
+
+def _require_sound(
+    config: Config,
+    crew: Crew,
+    written: Written,
+    scored: ScoredRollout,
+    original_kl: Tensor,
+    attempt: Attempt,
+    run: RunWriter,
+) -> None:
+    """Before anything is learnt from a rollout: the start, the noise and the bounds are right.
+
+    Raises:
+        ModelError: the run does not start at its reference.
+        TripwireError: a bound was passed.
+    """
+    if attempt.step == 1 and not config.reference.reference_differs:
+        _require_reference_is_start(scored)
+    step = attempt.step
+    doctor.look(config, crew, written, scored, step=step, folder=run.path, tell=run.append_event)
+    check_bounds(config, scored, original_kl)
+    attempt.within_bounds = True
+
+
+def _require_reference_is_start(scored: ScoredRollout) -> None:
+    """Before the first update the policy is the reference, or someone has mixed up two models."""
+    per_token = float(masked_mean(scored.kl, scored.rollout.response_mask))
+    if per_token > _SAME_MODEL:
+        raise ModelError(
+            f"the reference is not the policy this run starts from: KL {per_token:.3g} nats per "
+            f"token before any update, expected at most {_SAME_MODEL:g}; mend reference.path, or "
+            "say reference.reference_differs: true if it is meant"
+        )
 
 
 def _measurement(
@@ -345,27 +293,21 @@ def _measurement(
     )
 
 
-def _require_reference_is_start(scored: ScoredRollout) -> None:
-    """Before the first update the policy is the reference, or someone has mixed up two models."""
-    per_token = float(masked_mean(scored.kl, scored.rollout.response_mask))
-    if per_token > _SAME_MODEL:
-        raise ModelError(
-            f"the reference is not the policy this run starts from: KL {per_token:.3g} nats per "
-            f"token before any update, expected at most {_SAME_MODEL:g}; mend reference.path, or "
-            "say reference.reference_differs: true if it is meant"
-        )
-
-
-def _bookkeeping(
-    config: Config,
-    crew: Crew,
-    written: Written,
-    clock: "Clock",
-    scored: ScoredRollout,
-    *,
-    beta: float,
+def _original_measures(
+    config: Config, scored: ScoredRollout, original_kl: Tensor
 ) -> dict[str, Number]:
-    tokens = int(scored.rollout.response_mask.sum())
+    """The KL to the original reference, where it is not that to the anchor."""
+    if config.leash.reanchor_every is None:
+        return {}
+    mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
+    estimate = clustered_mean(response_kl(original_kl, mask), clusters)
+    return with_error("objective/kl_original", estimate)
+
+
+def _reward_measures(
+    config: Config, written: Written, scored: ScoredRollout, *, beta: float
+) -> dict[str, Number]:
+    """Each reward model's mean, and what the leash asks for."""
     return {
         **{f"reward/{name}": float(part.mean()) for name, part in written.parts.items()},
         "reward/total": float(written.raw_scores.mean()),
@@ -373,27 +315,46 @@ def _bookkeeping(
         "objective/target_kl": target_per_response(
             config.leash, float(scored.rollout.response_mask.sum(-1).double().mean())
         ),
-        **clock.seconds,
-        "tokens_per_second": tokens / clock.total,
     }
 
 
-def _heldout(config: Config, crew: Crew, state: TrainingState, run: RunWriter) -> None:
-    """Step 0: what the reference does, before anything is learnt."""
-    if crew.heldout:
-        run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
+def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
+    """Where the run is, and how fast."""
+    tokens = int(scored.rollout.response_mask.sum())
+    return {
+        **clock.seconds,
+        "tokens_per_second": tokens / clock.total,
+        "step": after.step,
+        "episodes": after.episodes,
+        "seconds": after.seconds,
+    }
+
+
+def _write_down(
+    config: Config,
+    crew: Crew,
+    samples: Sequence[Sample],
+    after: TrainingState,
+    metrics: dict[str, Number],
+    run: RunWriter,
+) -> None:
+    """A held-out evaluation where one is due, the step's numbers, and a few of its responses."""
+    every = config.heldout.every
+    due = after.step == config.steps or (every and after.step % every == 0)
+    if crew.heldout and due:
+        metrics |= _evaluate(config, crew, after, run)
+    run.append_metrics(metrics)
+    run.append_samples(samples)
 
 
 def _evaluate(
     config: Config, crew: Crew, state: TrainingState, run: RunWriter
 ) -> dict[str, Number]:
-    if not crew.heldout:
-        return {}
     differs = config.reference.reference_differs
     metrics, samples = evaluate_heldout(
         crew,
         step=state.step,
-        beta=state.beta.beta,
+        beta=price(config, state.beta.beta),
         responses_per_prompt=config.heldout.responses_per_prompt,
         microbatch=max(256, config.rollout.microbatch_size),
         samples=_HELDOUT_SAMPLES,
@@ -401,11 +362,3 @@ def _evaluate(
     )
     run.append_samples(samples)
     return metrics
-
-
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"kleash train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: "
-            "start it without a distributed launcher"
-        )

@@ -4,23 +4,28 @@ A gradient that is not finite never reaches the weights; whose it was is found o
 response alone, and then each of its tokens.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kleash.algorithms import ppo
+from kleash.algorithms import choice
+from kleash.algorithms.experience import kept_rows, select
 from kleash.algorithms.losses import average, combine, explained_variance
 from kleash.assembly import Crew, learning_rate_factor
 from kleash.config import Config
 from kleash.errors import NonFiniteError, RefusedError, RunError
+from kleash.kl.placements import DIFFERENTIATES_KL, effective_sample_size, prefix_weights
 from kleash.measures import Number, first_ratio_error
 from kleash.pretraining import pretraining_loss
 from kleash.rollout import fresh, microbatches
 from kleash.scoring import token_scores
 from kleash.types import Experience, Fresh, Loss
 
+_LEAST_EFFECTIVE = 0.5
+"""Share of effective tokens that prefix weights must leave, where they are in the loss."""
 _FIRST_RATIO_TOLERANCE = 1e-3
 """How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
 
@@ -41,28 +46,30 @@ def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> 
     factor = learning_rate_factor(config.optimizer, step=done, steps=config.steps)
     for group in crew.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    minibatches: list[dict[str, float]] = []
-    ratio_error: float | None = None
-    rows = ppo.kept_rows(experience)
-    for _ in range(config.ppo.epochs):
-        order = rows[torch.randperm(len(rows)).to(rows.device)]
-        for chosen in order.chunk(config.ppo.minibatches):
-            try:
-                minibatch = ppo.select(experience, chosen)
-                losses = _backward(config, crew, minibatch)
-                if ratio_error is None:
-                    ratio_error = max(error for _, error in losses)
-                    _require_first_ratio(ratio_error)
-                numbers = combine([loss for loss, _ in losses])
-                numbers["optim/grad_norm"] = _optimise(config, crew, minibatch)
-            except RefusedError as error:
-                error.among(chosen.tolist())
-                raise
-            minibatches.append(numbers)
+    made: list[dict[str, float]] = []
+    first_error, effective = None, 1.0
+    for chosen in _minibatches(config, experience):
+        try:
+            minibatch = select(experience, chosen)
+            passed = _backward(config, crew, minibatch)
+            if first_error is None:
+                first_error = passed.ratio_error
+                _require_first_ratio(first_error)
+            effective = min(effective, passed.effective)
+            if made and effective < least_effective(config):
+                break
+            numbers = combine(passed.losses)
+            numbers["optim/grad_norm"] = _optimise(config, crew, minibatch)
+        except RefusedError as error:
+            error.among(chosen.tolist())
+            raise
+        made.append(numbers)
     foreseen = experience.scored.values
     return {
-        **average(minibatches),
-        "policy/ratio_first_error": ratio_error,
+        **average(made),
+        "policy/ratio_first_error": first_error,
+        "policy/effective_samples": effective,
+        "policy/updates": len(made),
         "optim/lr": config.optimizer.lr * factor,
         "value/explained_variance": None
         if foreseen is None
@@ -70,40 +77,73 @@ def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> 
     }
 
 
+def _minibatches(config: Config, experience: Experience) -> Iterator[Tensor]:
+    """Rows of each optimiser step: every kept response once in an epoch, in a new order."""
+    rows = kept_rows(experience)
+    for _ in range(config.ppo.epochs):
+        order = rows[torch.randperm(len(rows)).to(rows.device)]
+        yield from order.chunk(config.ppo.minibatches)
+
+
+def least_effective(config: Config) -> float:
+    """Share of effective tokens below which a rollout teaches no more; 0: no bound."""
+    told = config.ppo.min_effective_samples
+    if told is not None:
+        return told
+    return _LEAST_EFFECTIVE if config.leash.placement == "exact_weighted" else 0.0
+
+
 def needs_exact_kl(crew: Crew) -> bool:
     """Whether the loss differentiates the exact KL."""
-    return crew.settings.placement in ("exact", "mixed", "loss_exact")
+    return crew.settings.placement in DIFFERENTIATES_KL
 
 
-def _backward(config: Config, crew: Crew, minibatch: Experience) -> list[tuple[Loss, float]]:
-    """Gradients of one minibatch, a microbatch at a time; they add to the same whatever the split.
+@dataclass(frozen=True)
+class _Passed:
+    """What the backward passes of a minibatch say."""
 
-    Returns:
-        Each microbatch's loss, and how far its ratio was from 1.
-    """
+    losses: list[Loss]
+    ratio_error: float
+    """How far a ratio was from 1."""
+    effective: float
+    """Share of tokens that the prefix weights leave effective: ESS / tokens."""
+
+
+def _backward(config: Config, crew: Crew, minibatch: Experience) -> _Passed:
+    """Gradients of one minibatch, a microbatch at a time; any split adds to the same."""
     crew.optimizer.zero_grad(set_to_none=True)
     tokens = int(minibatch.mask.sum())
-    losses: list[tuple[Loss, float]] = []
+    losses: list[Loss] = []
+    error, weights = 0.0, torch.zeros_like(minibatch.mask, dtype=torch.float64)
     for rows in microbatches(minibatch.scored.rollout, config.ppo.microbatch_size):
-        part = ppo.select(minibatch, rows)
+        part = select(minibatch, rows)
         try:
             loss, now = _loss(crew, part, tokens=tokens)
-        except RefusedError as error:
-            error.among(rows.tolist())
+        except RefusedError as refused:
+            refused.among(rows.tolist())
             raise
         loss.total.backward()
-        error = first_ratio_error(now.logprobs.detach(), part.scored.rollout_logprobs, part.mask)
-        losses.append((loss, error))
+        logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
+        error = max(error, first_ratio_error(logprobs, then, part.mask))
+        weights[rows] = prefix_weights(logprobs.double(), then.double(), part.mask)
+        losses.append(loss)
+    _pretrain(crew, losses)
+    effective = float(effective_sample_size(weights, minibatch.mask)) / tokens
+    return _Passed(losses, error, effective)
+
+
+def _pretrain(crew: Crew, losses: Sequence[Loss]) -> None:
+    """Gradients of the pretraining mix, where there is one."""
     mix = crew.pretraining
-    if mix is not None:
-        likelihood = pretraining_loss(
-            crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
-        )
-        (mix.coefficient * likelihood).backward()
-        losses[0][0].metrics["loss/pretraining"] = float(likelihood.detach())
-        for loss, _ in losses[1:]:
-            loss.metrics["loss/pretraining"] = 0.0
-    return losses
+    if mix is None:
+        return
+    likelihood = pretraining_loss(
+        crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
+    )
+    (mix.coefficient * likelihood).backward()
+    # Metrics of microbatches add up: the first has it, the others add nothing.
+    for number, loss in enumerate(losses):
+        loss.metrics["loss/pretraining"] = 0.0 if number else float(likelihood.detach())
 
 
 def _loss(crew: Crew, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
@@ -116,7 +156,7 @@ def _loss(crew: Crew, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
         want=("logprobs", "kl") if needs_exact_kl(crew) else ("logprobs",),
         scorer=partial(token_scores, tiles=crew.tiles),
     )
-    return ppo.loss(part, now, crew.settings, tokens=tokens), now
+    return choice.loss(part, now, crew.settings, tokens=tokens), now
 
 
 def _optimise(config: Config, crew: Crew, minibatch: Experience) -> float:
@@ -139,7 +179,7 @@ def _culprit(crew: Crew, minibatch: Experience) -> tuple[int | None, int | None]
     """The first response whose gradient alone is not finite, and the first such token of it."""
     tokens = int(minibatch.mask.sum())
     for row in range(len(minibatch.mask)):
-        alone = ppo.select(minibatch, torch.tensor([row], device=minibatch.mask.device))
+        alone = select(minibatch, torch.tensor([row], device=minibatch.mask.device))
         if _is_finite(crew, alone, tokens=tokens):
             continue
         for token in alone.mask[0].nonzero().flatten().tolist():
@@ -163,7 +203,8 @@ def _is_finite(crew: Crew, part: Experience, *, tokens: int) -> bool:
 
 
 def _parameters(crew: Crew) -> list[nn.Parameter]:
-    return [*crew.policy.parameters(), *crew.value.parameters()]
+    critic = [] if crew.value is None else crew.value.parameters()
+    return [*crew.policy.parameters(), *critic]
 
 
 def _require_first_ratio(error: float) -> None:

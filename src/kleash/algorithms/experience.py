@@ -16,6 +16,7 @@ from kleash.algorithms.losses import clipped_policy_loss, policy_ratio
 from kleash.errors import NonFiniteError
 from kleash.kl.estimators import sampled_kl
 from kleash.kl.placements import (
+    DIFFERENTIATES_KL,
     Placement,
     charges,
     check_placement,
@@ -152,7 +153,7 @@ def policy_losses(
     }
     if experience.pathwise is None:
         return losses
-    if fresh.kl is None and placement in ("exact", "mixed", "loss_exact"):
+    if fresh.kl is None and placement in DIFFERENTIATES_KL:
         raise ValueError(
             f"placement {placement!r} differentiates the exact KL, got Fresh.kl=None: score the "
             "minibatch with the reference too"

@@ -29,6 +29,7 @@ from kleash.masked import at_least_float32, masked_sum
 Placement = Literal[
     "reward_k1",
     "exact",
+    "exact_weighted",
     "mixed",
     "measure",
     "reward_k2",
@@ -69,12 +70,20 @@ _ESTIMATOR: dict[Placement, Estimator] = {
     "loss_k3": "k3",
 }
 
+DIFFERENTIATES_KL: tuple[Placement, ...] = ("exact", "exact_weighted", "mixed", "loss_exact")
+"""Placements whose loss needs the exact KL of the policy now, with its gradient."""
+
 _GRADIENTS: dict[Placement, Gradient] = {
     "reward_k1": Gradient("exact", "each token pays for the log-ratio of itself and all it led to"),
     "exact": Gradient(
         "exact",
         "the loss holds the pathwise gradient of the exact KL, the return the exact KL of strictly"
         " later states",
+    ),
+    "exact_weighted": Gradient(
+        "exact",
+        "the loss holds every state's exact KL, weighted by how much likelier the policy now is to"
+        " come there, also where another policy sampled",
     ),
     "mixed": Gradient(
         "exact",
@@ -243,10 +252,10 @@ def loss_weights(
 ) -> Float[Tensor, "batch token"] | None:
     r"""Weight of each token's `loss_terms` in the loss, to be multiplied by β.
 
-    1 for `exact` and the `loss_*` placements, c for `mixed`. Together with a policy loss that sums
-    −A_t log π(a_t) over tokens, the penalty is β·Σ_t weight_t·term_t; divide both by the same
-    number. Where advantages are divided by their standard deviation, divide the weights by it too,
-    or the two parts of the gradient no longer fit.
+    1 for `exact`, `exact_weighted` and the `loss_*` placements, c for `mixed`. Together with a
+    policy loss that sums −A_t log π(a_t) over tokens, the penalty is β·Σ_t weight_t·term_t; divide
+    both by the same number. Where advantages are divided by their standard deviation, divide the
+    weights by it too, or the two parts of the gradient no longer fit.
 
     Args:
         placement: one of the names of `Placement`.
@@ -282,6 +291,7 @@ def loss_terms(
     r"""The differentiable term of each token in the loss, before weight and β.
 
         exact, mixed, loss_exact   KL_t, exact, of the policy now
+        exact_weighted             w_{<t}·KL_t with `prefix_weights`, differentiable in both
         loss_k1, _k2, _k3          k1_t, k2_t, k3_t of the policy now
         loss_k3_weighted           ρ_t·k3_t with ρ_t = π(a_t)/π_rollout(a_t) differentiable
         others                     none
@@ -305,6 +315,9 @@ def loss_terms(
     match placement:
         case "exact" | "mixed" | "loss_exact":
             term = at_least_float32(kl)
+        case "exact_weighted":
+            weights = prefix_weights(logprobs, rollout_logprobs, mask)
+            term = weights * torch.where(mask, at_least_float32(kl), 0.0)
         case "loss_k1" | "loss_k2" | "loss_k3":
             term = sampled_kl(now, reference, _ESTIMATOR[placement])
         case "loss_k3_weighted":
@@ -354,8 +367,8 @@ def off_policy_exact_loss(
         loss = Σ_t w_{<t}·KL_t,     E_rollout[loss] = KL(π‖π_ref) of whole responses
 
     Gradients flow through both factors: KL_t gives the pathwise part, w_{<t} the score part. On
-    fresh samples it equals the placement `exact`, response by response. It replaces charge and
-    loss term together: charge nothing beside it.
+    fresh samples it equals the placement `exact`, response by response. It is the sum of the terms
+    of the placement `exact_weighted`, which charges nothing beside it.
 
     Args:
         logprobs: log π of the sampled tokens under the policy now; gradients flow.

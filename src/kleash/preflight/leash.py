@@ -78,7 +78,7 @@ def strength(trial: Trial) -> Finding:
         return skipped(name, f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
     if deviation is None or deviation == 0:
         return skipped(name, "The score has no spread: see leash.score_spread.")
-    unit = 1.0 if trial.config.score_normalisation != "none" else deviation
+    unit = _unit(trial, deviation)
     nats = unit / beta
     measured = f"β = {beta:.4g}: one standard deviation ({unit:.3g}) is worth {nats:.3g} nats"
     if _TIGHT <= nats <= _SLACK:
@@ -183,6 +183,13 @@ def score_deviation(trial: Trial) -> float | None:
     return None if variance is None else math.sqrt(variance)
 
 
+def _unit(trial: Trial, deviation: float) -> float:
+    """Standard deviation of the score in the units that β is a price in."""
+    config = trial.config
+    normalised = config.score_normalisation != "none" or config.algorithm == "grpo"
+    return 1.0 if normalised else deviation
+
+
 def starting_beta(trial: Trial) -> float:
     """β of the first step, from this trial's few responses where a plan would ask for more."""
     leash, start = trial.config.leash, None
@@ -190,7 +197,7 @@ def starting_beta(trial: Trial) -> float:
     target = target_per_response(leash, length)
     if target is not None:
         deviation = score_deviation(trial) or 1.0
-        unit = 1.0 if trial.config.score_normalisation != "none" else deviation
+        unit = _unit(trial, deviation)
         beta = leash.initial_beta or initial_beta(target, unit)
         start = Start(beta, "spread", response_length=length)
     responses = trial.config.responses_per_step

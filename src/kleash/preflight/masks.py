@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from kleash.algorithms import ppo
+from kleash.algorithms import choice
 from kleash.heads import apply_head
 from kleash.kl.statistics import response_kl
 from kleash.measures import objective_measures
@@ -170,10 +170,10 @@ def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
     settings = replace(trial.crew.settings, truncated="score", missing_eos_penalty=None)
     mask = trial.rollout.response_mask
     width = mask.shape[1]
-    experience = ppo.prepare(scored, _BETA, settings)
+    experience = choice.prepare(scored, _BETA, settings)
     kl = scored.kl if experience.pathwise is not None else None
     now = Fresh(logprobs=scored.rollout_logprobs, values=scored.values, kl=kl)
-    loss = ppo.loss(experience, now, settings, tokens=int(experience.mask.sum()))
+    loss = choice.loss(experience, now, settings, tokens=int(experience.mask.sum()))
     measures = objective_measures(scored, beta=_BETA)
     return {
         "rewards": torch.where(mask, experience.rewards[:, :width], 0.0),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kleash.algorithms import ppo
+from kleash.algorithms import choice
+from kleash.algorithms.experience import select
 from kleash.assembly import Crew
 from kleash.evaluation import write_responses
 from kleash.preflight.finding import Finding, skipped
@@ -108,16 +109,18 @@ def _iterate(trial: Trial) -> Cost:
     crew, config = trial.crew, trial.config
     device = crew.policy.device
     before, clock = _peak(device), time.perf_counter()
-    prompts = crew.prompts[: min(config.rollout.prompts_per_step, 64)]
+    group = config.rollout.responses_per_prompt
+    prompts = crew.prompts[: min(config.rollout.prompts_per_step, max(1, 64 // group))]
     written = write_responses(
-        crew, prompts, responses_per_prompt=1, microbatch=config.rollout.microbatch_size
+        crew, prompts, responses_per_prompt=group, microbatch=config.rollout.microbatch_size
     )
+    responses = len(written.responses)
     wrote = time.perf_counter()
     scored = read(crew, written, crew.reference)
     was_read = time.perf_counter()
-    experience = ppo.prepare(scored, 0.1, crew.settings)
-    rows = torch.arange(len(prompts), device=device)[: config.ppo.microbatch_size]
-    part = ppo.select(experience, rows)
+    experience = choice.prepare(scored, 0.1, crew.settings)
+    rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
+    part = select(experience, rows)
     now = fresh(
         part,
         policy=crew.policy,
@@ -126,12 +129,12 @@ def _iterate(trial: Trial) -> Cost:
         temperature=crew.sampling.temperature,
         want=("logprobs",) if part.pathwise is None else ("logprobs", "kl"),
     )
-    ppo.loss(part, now, crew.settings, tokens=int(part.mask.sum())).total.backward()
+    choice.loss(part, now, crew.settings, tokens=int(part.mask.sum())).total.backward()
     peak = _peak(device)
     crew.optimizer.zero_grad(set_to_none=True)
-    learning = (time.perf_counter() - was_read) * len(prompts) / len(rows)
+    learning = (time.perf_counter() - was_read) * responses / len(rows)
     return Cost(
-        responses=len(prompts),
+        responses=responses,
         tokens=int(written.rollout.response_mask.sum()),
         writing=wrote - clock,
         reading=was_read - wrote,

@@ -175,6 +175,24 @@ GLOSSARY: tuple[Metric, ...] = (
         "0.01 to 0.3",
     ),
     Metric(
+        "policy/effective_samples",
+        "Effective samples",
+        "Share of a minibatch's tokens that is left effective by how much likelier the policy has "
+        "become to come to them; the least of the step.",
+        "(Σ w)² / (n · Σ w²), w_t = Π_{s<t} π(y_s) / π_rollout(y_s)",
+        "fraction of tokens",
+        "0.5 to 1",
+    ),
+    Metric(
+        "policy/updates",
+        "Updates",
+        "Optimiser steps made with this rollout. Fewer than epochs × minibatches: the share of "
+        "effective samples fell below its bound.",
+        "count",
+        "updates",
+        "1 to 16",
+    ),
+    Metric(
         "policy/ratio_first_error",
         "First ratio, off 1 by",
         "Largest deviation from 1 of any token's ratio on the first minibatch, before anything was "
