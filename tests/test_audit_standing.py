@@ -34,7 +34,9 @@ def policy(run: Path, step: int) -> Identity:
     return Identity(str(run / f"checkpoints/step-{step:06d}/policy"), "loaded", "float32", "aa")
 
 
-def stands(run: Path, step: int, reference: Identity = REFERENCE, t: float = 1) -> Standing | None:
+def stands(
+    run: Path, step: int, reference: Identity = REFERENCE, t: float = 1.0
+) -> Standing | None:
     return standing_of(policy(run, step), reference, temperature=t)
 
 
@@ -67,7 +69,7 @@ def test_what_is_not_the_runs_own_has_no_place_in_it(run: Path, tmp_path: Path) 
     assert stands(run, 6, t=0.7) is None
     for path in (tmp_path / "elsewhere/step-000006/policy", run / "checkpoints/best/policy", run):
         one = Identity(str(path), "loaded", "float32", "aa")
-        assert standing_of(one, REFERENCE, temperature=1) is None
+        assert standing_of(one, REFERENCE, temperature=1.0) is None
     (run / "metrics.jsonl").write_text("{}\n{}\n")
     with pytest.raises(RunError, match="step"):
         stands(run, 6)

@@ -101,3 +101,13 @@ def test_spots_stand_alone() -> None:
     line = chart((0, 0), (10, 5)).series[0]
     (series,) = draw(replace(chart((0, 0)), series=[replace(line, style="spot")])).series
     assert len(series.dots) == 2
+
+
+def test_few_dots_have_bars_and_many_have_none() -> None:
+    def drawn(count: int):
+        points = [Point(float(n % 3), float(n), 0.5) for n in range(count)]
+        return draw(Chart("t", "", "", "", [Series("s", points, "dots")])).series[0]
+
+    bars = places(drawn(4).error_path)
+    assert len(bars) == 8 and all(bars[k][0] == bars[k + 1][0] for k in range(0, 8, 2))
+    assert drawn(charts.MAX_BARS + 1).error_path == ""

@@ -28,7 +28,7 @@ def test_charts_follow_the_run(tmp_path):
     assert [p.x for p in gold_frontier.series[0].points] == [
         math.sqrt(max(m["heldout/kl_ref"], 0)) for m in golds
     ]
-    assert by_position.sample == "9 kept responses of steps 15 to 18"
+    assert by_position.sample == "6 kept responses of steps 15 to 18"
     assert (by_position.unit, len(by_position.series[0].points)) == ("nats per token", 24)
     titles = [one.title for one in groups["What it earned"]]
     assert "Gold score, held-out prompts" in titles and "Reward: polite" in titles

@@ -65,8 +65,8 @@ def test_which_responses_count() -> None:
 
 
 def test_where_all_are_kept_each_counts_once() -> None:
-    found = kl_by_position([kept(1, "worst", [1.0, 3.0]), kept(1, "worst", [2.0])], 2)
-    assert found is not None and [one.mean for one in found.kl] == pytest.approx([1.5, 3.0])
+    found = kl_by_position([kept(1, "worst", [1.0, 3.0]), kept(1, "worst", [2.0, 5.0])], 2)
+    assert found is not None and [one.mean for one in found.kl] == pytest.approx([1.5, 4.0])
 
 
 def test_positions_that_only_the_worst_reach_are_left_out() -> None:

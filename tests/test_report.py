@@ -72,7 +72,7 @@ def test_events_are_listed_and_a_run_without_any_has_no_list(tmp_path):
     assert "&lt;b&gt;KL 60&lt;/b&gt; [U+202E]" in text and "<b>KL" not in text
     assert text.count('class="sentence"') == SHOWN and "10 more are in report.json" in text
     calm = write_report([write_synthetic_run(tmp_path / "calm", steps=9)])[0].read_text("utf-8")
-    assert 'class="sentence"' not in calm and 'class="mark' not in calm
+    assert 'class="sentence"' not in calm and '<g class="mark' not in calm
 
 
 def test_a_run_from_before_the_likeliest_words_still_opens(tmp_path):

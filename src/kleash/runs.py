@@ -3,7 +3,7 @@
     config.yaml      the resolved configuration
     run.json         status, argv, versions, seed, reference identity, times, message
     metrics.jsonl    one object a step; keys are defined in `docs/metrics.md`
-    samples.jsonl    one object a kept response, with its per-token numbers
+    samples.jsonl    one object a kept response, with its per-token numbers and likeliest words
     events.jsonl     refusals, rollbacks and the like; there as soon as there is one
     refused/         batches of refused steps
     checkpoints/     belongs to the checkpoints' own module

@@ -19,6 +19,9 @@ from kleash.kl.positions import first_position, position_bins
 from kleash.kl.statistics import Estimate, clustered_ratio
 from kleash.runs import Sample
 
+LEAST = 3
+"""Random responses that make a mean."""
+
 
 @dataclass(frozen=True)
 class KLByPosition:
@@ -37,8 +40,8 @@ def kl_by_position(samples: Sequence[Sample], responses_per_step: int) -> KLByPo
     """Estimate the KL at each position over the last third of the steps that kept responses.
 
     The policy's own responses to training prompts count. A step without a random one says nothing
-    of its rest, and is left out; so are positions that no random response reached, and those beyond
-    what was kept of a long one.
+    of its rest, and is left out; so are positions that fewer than `LEAST` random responses reach
+    (all of them, where there are fewer), and those beyond what was kept of a long one.
 
     Args:
         samples: of one run.
@@ -62,10 +65,9 @@ def kl_by_position(samples: Sequence[Sample], responses_per_step: int) -> KLByPo
     rows = [(step, one, w) for step in last for one, w in weighted[step]]
     known = min((len(s.token_kl) for _, s, _ in rows if s.tokens_cut), default=None)
     sums, counts, clusters = _sums([(step, s.token_kl[:known], w) for step, s, w in rows])
-    spoken_for = [
-        s.kind == "random" or len(weighted[step]) == responses_per_step for step, s, _ in rows
-    ]
-    reached = counts[torch.tensor(spoken_for)].sum(0).nonzero().flatten().tolist()
+    speak = [s.kind == "random" or len(weighted[step]) == responses_per_step for step, s, _ in rows]
+    reaching = (counts[torch.tensor(speak)] > 0).sum(0)
+    reached = (reaching >= min(LEAST, sum(speak))).nonzero().flatten().tolist()
     kl = [_mean(sums[:, place], counts[:, place], clusters) for place in reached]
     starts = [-int(-first_position(place) // 1) for place in reached]
     return KLByPosition(starts, kl, len(rows), (last[0], last[-1]))

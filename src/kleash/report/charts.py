@@ -14,6 +14,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 34
 SIGN = 9
 """Room for the sign of a mark."""
 SPOKEN_MARKS = 6
+MAX_BARS = 12
+"""More dots than this have no error bars: they would hide each other."""
 MAX_POINTS = 400
 """More points than this cannot be told apart; the extremes of each stretch are kept."""
 
@@ -99,6 +101,7 @@ class DrawnSeries:
     colour: int
     path: str
     error_path: str
+    """A band around a line; a bar on each dot, where they are few."""
     dots: Sequence[tuple[float, float]]
     lost: Sequence[float]
     """Where a value was NaN or infinite: marked at the top, never dropped in silence."""
@@ -287,31 +290,41 @@ class _Scale:
 
 def _draw_series(series: Series, scale: _Scale) -> DrawnSeries:
     runs = _unbroken(series.points)
-    errors = [
-        [(p, p.error) for p in run if p.error is not None and math.isfinite(p.error)]
-        for run in runs
-    ]
+    alone = series.style in ("dots", "spot")
     return DrawnSeries(
         name=series.name,
         style=series.style,
         colour=series.colour,
         path=" ".join(_line([scale.place(p.x, p.y) for p in run]) for run in runs if len(run) > 1),
-        error_path=" ".join(
-            _area(
-                [scale.place(p.x, p.y + error) for p, error in run],
-                [scale.place(p.x, p.y - error) for p, error in run],
-            )
-            for run in errors
-            if len(run) > 1
-        ),
-        dots=[
-            scale.place(p.x, p.y)
-            for run in runs
-            for p in run
-            if series.style in ("dots", "spot") or len(run) == 1
-        ],
+        error_path=_error_bars(runs, scale) if alone else _error_bands(runs, scale),
+        dots=[scale.place(p.x, p.y) for run in runs for p in run if alone or len(run) == 1],
         lost=[scale.place(p.x, 0.0)[0] for p in series.points if not math.isfinite(p.y)],
     )
+
+
+def _error_bands(runs: Sequence[Sequence[Point]], scale: _Scale) -> str:
+    bands = [_errors(run) for run in runs]
+    return " ".join(
+        _area(
+            [scale.place(p.x, p.y + error) for p, error in band],
+            [scale.place(p.x, p.y - error) for p, error in band],
+        )
+        for band in bands
+        if len(band) > 1
+    )
+
+
+def _error_bars(runs: Sequence[Sequence[Point]], scale: _Scale) -> str:
+    ends = [(p, error) for run in runs for p, error in _errors(run)]
+    if len(ends) > MAX_BARS:
+        return ""
+    return " ".join(
+        _line([scale.place(p.x, p.y + error), scale.place(p.x, p.y - error)]) for p, error in ends
+    )
+
+
+def _errors(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    return [(p, p.error) for p in points if p.error is not None and math.isfinite(p.error)]
 
 
 def _draw_band(band: Band, scale: _Scale) -> DrawnBand:
