@@ -34,7 +34,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planting.World:
             "output": str(output),
             "plan": {"prompts": 4, "responses": 8},
             "heldout": {"gold": {"callable": "test_demo:golden"}},
-            "leash": {"beta": 0.3 if name == "leashed" else 0.0},
+            "leash": {"beta": 0.2 if name == "leashed" else 0.0},
         }
         return parse_config({**planted.tree, **changes}, where="the test")
 

@@ -38,8 +38,10 @@ from kleash.told import (
 from kleash.train import train
 
 RECIPES = Path(__file__).parent / "playground" / "recipes"
-_LADDER = (1.0, 0.5, 0.3)
-"""βs of the plan; the last is the leashed recipe's."""
+_LADDER = (1.0, 0.5, 0.3, 0.2)
+"""βs of the plan; one of them is the leashed recipe's."""
+_PLANNED = {"plan.prompts": "16", "plan.responses": "64"}
+"""Few prompts with many replies to each: enough to know the plan down to the last β."""
 _ANSWERS = 2
 """To each held-out question in the audit."""
 
@@ -85,7 +87,7 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
         for name in ("leashed", "free")
     )
     with parts.next("check", "is anything wrong, before it costs a run?"):
-        tell_checks(console, check(leashed))
+        tell_checks(console, check(leashed, quick=True))
     with parts.next("plan", "what could be had, from the reference's own replies"):
         question = Question(betas=_LADDER)
         frontier = plan(leashed, question)
@@ -105,7 +107,7 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
             row_of("off the leash", runs[1]),
         )
         tell_rows(console, rows)
-        tell_reached(console, frontier.rows[-1], frontier, rows[1])
+        tell_reached(console, frontier, rows[1], beta=leashed.leash.beta)
         tell_samples(console, *runs)
         found = _audit(leashed, output / "audit")
         tell_audit(console, found)
@@ -142,7 +144,7 @@ class _Parts:
 
 def demo_config(name: str, *, world: Path, seed: int, output: Path) -> Config:
     """The configuration of one of the demo's two runs, `leashed` or `free`."""
-    overrides = {"output": str(output), "seed": str(seed), "world": str(seed)}
+    overrides = {"output": str(output), "seed": str(seed), "world": str(seed), **_PLANNED}
     path = RECIPES / f"{name}.yaml"
     return with_world(load_config(path, overrides, base=path), world)
 

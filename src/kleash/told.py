@@ -8,7 +8,6 @@ from rich.text import Text
 
 from kleash.auditing.result import Audit
 from kleash.auditing.screen import plus_minus
-from kleash.beta.planning import PlanRow
 from kleash.errors import PreflightError
 from kleash.frontier import Frontier
 from kleash.preflight.finding import Report
@@ -72,13 +71,14 @@ def tell_plan(console: Console, frontier: Frontier) -> None:
     console.print(f"± 95 %, {prompts} prompts × {responses} replies of the reference", style="dim")
 
 
-def tell_reached(console: Console, planned_row: PlanRow, frontier: Frontier, reached: Row) -> None:
+def tell_reached(console: Console, frontier: Frontier, reached: Row, *, beta: float | None) -> None:
     """What a run came to beside what was planned for its β."""
+    (row,) = (row for row in frontier.rows if row.beta.value == beta)
     share = frontier.efficiency(score=reached.proxy[0], kl=reached.kl[0])
-    beside = "" if share is None else f", {share:.0%} of what so many nats can buy"
+    beside = "" if share is None else f", {share:.0%} of the gain that so many nats can buy"
     console.print(
-        f"planned for β = {planned_row.beta.value:g}: {planned_row.kl.value:.2f} nats for a score "
-        f"of {planned_row.score.value:+.2f}; reached: {reached.kl[0]:.2f} nats, "
+        f"planned for β = {beta:g}: {row.kl.value:.2f} nats for a score of "
+        f"{row.score.value:+.2f}; reached: {reached.kl[0]:.2f} nats, "
         f"{reached.proxy[0]:+.2f}{beside}",
         markup=False,
     )

@@ -18,7 +18,7 @@ from kleash.checkpoint import step_of
 from kleash.frontier import PLAN_FILE, holds_plan, read_frontier
 from kleash.models import Identity
 from kleash.report.charts import Chart, Point, Series
-from kleash.report.curves import ROOT_KL, frontier_points, over_root_kl
+from kleash.report.curves import ROOT_KL, known_frontier, over_root_kl
 from kleash.runs import Metrics, Run, holds_run, read_run
 
 MeasuredOn = Literal["held-out prompts", "the next rollout"]
@@ -93,8 +93,8 @@ def _standing(run: Run, step: int) -> Standing | None:
     gold, gold_se = _mean(here, "heldout/gold") or (None, None)
     done = [line for line in run.metrics if (line["step"] or 0) <= step]
     trail = over_root_kl(done, "objective/kl_ref", "objective/scores", error="objective/scores_se")
-    planned = read_frontier(run.path / PLAN_FILE).rows if holds_plan(run.path) else ()
-    frontier = frontier_points(row for row in planned if row.known)
+    planned = holds_plan(run.path)
+    frontier = known_frontier(read_frontier(run.path / PLAN_FILE)) if planned else []
     return Standing(
         run.name, step, *found, measured_on, gold, gold_se, _spots(trail), _spots(frontier)
     )

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from kleash.beta.planning import PlanRow
 from kleash.diagnostics.positions import kl_by_position
-from kleash.frontier import PLAN_FILE, holds_plan, read_frontier
+from kleash.frontier import PLAN_FILE, Frontier, holds_plan, read_frontier
 from kleash.report.charts import Band, Chart, Mark, Point, Series, thin
 from kleash.report.glossary import define
 from kleash.report.happened import event_marks
@@ -238,9 +238,15 @@ def _planned(run: Run, name: str, colour: int) -> list[Series]:
     """What the run's plan held possible, as far as it knew."""
     if not holds_plan(run.path):
         return []
-    points = frontier_points([r for r in read_frontier(run.path / PLAN_FILE).rows if r.known])
+    points = known_frontier(read_frontier(run.path / PLAN_FILE))
     label = f"{name}, plan" if name else "the optimum, as planned"
     return [Series(label, points, "line", colour)] if points else []
+
+
+def known_frontier(frontier: Frontier) -> list[Point]:
+    """Score over √KL as far as a plan knows it, from the reference on; empty if it knows no row."""
+    points = frontier_points(row for row in frontier.rows if row.known)
+    return [Point(0.0, frontier.mean_score), *points] if points else []
 
 
 def frontier_points(rows: Iterable[PlanRow]) -> list[Point]:
