@@ -43,11 +43,11 @@ def tell_checks(console: Console, report: Report) -> None:
         print_report(report, console)
     if report.fails:
         raise PreflightError(f"{report.fails[0].name}: {report.fails[0].cause}")
-    well = sum(finding.verdict == "ok" for finding in report.findings)
+    verdicts = [finding.verdict for finding in report.findings]
     floor = next(f.measured for f in report.findings if f.name == "scoring.floor")
     console.print(
-        f"{well} checks ok, {len(report.findings) - well} had nothing to look at; rounding alone "
-        f"makes a KL of {floor.split(';')[0]}",
+        f"{verdicts.count('ok')} checks ok, {verdicts.count('skipped')} had nothing to look at; "
+        f"rounding alone makes a KL of {floor.split(';')[0]}",
         markup=False,
     )
 
