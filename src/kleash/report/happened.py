@@ -35,7 +35,7 @@ def event_marks(runs: Sequence[Run], names: Sequence[str]) -> list[Mark]:
 
 
 def event_rows(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the table says: run, step, kind, sentence, in the order of happening."""
+    """What the table says: run, step, kind, sentence; run by run, in the order of happening."""
     return [
         {
             "run": run_number,
