@@ -157,8 +157,10 @@ def test_only_the_first_batches_are_examined(
     assert "The first batches like it are in doctor/" in caplog.text
     assert len(list((world.folder / "doctor").iterdir())) == 5
     # A run that goes over an earlier step again tells of it as it did the first time.
-    again = doctor.look(config, crew, written, ill(scored), step=4, folder=world.folder)
-    assert again and len(list((world.folder / "doctor").glob("*.json"))) == 5
+    caplog.clear()
+    doctor.look(config, crew, written, ill(scored), step=4, folder=world.folder)
+    assert "step 4: " in caplog.text and "The first batches" not in caplog.text
+    assert len(list((world.folder / "doctor").glob("*.json"))) == 5
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(
