@@ -189,7 +189,7 @@
       make("tr", {}, make("th", {}, "policy wanted"), make("th", {}, "reference wanted")));
     const [ours, theirs] = [sample.policy_top[index], sample.reference_top[index]];
     const cell = ([ids, probabilities], rank) => rank < ids.length
-      ? make("td", {}, bdi(shorten(data.words[ids[rank]] || String(ids[rank]), 16).replace(/\n/g, "⏎").replace(/ /g, "␣")),
+      ? make("td", {}, bdi(shorten(data.words[ids[rank]] ?? String(ids[rank]), 16).replace(/\n/g, "⏎").replace(/ /g, "␣")),
         ` ${number(100 * probabilities[rank])} %`)
       : make("td");
     for (let rank = 0; rank < Math.max(ours[0].length, theirs[0].length); rank += 1) {
