@@ -329,8 +329,8 @@ def shaped(warper: Callable[[Any, Tensor], Tensor]) -> Callable[[World], None]:
     """Something bends the distribution between the log-probability that is noted and the draw."""
 
     def make(original: Any) -> Any:
-        def draw(weights: Tensor) -> tuple[Tensor, Tensor]:
-            words, _ = original(warper(None, weights.log()).exp())
+        def draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+            words, _ = original(warper(None, weights.log()).exp(), uniform)
             return words, weights.sum(-1, keepdim=True, dtype=torch.float64)
 
         return draw
@@ -347,7 +347,7 @@ def written(change: Callable[..., Rollout]) -> Callable[[World], None]:
 
         return generate
 
-    return patch("kleash.evaluation.generate", make)
+    return patch("kleash.rollout.generate", make)
 
 
 def stale(original: Any, policy: Any, prompts: Any, spec: Any, settings: Any) -> Rollout:

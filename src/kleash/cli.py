@@ -152,9 +152,13 @@ def train(
         path = resume / "config.yaml"
     from kleash.config import load_config
     from kleash.preflight.runner import require_sound
+    from kleash.sharing import lend_a_hand
+    from kleash.team import leads
     from kleash.train import train as run
 
     quiet_libraries()
+    if not leads():
+        return lend_a_hand()
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
     directory = run(config, argv=sys.argv, preflight=None if no_check else require_sound)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")

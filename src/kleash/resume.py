@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kleash.assembly import Crew
+from kleash.assembly import Crew, learning
 from kleash.beta.controllers import BetaState
 from kleash.beta.starting import Start
 from kleash.checkpoint import (
@@ -167,7 +167,7 @@ def remember(crew: Crew, *, weights: bool) -> Undo:
     """
     if not weights:
         return Undo(_random_states(), None)
-    parameters = _learning(crew)
+    parameters = learning(crew)
     moments = [
         {name: _kept(tensor) for name, tensor in crew.optimizer.state.get(p, {}).items()}
         for p in parameters
@@ -183,9 +183,7 @@ def put_back(crew: Crew, undo: Undo) -> None:
     if undo.weights is None:
         return
     crew.optimizer.state.clear()
-    for parameter, weights, moments in zip(
-        _learning(crew), undo.weights, undo.moments, strict=True
-    ):
+    for parameter, weights, moments in zip(learning(crew), undo.weights, undo.moments, strict=True):
         parameter.copy_(weights)
         if moments:
             crew.optimizer.state[parameter] = {
@@ -195,12 +193,7 @@ def put_back(crew: Crew, undo: Undo) -> None:
 
 def weights_are_finite(crew: Crew) -> bool:
     """Whether no weight that learns is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in _learning(crew))
-
-
-def _learning(crew: Crew) -> list[nn.Parameter]:
-    """The optimiser's parameters, in its order."""
-    return [p for group in crew.optimizer.param_groups for p in group["params"]]
+    return all(bool(parameter.isfinite().all()) for parameter in learning(crew))
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
     5. advantages, clipped updates
     6. β moves, so that the KL spent meets its target
 
-Left out: several processes. A run is one process on one device.
+Where a launcher started several processes, this one leads and the others lend a hand (`sharing`).
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from typing import cast
 
 from torch import Tensor
 
+from kleash import sharing
 from kleash.algorithms import choice
 from kleash.assembly import Crew, target_per_response
 from kleash.beginning import start_line
@@ -54,7 +55,7 @@ from kleash.measures import (
     score_variance,
     with_error,
 )
-from kleash.opening import Preflight, open_run
+from kleash.opening import Opened, Preflight, open_run
 from kleash.preflight import doctor
 from kleash.progress import TrainingDisplay
 from kleash.record import objective_line, price
@@ -62,9 +63,8 @@ from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
 from kleash.runs import RunWriter
-from kleash.scoring import checked, token_scores
 from kleash.types import ScoredRollout
-from kleash.updates import needs_exact_kl, update
+from kleash.updates import update
 
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
@@ -90,7 +90,13 @@ def train(config: Config, *, argv: Sequence[str] = (), preflight: Preflight | No
         KleashError: something the user can mend; nothing was begun if it shows at the start, and
             the run directory says "failed" and why if it shows later.
     """
-    opened = open_run(config, argv=argv, preflight=preflight)
+    with sharing.leading(config) as team:
+        opened = open_run(config, argv=argv, preflight=preflight, team=team)
+        return _run(config, opened)
+
+
+def _run(config: Config, opened: Opened) -> Path:
+    """Every step that is still to be made."""
     crew, state, run, trackers = opened.crew, opened.state, opened.run, opened.trackers
     display = TrainingDisplay(
         config.steps, title=run.path.name, target_kl=config.leash.target_kl, done=state.step
@@ -206,16 +212,12 @@ def _read(
 ) -> ScoredRollout:
     """What policy, reference and critic say of every token; now and then compared with float64."""
     every = config.logging.spot_check_every
-    return score(
+    return sharing.score(
+        crew,
         written.rollout,
-        policy=crew.policy,
-        reference=crew.reference,
-        scores=scores,
-        value=crew.value,
-        temperature=crew.sampling.temperature,
+        scores,
         microbatch=config.rollout.microbatch_size,
-        keep_ref_hidden=needs_exact_kl(crew),
-        scorer=checked.token_scores if every and step % every == 0 else token_scores,
+        spot_check=bool(every) and step % every == 0,
     )
 
 
