@@ -12,6 +12,7 @@ import planting
 import pytest
 import tiny
 import torch
+import variants
 import yaml
 from rich.console import Console
 
@@ -68,7 +69,7 @@ def test_a_clean_run_passes_every_check(world: planting.World) -> None:
 
 @pytest.mark.parametrize("variant", ["an adapter", "a chat template", "a budget", "bfloat16"])
 def test_a_clean_variant_has_no_fails(world: planting.World, variant: str) -> None:
-    faults.VARIANTS[variant](world)
+    variants.VARIANTS[variant](world)
     report = check(world.config(), quick=True)
     assert report.fails == ()
 

@@ -70,7 +70,7 @@ def test_what_is_skipped_says_why(trial: Trial) -> None:
     for finding, why in (
         (scoring.start(later), "has been updated"),
         (scoring.packing(trial), "packs none"),
-        (sampling.replay(blind), "gave no log-probabilities"),
+        (sampling.ratio(blind), "gave no log-probabilities"),
         (sampling.mean_weight(far), "rare responses carry"),
         (reference.adapter(trial), "No adapter"),
         (leash.target(trial), "there is no target per response"),

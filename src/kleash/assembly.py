@@ -274,7 +274,9 @@ def _settings(config: Config) -> PPOSettings:
             missing_eos_penalty=config.rollout.missing_eos_penalty,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(
+            f"expected a sound `leash.placement`, or `leash.allow_biased: true`, got: {error}"
+        ) from None
 
 
 def _optimizer(config: OptimizerConfig, policy: Policy, value: ValueFunction) -> torch.optim.AdamW:

@@ -45,7 +45,7 @@ def gradient(trial: Trial) -> Finding:
     )
 
 
-def spread(trial: Trial) -> Finding:
+def score_spread(trial: Trial) -> Finding:
     """A score that says the same of everything teaches nothing."""
     name, expected = "leash.score_spread", "scores differ between responses"
     deviation = score_deviation(trial)

@@ -45,6 +45,7 @@ def leak(trial: Trial) -> Finding:
     held = [_normalised(prompt) for prompt in trial.crew.heldout]
     leaked = [text for text in held if text in train]
     measured = f"{len(leaked)} of {len(held)} held-out prompts are trained on"
+    files = trial.config.prompts
     if not leaked:
         return Finding(name, "ok", measured, expected)
     return Finding(
@@ -54,7 +55,9 @@ def leak(trial: Trial) -> Finding:
         expected,
         f"The held-out set leaks: {leaked[0][:40]!r} is in both files, so its score is one of "
         "training.",
-        f"Remove the prompts of {trial.config.prompts.heldout} from {trial.config.prompts.train}.",
+        "Give prompts.heldout a file of its own: it is the one of prompts.train."
+        if files.heldout == files.train
+        else f"Remove the prompts of {files.heldout} from {files.train}.",
     )
 
 
@@ -75,7 +78,8 @@ def chat_template(trial: Trial) -> Finding:
             expected,
             f"The chat template is applied twice: the content of a message already has {mark!r}, "
             "and the template writes it again.",
-            "Write the bare words into each message's content; the template adds the rest.",
+            f"Remove {mark!r} from the messages in {_files(trial, doubled)}: the template adds "
+            "what belongs around their words.",
         )
     begin, ids = tokenizer.bos_token_id, tokenizer.eos_token_id
     twice = [p for p in prompts if begin is not None and p.ids[:2] == (begin, begin)]
@@ -87,7 +91,7 @@ def chat_template(trial: Trial) -> Finding:
             expected,
             f"Prompts begin with a doubled BOS: the text has {tokenizer.bos_token!r} and the "
             "tokenizer adds another.",
-            f"Remove {tokenizer.bos_token!r} from the prompt file.",
+            f"Remove {tokenizer.bos_token!r} from the prompts in {_files(trial, twice)}.",
         )
     bare = [p for p in prompts if isinstance(p.content, str) and not _marked(p, marks)]
     if tokenizer.chat_template is not None and bare:
@@ -101,6 +105,14 @@ def chat_template(trial: Trial) -> Finding:
             'Write prompts as messages: {"messages": [{"role": "user", "content": …}]}.',
         )
     return Finding(name, "ok", f"{len(prompts)} prompts", expected)
+
+
+def _files(trial: Trial, guilty: list[Prompt]) -> str:
+    """Where these prompts stand."""
+    crew, files = trial.crew, trial.config.prompts
+    held = {id(prompt) for prompt in crew.heldout}
+    names = dict.fromkeys(files.heldout if id(p) in held else files.train for p in guilty)
+    return " and ".join(map(str, names))
 
 
 def _normalised(prompt: Prompt) -> str:

@@ -94,7 +94,7 @@ def adapter(trial: Trial) -> Finding:
         "The adapter was trained before, so the reference (the adapter off) is the bare base and "
         "not the fine-tuned model the run starts from.",
         "Merge the adapter into the weights (merge_and_unload) and give the merged model as "
-        "policy.path.",
+        "policy.path, or name its directory in policy.adapter, which merges it.",
     )
 
 

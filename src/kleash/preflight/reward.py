@@ -79,15 +79,17 @@ def alone(trial: Trial) -> Finding:
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
     if worst <= _limit(trial):
         return Finding(name, "ok", measured, expected)
+    judge = dict(classifiers(trial)).get(where)
     return Finding(
         name,
         "fail",
         measured,
         expected,
-        f"The score of {where!r} depends on the batch: padding is read, or the reward compares "
-        "responses with each other.",
-        "Give the classifier's config.json the pad_token_id of its tokenizer; a callable must "
-        "score each response by itself.",
+        f"The score of {where!r} depends on the batch: "
+        + ("it compares responses with each other." if judge is None else "padding is read."),
+        f"Let the function of reward_models.{where}.callable score each response by itself."
+        if judge is None
+        else f"Set pad_token_id: {judge.tokenizer.pad_token_id} in {judge.path}/config.json.",
     )
 
 
@@ -114,7 +116,8 @@ def last_token(trial: Trial) -> Finding:
     if worst <= _limit(trial):
         return _done(trial, name, expected, measured)
     judge = dict(classifiers(trial))[where]
-    pad = judge.model.config.pad_token_id
+    pad, own = judge.model.config.pad_token_id, judge.tokenizer.pad_token_id
+    told_id = "a token that no text contains" if own in (None, pad) else str(own)
     return Finding(
         name,
         "fail",
@@ -122,8 +125,7 @@ def last_token(trial: Trial) -> Finding:
         expected,
         f"The score of {where!r} is read at another token than the last: its pad_token_id = {pad} "
         "is a word of the text, or padding was counted as text.",
-        "Set pad_token_id in the reward model's config.json to a token that no text contains (its "
-        f"tokenizer says {judge.tokenizer.pad_token_id}).",
+        f"Set pad_token_id: {told_id} in {judge.path}/config.json.",
     )
 
 

@@ -17,7 +17,7 @@ _SMALL_KL = 0.3
 """Nats up to which E[exp(−Σ k1)] can be told from samples: beyond, rare responses carry it."""
 
 
-def replay(trial: Trial) -> Finding:
+def ratio(trial: Trial) -> Finding:
     """The engine's log-probabilities against the trainer's: mean importance ratio 1."""
     name, expected = "sampling.ratio", "mean π_trainer/π_sampler = 1 ± 0.01 per token"
     rollout = trial.rollout
@@ -25,27 +25,27 @@ def replay(trial: Trial) -> Finding:
         return skipped(name, "The sampler gave no log-probabilities.")
     mask = rollout.response_mask
     apart = (trial.scored.rollout_logprobs - rollout.sampler_logprobs)[mask].double()
-    ratio, worst = float(apart.exp().mean()), float(apart.abs().max())
-    measured = f"mean ratio {ratio:.4f}, {worst:.2g} nats apart at the worst token"
-    if abs(ratio - 1) <= 0.01 and worst <= 10 * trial.tolerance:
+    mean, worst = float(apart.exp().mean()), float(apart.abs().max())
+    measured = f"mean ratio {mean:.4f}, {worst:.2g} nats apart at the worst token"
+    if abs(mean - 1) <= 0.01 and worst <= 10 * trial.tolerance:
         return Finding(name, "ok", measured, expected)
-    heat = _sampler_heat(trial)
-    cause = (
-        f"The sampler wrote at temperature {heat:g} and the trainer scores at "
-        f"{trial.crew.sampling.temperature:g}."
-        if heat is not None
-        else "The sampler's log-probabilities are not the trainer's: another model, a cut "
-        "distribution or a penalty wrote these responses."
-    )
-    return Finding(
-        name,
-        "fail",
-        measured,
-        expected,
-        cause,
-        "Sample with kleash.generation and SamplingSpec alone, and score at the same "
-        "rollout.temperature.",
-    )
+    heat, asked = _sampler_heat(trial), trial.crew.sampling.temperature
+    if heat is not None:
+        cause = f"The sampler wrote at temperature {heat:g} and the trainer scores at {asked:g}."
+        remedy = (
+            f"Set rollout.temperature: {heat:g}, at which the sampler writes, or make it write at "
+            f"{asked:g}."
+        )
+    else:
+        cause = (
+            "The sampler's log-probabilities are not the trainer's: another model, a cut "
+            "distribution or a penalty wrote these responses."
+        )
+        remedy = (
+            "Give the sampler the policy's present weights before it writes, and draw with "
+            "rollout.temperature and no other setting."
+        )
+    return Finding(name, "fail", measured, expected, cause, remedy)
 
 
 def mean_weight(trial: Trial) -> Finding:
@@ -143,15 +143,16 @@ def ending(trial: Trial) -> Finding:
             "all out: there is nothing to learn from.",
             f"Raise rollout.max_new_tokens (now {limit}), or set rollout.truncated: score.",
         )
-    if share > 0.5:
+    if share > 0.5 and rollout.truncated in ("score", "drop"):
         return Finding(
             name,
             "warn",
             measured,
             expected,
             "Most responses are cut by the length limit: the reward judges fragments.",
-            "Raise rollout.max_new_tokens, set rollout.truncated: penalise with a "
-            "missing_eos_penalty; where fragments are meant, write rollout.truncated: score.",
+            f"Raise rollout.max_new_tokens (now {limit}), or set rollout.truncated: penalise with "
+            "rollout.missing_eos_penalty; where fragments are meant, write rollout.truncated: "
+            "score.",
         )
     return Finding(name, "ok", measured, expected)
 

@@ -117,7 +117,8 @@ def self_kl(trial: Trial) -> Finding:
         measured,
         expected,
         f"The policy is at a distance from itself: {cause}.",
-        "Mend the first failing check of this room; every KL is off by this much until then.",
+        "Mend the first failing check of this room; if there is none, give both models to one "
+        "call, with one temperature, head and kernel.",
     )
 
 
@@ -153,8 +154,8 @@ def why_apart(trial: Trial) -> tuple[str, str]:
         return (
             "The reference is the policy with its adapter off, but the adapter is not fresh: the "
             "reference is the bare base and not the model the run starts from.",
-            "Merge the adapter into the weights first and give the merged model as policy.path, so "
-            "that the reference is the fine-tuned model.",
+            "Merge the adapter into the weights first (merge_and_unload) and give the merged model "
+            "as policy.path, or name its directory in policy.adapter, which merges it.",
         )
     if mine.dtype != theirs.dtype:
         return (
@@ -204,8 +205,9 @@ def head(trial: Trial) -> Finding:
         expected,
         f"The head of {type(policy.model).__name__} is read wrong: a scale, soft-cap or bias of "
         "its logits is missing or doubled.",
-        "Take another architecture, or restore logit_scale, logits_scaling and "
-        "final_logit_softcapping in its config.json.",
+        "Read in kleash.heads.read_head what the model's own forward does to its logits "
+        "(logit_scale, logits_scaling and final_logit_softcapping of config.json, a bias), or take "
+        "another architecture.",
     )
 
 
@@ -293,8 +295,9 @@ def batching(trial: Trial) -> Finding:
         expected,
         "A response's log-probabilities depend on what shares its batch: rows see each other, or "
         "padding is seen.",
-        "Mend scoring.left_padding or scoring.right_padding if they fail; else set "
-        "policy.attention: eager.",
+        "Mend scoring.left_padding or scoring.right_padding if they fail; else read each row by "
+        "itself: no layer may take a mean, a norm or a maximum over rows (policy.attention: eager "
+        "rules the kernel out).",
     )
 
 
@@ -326,7 +329,8 @@ def canary(trial: Trial) -> Finding:
         expected,
         "Greedy text is not the likeliest text: tokens are scored off by one, at another "
         "temperature, or with another head than the model's.",
-        "Mend scoring.alignment, scoring.temperature or scoring.head, whichever fails.",
+        "Mend scoring.alignment, scoring.temperature or scoring.head, whichever fails; if none "
+        "does, keep what was read in its place: log-probability t is that of response token t.",
     )
 
 
@@ -360,7 +364,9 @@ def streaming(trial: Trial) -> Finding:
         expected,
         "The streaming kernel computes something else than a log-softmax over the whole "
         "vocabulary on this machine.",
-        "Set device: cpu, and report this with the versions of torch and kleash.",
+        "Take another version of torch"
+        + ("" if policy.device.type == "cpu" else ", or set device: cpu")
+        + ", and report this with the versions of torch and kleash.",
     )
 
 
@@ -418,7 +424,8 @@ def floor(trial: Trial) -> Finding:
             expected,
             f"leash.target_kl = {target:g} is under three times what rounding alone gives: it "
             "cannot be resolved.",
-            f"Set leash.target_kl above {3 * per_response:.2g}, or policy.dtype: float32.",
+            f"Set leash.target_kl: {10 * per_response:.1g} or more"
+            + ("." if mine.startswith("float32") else ", or policy.dtype: float32."),
         )
     return Finding(name, "ok", measured, expected)
 
