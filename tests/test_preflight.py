@@ -140,6 +140,7 @@ def test_the_report_as_table_and_as_json() -> None:
         ({"leash": {"target_kl": 3.0, "initial_beta": 1e3}}, "leash.strength"),
         ({"leash": {"target_kl": 1e4}}, "leash.target"),
         ({"leash": {"target_kl": 0.01}}, "leash.target"),
+        ({"leash": {"target_kl": 0.06}}, "leash.target"),
         (
             {"leash": {"beta": 0.2, "placement": "loss_k1", "allow_biased": True}},
             "leash.gradient",

@@ -18,9 +18,9 @@ from kleash.preflight import resources, runner
 from kleash.preflight.finding import Finding
 from kleash.preflight.trial import Size, draw
 
-FEW = Size(prompts=8, responses_per_prompt=2, texts=3)
+FEW = Size(prompts=8, responses_per_prompt=2, texts=2)
 # The faults in the words of a sampler need more words to be told apart.
-MANY = Size(prompts=26, responses_per_prompt=5, texts=1)
+MANY = Size(prompts=26, responses_per_prompt=3, texts=1)
 
 
 @pytest.fixture(scope="module")

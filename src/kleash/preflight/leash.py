@@ -16,6 +16,8 @@ _SLACK, _NO_LEASH = 20.0, 100.0
 """Standard deviations of the score in one β: beyond, the leash is hardly felt, or not at all."""
 _TIGHT, _NO_REWARD = 0.05, 0.01
 """Below, the score is hardly felt, or not at all."""
+_FEW, _FEW_PER_TOKEN = 0.1, 0.005
+"""Nats per response and per token: a target below both is what others write per token."""
 _PER_TOKEN = 2.0
 """Nats per token above which a target is no leash: a uniform draw of 1 word in 7."""
 
@@ -113,8 +115,11 @@ def target(trial: Trial) -> Finding:
     length = float(trial.rollout.response_mask.sum(-1).double().mean())
     per_token = goal / length
     measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
-    expected = f"a target per response: 0.05 nats or more, under {_PER_TOKEN:g} nats per token"
-    tiny = goal < 0.05 and per_token < 0.005
+    expected = (
+        f"a target per response: above {_FEW:g} nats or {_FEW_PER_TOKEN:g} per token, under "
+        f"{_PER_TOKEN:g} per token"
+    )
+    tiny = goal <= _FEW and per_token < _FEW_PER_TOKEN
     if not tiny and per_token <= _PER_TOKEN:
         return Finding(name, "ok", measured, expected)
     if tiny:
@@ -125,7 +130,8 @@ def target(trial: Trial) -> Finding:
             expected,
             f"leash.target_kl = {goal:g} looks like a target per token; here it is the whole "
             "response's.",
-            f"Set leash.target_kl: {goal * length:.3g} for {goal:g} nats per token.",
+            f"Set leash.target_kl: {goal * length:.3g}, or leash.target_kl_per_token: {goal:g} in "
+            "its place.",
         )
     return Finding(
         name,
