@@ -236,7 +236,9 @@ def test_a_path_that_is_something_else_is_named(llama: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="got: a file: give the directory"):
         load_policy(llama / "model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"a LoRA adapter .* this directory as `policy\.adapter`"):
+    with pytest.raises(
+        ModelError, match=r"a LoRA adapter .* this directory as its adapter \(`policy\.adapter`"
+    ):
         load_policy(tmp_path)
 
 

@@ -178,6 +178,19 @@ def test_every_option_that_does_nothing(trial: Trial) -> None:
     ]
 
 
+@pytest.mark.parametrize(("tokens", "verdict"), [(15, "ok"), (30, "warn")])
+def test_a_tenth_of_a_nat_is_meant_per_token_if_responses_are_long(
+    trial: Trial, tokens: int, verdict: str
+) -> None:
+    tree = trial.config.model_dump()
+    tree["leash"] = {"target_kl": 0.1}
+    mask = torch.ones(4, tokens, dtype=torch.bool)
+    long = replace(trial.written, rollout=replace(trial.rollout, response_mask=mask))
+    found = leash.target(replace(trial, written=long, config=type(trial.config)(**tree)))
+    assert found.verdict == verdict
+    assert verdict == "ok" or "leash.target_kl_per_token: 0.1" in found.remedy
+
+
 def test_an_empty_mask_row_is_no_hole(trial: Trial) -> None:
     assert masks.shape(trial).verdict == "ok"
     mask = trial.rollout.prompt_mask.clone()

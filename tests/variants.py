@@ -1,6 +1,7 @@
 """Set-ups without a fault, of which no check may complain."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tiny
 from planting import World, chat, reward_by, save_policy, set_key, several

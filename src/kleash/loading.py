@@ -303,8 +303,8 @@ def _mistaken(what: str, path: Path) -> str | None:
         return f"a file: give the directory {str(path.parent)!r}"
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return (
-            "a LoRA adapter without the model it was trained on: give that model as `policy.path`, "
-            "and this directory as `policy.adapter`"
+            "a LoRA adapter without the model it was trained on: give that model as path, and this "
+            "directory as its adapter (`policy.adapter`)"
         )
     vocabularies = [file for name in ("token*", "vocab*", "*.model") for file in path.glob(name)]
     if what == "a tokenizer" and path.is_dir() and not vocabularies:

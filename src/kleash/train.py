@@ -132,6 +132,8 @@ def train(
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
+        for warning in warnings:
+            display.say(f"warning: {warning}")
         if state.start is not None:
             display.say(start_line(config, state.start))
         if checkpoint is None:

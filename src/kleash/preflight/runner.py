@@ -25,6 +25,8 @@ from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
 
 TrialCheck = Callable[[Trial], Finding]
 Say = Callable[[str], None]
+_BATCH = "batch"
+"""Where nothing can be written, judged or scored; training would stop at it too."""
 
 SCORING: tuple[TrialCheck, ...] = (
     scoring.architecture,
@@ -124,7 +126,7 @@ def examine_crew(
         try:
             trial = draw(config, crew, size)
         except (KleashError, ValueError) as error:
-            findings.append(refused("batch", error))
+            findings.append(refused(_BATCH, error))
             return Report(tuple(findings), time.perf_counter() - began)
         findings += run_checks(QUICK_CHECKS, trial, say=say)
         if not quick:
@@ -183,9 +185,11 @@ def require_sound(config: Config, crew: Crew, *, say: Say = silent) -> list[str]
     report = examine_crew(config, crew, quick=True, say=say)
     if report.fails:
         first, more = report.fails[0], len(report.fails) - 1
+        if first.name == _BATCH:
+            raise PreflightError(f"no batch can be made: {first.cause}")
         others = f" ({more} more: see kleash check)" if more else ""
         raise PreflightError(
             f"{first.name}: {first.cause} {first.remedy}{others} Or pass --no-check to train all "
             "the same."
         )
-    return [f"{finding.name}: {finding.cause}" for finding in report.warnings]
+    return [f"{w.name}: {w.cause} {w.remedy}" for w in report.warnings]
