@@ -299,7 +299,9 @@ def _settings(config: Config) -> Settings:
             case "rloo":
                 return RLOOSettings(**common)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(
+            f"expected a sound `leash.placement`, or `leash.allow_biased: true`, got: {error}"
+        ) from None
 
 
 def _optimizer(

@@ -103,6 +103,8 @@ def _run(config: Config, opened: Opened) -> Path:
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
+        for warning in warnings:
+            display.say(f"warning: {warning}")
         if state.start is not None:
             display.say(start_line(config, state.start))
         if opened.fresh and crew.heldout:

@@ -16,7 +16,7 @@ from kleash.algorithms import choice
 from kleash.algorithms.experience import select
 from kleash.assembly import Crew
 from kleash.evaluation import write_responses
-from kleash.preflight.finding import Finding, skipped
+from kleash.preflight.finding import Finding, Question, skipped
 from kleash.preflight.trial import Trial, read
 from kleash.rollout import fresh
 
@@ -68,21 +68,18 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
-    name = "resources.memory"
     crew, config = trial.crew, trial.config
     has = machine_bytes(crew.policy.device)
     rows = min(config.ppo.microbatch_size, config.responses_per_step)
     grown = max(0, last.peak - first.before)
     needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(crew)
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
-    expected = "at most nine tenths of the machine's memory"
+    ask = Question("resources.memory", "at most nine tenths of the machine's memory")
     if needs <= 0.9 * has:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail" if needs > has else "warn",
+        return ask.ok(measured)
+    answer = ask.fail if needs > has else ask.warn
+    return answer(
         measured,
-        expected,
         f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
         "will stop in the first update, or swap.",
         f"Lower ppo.microbatch_size (now {config.ppo.microbatch_size}) and "
