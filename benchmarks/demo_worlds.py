@@ -18,8 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kleash.demo import Demo, Row, run_demo
+from kleash.demo import Demo, run_demo
 from kleash.loading import quiet
+from kleash.told import Row
 
 FRESH = (100, 101, 102, 103, 104)
 
@@ -48,7 +49,8 @@ def table(demos: dict[int, Demo]) -> str:
     """One Markdown row per world."""
     lines = [
         "| world | proxy ref / leash / free | gold ref / leash / free | KL leash / free "
-        "| distinct-2 ref / leash / free | seconds build / leash / free / all | holds |",
+        "| distinct-2 ref / leash / free "
+        "| seconds build / check / plan / leash / free / audit / all | holds |",
         "|---|---|---|---|---|---|---|",
     ]
     for seed, demo in demos.items():

@@ -4,7 +4,8 @@ import math
 import random
 from pathlib import Path
 
-from kleash.runs import RunWriter, Sample
+from kleash.events import Event
+from kleash.runs import Likely, RunWriter, Sample
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -36,6 +37,7 @@ def write_synthetic_run(
     tokens: int = 24,
     seed: int = 0,
     extra_samples: tuple[Sample, ...] = (),
+    events: tuple[Event, ...] = (),
 ) -> Path:
     """Write a finished run of which every number is drawn, none is measured."""
     rng = random.Random(seed)
@@ -53,6 +55,8 @@ def write_synthetic_run(
                 run.append_samples(_pairs(step, steps, responses, tokens, rng))
         for sample in extra_samples:
             run.append_samples([sample])
+        for event in events:
+            run.append_event(event)
     return path
 
 
@@ -76,7 +80,15 @@ def synthetic_sample(text: str = "", *, step: int = 1, tokens: int = 12, seed: i
         logprobs=logprobs,
         ref_logprobs=[logprob - rng.gauss(0.2, 0.5) for logprob in logprobs],
         token_kl=kl,
+        policy_top=[_likely(rng, word) for word in words],
+        reference_top=[_likely(rng, word) for word in words],
     )
+
+
+def _likely(rng: random.Random, word: str) -> Likely:
+    """Five words, the one that was written among them."""
+    others = [" " + other for other in rng.sample(sorted(set(_WORDS)), 4)]
+    return Likely([word[:200], *others], [0.4, 0.25, 0.12, 0.05, 0.01])
 
 
 def _metrics(

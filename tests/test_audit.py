@@ -20,7 +20,7 @@ from kleash.auditing.pairs import Pair, load_pair, open_checkpoint
 from kleash.auditing.records import score_items
 from kleash.auditing.result import Audit
 from kleash.auditing.sources import Item, Source, pack, windows
-from kleash.auditing.tally import POSITIONS, Tally, first_position, position_bins
+from kleash.auditing.tally import Tally
 from kleash.auditing.tokens import TOKEN_CLASSES, classify, token_classes
 from kleash.errors import ModelError, PromptError, RunError
 
@@ -318,14 +318,6 @@ def test_windows_keep_clusters_whole_and_batches_keep_the_budget() -> None:
     batches = pack(items, lambda item: len(item.response_ids), 8)
     assert sorted(map(id, (i for b in batches for i in b))) == sorted(map(id, items))
     assert all(len(b) * max(len(i.response_ids) for i in b) <= 8 for b in batches)
-
-
-def test_bins_of_positions_go_up_and_never_end() -> None:
-    bins = position_bins(5000)
-    assert (np.diff(bins) >= 0).all() and bins[:64].tolist() == list(range(64))
-    assert bins.max() < POSITIONS and position_bins(0).shape == (0,)
-    for at in (0, 63, 64, 100, 4999):
-        assert first_position(int(bins[at])) <= at
 
 
 def test_classes_of_tokens() -> None:

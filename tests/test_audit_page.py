@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from browser import CONTRAST, Opened, cells, needs_chromium, value
 from synthetic_run import HOSTILE
-from test_report import CONTRAST, Opened, cells, needs_chromium, value
 
 from kleash.auditing.drift import drift_of, write_drift
 from kleash.auditing.intervals import interval
@@ -28,6 +27,7 @@ from kleash.auditing.result import (
     Wanted,
     WorstToken,
 )
+from kleash.auditing.standing import Spot, Standing
 from kleash.models import Identity
 from kleash.report.charts import format_number
 from kleash.report.heatmap import KL_LEVELS
@@ -109,16 +109,6 @@ def made(samples: list[Sample], *, name: str = "models/tuned", **more) -> Audit:
         precision=Precision(0.01, "token", False, 0.02, 900), gate=Gate(0.05, "token", "above", 3),
         token_texts={str(n): f" w{n}" if n else name for n in range(40)}, **more,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +309,7 @@ def test_pages_of_texts_of_bytes_and_of_drift(browser, tmp_path) -> None:
     audits = [made([sample(1, 4)], name=f"models/step-{n}00") for n in (1, 2, 3)]
     write_drift(drift_of(audits), audits, tmp_path)
     with Opened(browser, tmp_path / "drift.html") as page:
-        assert page.locator("figure").count() == 2
+        assert page.locator("figure").count() == 3
         page.locator("svg[data-chart='0']").focus()
         page.keyboard.press("End")
         assert "checkpoint's name 300" in page.locator("#tip").inner_text()
@@ -327,6 +317,54 @@ def test_pages_of_texts_of_bytes_and_of_drift(browser, tmp_path) -> None:
     assert [point["at"] for point in drift["points"]] == [100.0, 200.0, 300.0]
     places = drift_of([audits[1], audits[0]]).points
     assert [point.at for point in places] == [1.0, 2.0]
+
+
+def standing(step: int, run: str = "leashed") -> Standing:
+    trail = [Spot(n / 10, n / 20, 0.05) for n in range(step // 100)]
+    frontier = [Spot(n / 5, n / 6, 0.02) for n in range(4)]
+    return Standing(run, step, step / 500, 0.04, "held-out prompts", 1.0, 0.1, trail, frontier)
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_score_against_root_kl(browser, tmp_path) -> None:
+    file = tmp_path / "audit.html"
+    write_page(made([sample(1, 4)], standing=standing(800)), file)
+    with Opened(browser, file) as page:
+        chart = page.locator("figure", has_text="Score against √KL")
+        assert chart.locator(".spot circle").count() == 1
+        legend = chart.locator(".legend").inner_text()
+        assert all(f in legend for f in ("audited", "steps of the run", "the optimum, as planned"))
+        chart.locator("svg[data-chart]").focus()
+        page.keyboard.press("End")
+        # √(40 · 0.1 nats), the synthetic audit's mean per response.
+        assert "√KL 2" in page.locator("#tip").inner_text()
+        assert "1.60 ± 0.0400" in page.locator("#tip").inner_text()
+    audits = [
+        made([sample(1, 4)], name=f"models/step-{n}00", standing=standing(n * 100, run))
+        for n, run in ((1, "<b>a</b>"), (2, "<b>a</b>"), (3, "other"))
+    ]
+    write_drift(drift_of(audits), audits, tmp_path)
+    with Opened(browser, tmp_path / "drift.html") as page:
+        assert page.locator("figure").count() == 5
+        chart = page.locator("figure", has_text="Score against √KL").first
+        assert chart.locator(".spot circle").count() == 3
+        assert "<b>a</b>, audited" in chart.locator(".legend").inner_text()
+        assert "0.600 ± 0.040" in page.locator("tbody").first.inner_text()
+    found = json.loads((tmp_path / "drift.json").read_text())
+    assert [point["standing"]["score"] for point in found["points"]] == [0.2, 0.4, 0.6]
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_drift_fits_a_phone(browser, tmp_path) -> None:
+    audits = [
+        made([sample(1, 4)], name=f"models/long-name-of-a-checkpoint/step-{n}00",
+             standing=standing(n * 100)) for n in (1, 2)
+    ]  # fmt: skip
+    write_drift(drift_of(audits), audits, tmp_path)
+    with Opened(browser, tmp_path / "drift.html", viewport={"width": 390, "height": 844}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_a_page_without_finite_numbers() -> None:

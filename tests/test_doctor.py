@@ -19,6 +19,7 @@ from kleash.kl.statistics import Estimate
 from kleash.preflight import doctor
 from kleash.preflight.doctor import symptom_of
 from kleash.preflight.trial import read
+from kleash.runs import read_run
 from kleash.train import train
 from kleash.types import ScoredRollout
 
@@ -155,6 +156,9 @@ def test_only_the_first_batches_are_examined(
     assert doctor.look(config, crew, written, ill(scored), step=6, folder=world.folder) == []
     assert "The first batches like it are in doctor/" in caplog.text
     assert len(list((world.folder / "doctor").iterdir())) == 5
+    # A run that goes over an earlier step again tells of it as it did the first time.
+    again = doctor.look(config, crew, written, ill(scored), step=4, folder=world.folder)
+    assert again and len(list((world.folder / "doctor").glob("*.json"))) == 5
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(
@@ -175,3 +179,6 @@ def test_a_run_that_falls_ill_says_so_and_goes_on(
     assert asked == [1, 2]
     assert "kl_sampler" in caplog.text
     assert len(list((path / "doctor").glob("*.json"))) == 2
+    alarms = read_run(path).events
+    assert [(event.step, event.kind) for event in alarms] == [(1, "alarm"), (2, "alarm")]
+    assert all("kl_sampler" in event.sentence for event in alarms)

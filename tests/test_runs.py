@@ -48,6 +48,7 @@ def test_what_is_written_is_read(tmp_path):
     (back,) = read.samples
     assert back.tokens == sample.tokens and back.prompt == "hello"
     assert back.token_kl == pytest.approx(sample.token_kl, rel=1e-5)
+    assert (back.policy_top, back.reference_top) == (sample.policy_top, sample.reference_top)
     assert run.checkpoints == tmp_path / "run" / "checkpoints"
 
 
@@ -251,6 +252,11 @@ BAD_FILES = [
     ("samples.jsonl", '{"tokens": "a"}\n', "'tokens' is not what a sample holds"),
     ("samples.jsonl", '{"tokens": [1]}\n', "'tokens' is not what a sample holds"),
     ("samples.jsonl", '{"logprobs": [null]}\n', "'logprobs' is not what a sample holds"),
+    ("samples.jsonl", '{"policy_top": [["a", 1.0]]}\n', "expected words and probabilities"),
+    ("samples.jsonl", '{"policy_top": [{"words": ["a"]}]}\n', "expected words and probabilities"),
+    ("samples.jsonl", '{"reference_top": [{"words": [1], "probabilities": [1]}]}\n', "words and"),
+    ("samples.jsonl", '{"policy_top": 1}\n', "'policy_top' is not what a sample holds"),
+    ("samples.jsonl", '{"tokens": ["a"], "policy_top": [null, null]}\n', "not a sample"),
     ("samples.jsonl", '{"kind": "best"}\n', "'kind' is not what a sample holds"),
     ("samples.jsonl", '{"prompt": 3}\n', "'prompt' is not what a sample holds"),
     ("run.json", "{", "not JSON"),
@@ -311,7 +317,7 @@ def test_samples_are_bounded(tmp_path):
 
 
 def test_samples_belong_to_their_tokens():
-    with pytest.raises(ValueError, match="logprobs must be empty or have one number per token"):
+    with pytest.raises(ValueError, match="logprobs must be empty or have one entry per token"):
         Sample(1, "worst", "policy", "p", "r", 0.0, 0.0, ["a"], [0.0, 0.0])
 
 

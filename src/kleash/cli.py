@@ -318,14 +318,14 @@ def plan_command(
 
 @app.command(help_epilogue="Examples:\n\n    kleash demo\n\n    kleash demo --seed 3")
 def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = False) -> None:
-    """The whole story on the embedded world: build, train on and off the leash, compare, report.
+    """The story on the embedded world: check, plan, train on and off the leash, audit, report.
 
     Parameters
     ----------
     seed
         Which world; each has its own language of questions, raters and models.
     output
-        Directory for the two runs and the report.
+        Directory for the two runs, the audit and the report.
     """
     del debug
     from kleash.demo import run_demo

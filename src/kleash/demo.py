@@ -1,39 +1,49 @@
-"""The whole story on the embedded world: build, train on and off the leash, compare, report.
+"""The whole story on the embedded world: build, check, plan, train on and off the leash, audit.
 
-Everything printed is read back from the run directories, so that nothing is said here that the
-runs did not write down.
+Each part is what the command of its name does. Everything printed of a run is read back from its
+directory, so that nothing is said here that the run did not write down.
 """
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
-from rich.table import Table
 
+from kleash.auditing.api import audit
+from kleash.auditing.page import write_audit
+from kleash.auditing.result import Audit
 from kleash.config import Config, load_config, with_world
 from kleash.errors import RunError
+from kleash.frontier import Frontier
+from kleash.plan import Question, plan, told_by, write_plan
 from kleash.playground.build import build_world
+from kleash.preflight.runner import check
 from kleash.report.page import write_report
-from kleash.runs import Run, Sample, holds_run, read_run
+from kleash.resume import latest_checkpoint
+from kleash.runs import holds_run, read_run
+from kleash.told import (
+    Row,
+    row_of,
+    tell_audit,
+    tell_checks,
+    tell_plan,
+    tell_reached,
+    tell_rows,
+    tell_samples,
+)
 from kleash.train import train
 
 RECIPES = Path(__file__).parent / "playground" / "recipes"
-_SAMPLE_PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One policy on the held-out prompts."""
-
-    name: str
-    proxy: tuple[float, float]
-    """Reward-model score, which training sees, and its standard error."""
-    gold: tuple[float, float]
-    """Score of the rubric, which nobody trains on, and its standard error."""
-    kl: tuple[float, float]
-    """Exact KL to the reference in nats per response, and its standard error."""
-    distinct_2: float
+_LADDER = (1.0, 0.5, 0.3, 0.2)
+"""βs of the plan; one of them is the leashed recipe's."""
+_PLANNED = {"plan.prompts": "16", "plan.responses": "64"}
+"""Few prompts with many replies to each: enough to know the plan down to the last β."""
+_ANSWERS = 2
+"""To each held-out question in the audit."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,12 @@ class Demo:
 
     rows: tuple[Row, Row, Row]
     """Reference, on the leash, off the leash."""
-    page: Path
+    frontier: Frontier
+    """What was planned before training."""
+    audit: Audit
+    """Of the leashed policy against the reference."""
+    pages: tuple[Path, Path, Path]
+    """Report, plan and audit."""
     seconds: dict[str, float]
 
 
@@ -51,97 +66,99 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
 
     Args:
         seed: which world.
-        output: directory for the two runs and their report.
+        output: directory for the two runs, the audit, and the report.
         console: where to print.
 
     Raises:
         RunError: the output directory holds an earlier demo.
+        PreflightError: a check failed.
     """
     console = console or Console(highlight=False)
-    started = time.perf_counter()
     for name in ("leashed", "free"):
         if holds_run(output / name):
             raise RunError(
                 f"{str(output / name)!r} already holds a run; give another --output, or move it"
             )
-    seconds: dict[str, float] = {}
-    console.rule("1  a world: a help desk, its raters, a reward model that believes them")
-    world = build_world(seed, say=lambda text: console.print(text, markup=False))
-    seconds["build"] = time.perf_counter() - started
-    for number, name in enumerate(("leashed", "free"), start=2):
-        began = time.perf_counter()
-        console.rule(f"{number}  training {'on' if name == 'leashed' else 'off'} the leash")
-        train(demo_config(name, world=world, seed=seed, output=output / name))
-        seconds[name] = time.perf_counter() - began
-    leashed, free = read_run(output / "leashed"), read_run(output / "free")
-    rows = (
-        _row("reference", leashed, first=True),
-        _row("on the leash", leashed),
-        _row("off the leash", free),
+    parts = _Parts(console)
+    with parts.next("build", "a world: a help desk, its raters, a reward model that believes them"):
+        world = build_world(seed, say=lambda text: console.print(text, markup=False))
+    leashed, free = (
+        demo_config(name, world=world, seed=seed, output=output / name)
+        for name in ("leashed", "free")
     )
-    console.rule("4  on prompts nobody trained on")
-    _print_rows(console, rows)
-    _print_samples(console, leashed, free)
-    page, _ = write_report([output / "leashed", output / "free"], into=output)
-    seconds["total"] = time.perf_counter() - started
-    console.print(f"report: {page}   ({seconds['total']:.0f} s in all)", markup=False)
-    return Demo(rows=rows, page=page, seconds=seconds)
+    with parts.next("check", "is anything wrong, before it costs a run?"):
+        tell_checks(console, check(leashed, quick=True))
+    with parts.next("plan", "what could be had, from the reference's own replies"):
+        question = Question(betas=_LADDER)
+        frontier = plan(leashed, question)
+        tell_plan(console, frontier)
+        # Into the run's directory, where report and audit look for it.
+        told = told_by(frontier, question)
+        plan_page = write_plan(output / "leashed", frontier, told, title="the embedded world")
+    with parts.next("leashed", "training on the leash"):
+        train(leashed)
+    with parts.next("free", "training off the leash"):
+        train(free)
+    with parts.next("audit", "on prompts nobody trained on"):
+        runs = read_run(output / "leashed"), read_run(output / "free")
+        rows = (
+            row_of("reference", runs[0], first=True),
+            row_of("on the leash", runs[0]),
+            row_of("off the leash", runs[1]),
+        )
+        tell_rows(console, rows)
+        tell_reached(console, frontier, rows[1], beta=leashed.leash.beta)
+        tell_samples(console, *runs)
+        found = _audit(leashed, output / "audit")
+        tell_audit(console, found)
+    report_page, _ = write_report([run.path for run in runs], into=output)
+    pages = (report_page, plan_page, write_audit(found, output / "audit"))
+    for name, page in zip(("report", "plan", "audit"), pages, strict=True):
+        console.print(f"{name + ':':<8}{page}", markup=False, soft_wrap=True)
+    console.print(f"({parts.total:.0f} s in all)", markup=False)
+    seconds = {**parts.seconds, "total": parts.total}
+    return Demo(rows=rows, frontier=frontier, audit=found, pages=pages, seconds=seconds)
+
+
+class _Parts:
+    """The parts of the story: each has a number, a heading, and takes its time."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def next(self, name: str, heading: str) -> Generator[None]:
+        """Begin a part; its seconds are kept under its name."""
+        began = time.perf_counter()
+        self._console.rule(f"{len(self.seconds) + 1}  {heading}")
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+    @property
+    def total(self) -> float:
+        """Seconds since the first part began."""
+        return time.perf_counter() - self._began
 
 
 def demo_config(name: str, *, world: Path, seed: int, output: Path) -> Config:
     """The configuration of one of the demo's two runs, `leashed` or `free`."""
-    overrides = {"output": str(output), "seed": str(seed), "world": str(seed)}
+    overrides = {"output": str(output), "seed": str(seed), "world": str(seed), **_PLANNED}
     path = RECIPES / f"{name}.yaml"
     return with_world(load_config(path, overrides, base=path), world)
 
 
-def _row(name: str, run: Run, *, first: bool = False) -> Row:
-    """The first or the last held-out evaluation of a run."""
-    evaluations = [line for line in run.metrics if "heldout/gold" in line]
-    line = evaluations[0 if first else -1]
-
-    def pair(key: str) -> tuple[float, float]:
-        return float(line[key] or 0), float(line[f"{key}_se"] or 0)
-
-    return Row(
-        name=name,
-        proxy=pair("heldout/scores"),
-        gold=pair("heldout/gold"),
-        kl=pair("heldout/kl_ref"),
-        distinct_2=float(line["heldout/distinct_2"] or 0),
+def _audit(config: Config, into: Path) -> Audit:
+    """The leashed policy against the reference, on held-out questions."""
+    checkpoint = cast(Path, latest_checkpoint(Path(config.output) / "checkpoints"))
+    return audit(
+        checkpoint / "policy",
+        config.policy.path,
+        cast(str, config.prompts.heldout),
+        max_new_tokens=config.rollout.max_new_tokens,
+        responses_per_prompt=_ANSWERS,
+        seed=config.seed,
+        keep=20,
+        into=into,
     )
-
-
-def _print_rows(console: Console, rows: tuple[Row, ...]) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("policy")
-    for header in ("proxy score", "gold score", "KL, nats/response", "distinct-2"):
-        table.add_column(header, justify="right")
-    for row in rows:
-        cells = [f"{mean:+.2f} ± {error:.2f}" for mean, error in (row.proxy, row.gold)]
-        distance, error = row.kl
-        table.add_row(row.name, *cells, f"{distance:.2f} ± {error:.2f}", f"{row.distinct_2:.2f}")
-    console.print(table)
-    console.print("± one standard error, clustered by prompt", style="dim")
-
-
-def _print_samples(console: Console, leashed: Run, free: Run) -> None:
-    def replies(run: Run, *, last: bool) -> dict[str, Sample]:
-        heldout = [sample for sample in run.samples if sample.kind == "heldout"]
-        step = max(s.step for s in heldout) if last else min(s.step for s in heldout)
-        return {sample.prompt: sample for sample in heldout if sample.step == step}
-
-    told = {
-        "reference": replies(leashed, last=False),
-        "on the leash": replies(leashed, last=True),
-        "off the leash": replies(free, last=True),
-    }
-    for prompt in list(told["reference"])[:_SAMPLE_PROMPTS]:
-        console.print(f"\n{prompt}", style="bold", markup=False)
-        for name, samples in told.items():
-            sample = samples[prompt]
-            gold = "" if sample.gold is None else f"  (gold {sample.gold:+.1f})"
-            console.print(
-                f"  {name:<14}{sample.response.strip()}{gold}", markup=False, soft_wrap=True
-            )
-    console.print()

@@ -1,4 +1,8 @@
-"""Held-out evaluation: prompts nobody trains on, a second opinion, and the texts side by side."""
+"""Held-out evaluation: prompts nobody trains on, a second opinion, and the texts side by side.
+
+A response that is kept is read once more, by itself, for what both models thought likely at its
+tokens. So samples are to be made while the policy is still the one that wrote them.
+"""
 
 import math
 import random
@@ -6,19 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash import sharing
 from kleash.assembly import Crew
 from kleash.kl.statistics import clustered_mean, response_kl
+from kleash.likeliest import ROWS, Wanted, distributions, likeliest, text_of_id
 from kleash.measures import Number, objective_measures
 from kleash.prompts import Prompt, batch_prompts
 from kleash.reward_models import Content, text_of
 from kleash.rollout import response_texts
-from kleash.runs import Kind, Sample, Who
+from kleash.runs import Kind, Likely, Sample, Who
 from kleash.texts import distinct_n
 from kleash.types import Rollout, ScoredRollout
+
+TOPS_PER_SAMPLE = 64
+"""Tokens of a kept response, those of largest KL, at which the likeliest words are kept as well."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,7 @@ def make_samples(
     for row, kind in rows:
         kept = mask[row]
         ids = scored.rollout.response_ids[row][kept]
+        policy_top, reference_top = _likeliest_along(crew, scored, row)
         samples.append(
             Sample(
                 step=step,
@@ -173,9 +182,49 @@ def make_samples(
                 token_kl=scored.kl[row][kept].tolist(),
                 entropy=scored.entropy[row][kept].tolist(),
                 gold=None if golds is None else float(golds[row]),
+                policy_top=policy_top,
+                reference_top=reference_top,
             )
         )
     return samples
+
+
+@torch.no_grad()
+def _likeliest_along(
+    crew: Crew, scored: ScoredRollout, row: int
+) -> tuple[list[Likely | None], list[Likely | None]]:
+    """The likeliest words of policy and reference at the tokens of largest KL of a response."""
+    rollout = scored.rollout
+    kept = rollout.response_mask[row]
+    length = int(kept.sum())
+    chosen = tokens_to_keep(torch.where(kept, scored.kl[row], -torch.inf)[:length])
+    part = (
+        rollout.prompt_ids[row : row + 1],
+        rollout.prompt_mask[row : row + 1],
+        rollout.response_ids[row : row + 1, :length],
+        rollout.response_mask[row : row + 1, :length],
+    )
+    found: list[list[Likely | None]] = []
+    for model in (crew.policy, crew.reference):
+        states = model.hidden_states(*part)[0, :-1][chosen]
+        wanted: list[Wanted] = []
+        for some in states.split(ROWS):
+            shares = distributions(model.head, some, temperature=crew.sampling.temperature)
+            wanted += likeliest(shares)
+        named = iter(wanted)
+        found.append([_named(crew, next(named)) if here else None for here in chosen.tolist()])
+    return found[0], found[1]
+
+
+def tokens_to_keep(kl: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
+    """Which tokens of a response are looked at closely: the `TOPS_PER_SAMPLE` of largest KL."""
+    best: Int[Tensor, " kept"] = kl.topk(min(TOPS_PER_SAMPLE, len(kl))).indices
+    return torch.zeros_like(kl, dtype=torch.bool).index_fill(0, best, True)
+
+
+def _named(crew: Crew, wanted: Wanted) -> Likely:
+    words = [text_of_id(crew.policy.tokenizer, number) for number in wanted.ids]
+    return Likely(words, wanted.probabilities)
 
 
 def rows_to_keep(

@@ -1,8 +1,8 @@
-"""What happened to a run beside its steps: refusals, rollbacks, anchors moved. One JSON a line.
+"""What happened to a run beside its steps: refusals, rollbacks, anchors moved, alarms.
 
-Events are never taken back, also where the steps around them are: a rollback drops metrics, not
-the reason for it. A run that was killed and goes over the same steps again comes to the same
-events, and each is written once.
+One JSON a line. Events are never taken back, also where the steps around them are: a rollback drops
+metrics, not the reason for it. A run that was killed and goes over the same steps again comes to
+the same events, and each is written once.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from kleash.files import append_whole, cannot_write, plain, plain_json
 
 FILE = "events.jsonl"
 
-EventKind = Literal["refused", "stopped", "rolled_back", "reanchored"]
+EventKind = Literal["refused", "stopped", "rolled_back", "reanchored", "alarm"]
 
 
 @dataclass(frozen=True)

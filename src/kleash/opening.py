@@ -40,6 +40,8 @@ class Opened:
     state: TrainingState
     run: RunWriter
     trackers: Trackers
+    warnings: list[str]
+    """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
 
@@ -90,6 +92,7 @@ def open_run(
         state=state,
         run=run,
         trackers=trackers,
+        warnings=warnings,
         fresh=checkpoint is None,
     )
 

@@ -3,7 +3,7 @@
     config.yaml      the resolved configuration
     run.json         status, argv, versions, seed, reference identity, times, message
     metrics.jsonl    one object a step; keys are defined in `docs/metrics.md`
-    samples.jsonl    one object a kept response, with its per-token numbers
+    samples.jsonl    one object a kept response, with its per-token numbers and likeliest words
     events.jsonl     refusals, rollbacks and the like; there as soon as there is one
     refused/         batches of refused steps
     checkpoints/     belongs to the checkpoints' own module
@@ -51,7 +51,17 @@ MAX_TOKENS_PER_SAMPLE = 4096
 """Longer responses keep their first tokens; `tokens_cut` says how many are missing."""
 
 _CONFIG, _META, _METRICS, _SAMPLES = "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"
+_NUMBERS = ("logprobs", "ref_logprobs", "token_kl", "entropy")
+_TOPS = ("policy_top", "reference_top")
 _STATUSES = ("running", "finished", "interrupted", "failed")
+
+
+@dataclass(frozen=True)
+class Likely:
+    """What a model thought likely at a token: words with their probabilities, likeliest first."""
+
+    words: Sequence[str]
+    probabilities: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,16 @@ class Sample:
     gold: float | None = None
     """What the held-out rubric says, where there is one."""
     tokens_cut: int = 0
+    policy_top: Sequence[Likely | None] = ()
+    """What the policy thought likely at each token; None where that was not kept."""
+    reference_top: Sequence[Likely | None] = ()
 
     def __post_init__(self) -> None:
         """Refuse per-token lists that do not belong to the tokens."""
-        for name in ("logprobs", "ref_logprobs", "token_kl", "entropy"):
+        for name in (*_NUMBERS, *_TOPS):
             if (length := len(getattr(self, name))) not in (0, len(self.tokens)):
                 raise ValueError(
-                    f"{name} must be empty or have one number per token "
+                    f"{name} must be empty or have one entry per token "
                     f"({len(self.tokens)}), got {length}"
                 )
 
@@ -358,10 +371,11 @@ def _json_line(value: Mapping[str, Any]) -> str:
 def _sample_line(sample: Sample) -> str:
     cut = max(0, len(sample.tokens) - MAX_TOKENS_PER_SAMPLE)
     # Six significant digits: what float32 holds, in a third of the bytes.
-    short = {
+    short: dict[str, Any] = {
         name: [float(f"{number:.6g}") for number in getattr(sample, name)[:MAX_TOKENS_PER_SAMPLE]]
-        for name in ("logprobs", "ref_logprobs", "token_kl", "entropy")
+        for name in _NUMBERS
     }
+    short |= {name: list(getattr(sample, name)[:MAX_TOKENS_PER_SAMPLE]) for name in _TOPS}
     kept = replace(
         sample,
         tokens=list(sample.tokens[:MAX_TOKENS_PER_SAMPLE]),
@@ -476,6 +490,8 @@ def _read_sample_field(where: str, name: str, value: Any) -> Any:
             ]
             if None not in numbers_read:
                 return numbers_read
+        case "policy_top" | "reference_top" if isinstance(value, list):
+            return [_read_likely(where, name, entry) for entry in cast(list[Any], value)]
         case "tokens" if isinstance(value, list):
             if all(isinstance(entry, str) for entry in cast(list[Any], value)):
                 return cast(list[str], value)
@@ -490,3 +506,22 @@ def _read_sample_field(where: str, name: str, value: Any) -> Any:
         case _:
             pass
     raise RunError(f"{where}: {name!r} is not what a sample holds: {str(value)[:60]!r}")
+
+
+def _read_likely(where: str, name: str, value: Any) -> Likely | None:
+    if value is None:
+        return None
+    entry = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    words, masses = entry.get("words"), entry.get("probabilities")
+    if (
+        isinstance(words, list)
+        and isinstance(masses, list)
+        and len(cast(list[Any], words)) == len(cast(list[Any], masses))
+        and all(isinstance(word, str) for word in cast(list[Any], words))
+    ):
+        numbers_read = [_read_number(where, name, mass) for mass in cast(list[Any], masses)]
+        if None not in numbers_read:
+            return Likely(cast(list[str], words), cast(list[float], numbers_read))
+    raise RunError(
+        f"{where}: expected words and probabilities in {name!r}, got {str(value)[:60]!r}"
+    )

@@ -62,7 +62,7 @@ from kleash.record import objective_line, price
 from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
-from kleash.runs import RunWriter
+from kleash.runs import RunWriter, Sample
 from kleash.types import ScoredRollout
 from kleash.updates import update
 
@@ -103,7 +103,7 @@ def _run(config: Config, opened: Opened) -> Path:
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
-        for warning in warnings:
+        for warning in opened.warnings:
             display.say(f"warning: {warning}")
         if state.start is not None:
             display.say(start_line(config, state.start))
@@ -149,6 +149,9 @@ def _step(
         attempt.scored = scored = _read(config, crew, written, scores, step=step)
         original_kl = _original_kl(config, crew, scored)
     _require_sound(config, crew, written, scored, original_kl, attempt, run)
+    # Looked at closely while the policy is still the one that wrote them.
+    count = config.logging.samples_per_step
+    samples = training_samples(crew, scored, written, step=step, count=count)
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
@@ -181,7 +184,7 @@ def _step(
         seconds=state.seconds + clock.total,
     )
     metrics |= _progress(clock, scored, after)
-    _write_down(config, crew, written, scored, after, metrics, run)
+    _write_down(config, crew, samples, after, metrics, run)
     return after, metrics
 
 
@@ -254,7 +257,8 @@ def _require_sound(
     """
     if attempt.step == 1 and not config.reference.reference_differs:
         _require_reference_is_start(scored)
-    doctor.look(config, crew, written, scored, step=attempt.step, folder=run.path)
+    step = attempt.step
+    doctor.look(config, crew, written, scored, step=step, folder=run.path, tell=run.append_event)
     check_bounds(config, scored, original_kl)
     attempt.within_bounds = True
 
@@ -333,8 +337,7 @@ def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict
 def _write_down(
     config: Config,
     crew: Crew,
-    written: Written,
-    scored: ScoredRollout,
+    samples: Sequence[Sample],
     after: TrainingState,
     metrics: dict[str, Number],
     run: RunWriter,
@@ -345,9 +348,7 @@ def _write_down(
     if crew.heldout and due:
         metrics |= _evaluate(config, crew, after, run)
     run.append_metrics(metrics)
-    kept = config.logging.samples_per_step
-    if kept:
-        run.append_samples(training_samples(crew, scored, written, step=after.step, count=kept))
+    run.append_samples(samples)
 
 
 def _evaluate(

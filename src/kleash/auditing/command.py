@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kleash.auditing.bytewise import audit_bytes
 from kleash.auditing.drift import Drift, drift_of, write_drift
-from kleash.auditing.page import write_page
+from kleash.auditing.page import write_audit, write_page
 from kleash.auditing.pairs import AuditDtype, Pair, check_pair, open_checkpoint
 from kleash.auditing.partfile import NAME
 from kleash.auditing.result import Audit
@@ -16,7 +16,6 @@ from kleash.auditing.run import Settings, audit_pair
 from kleash.auditing.screen import AuditDisplay, print_audit
 from kleash.auditing.sources import Source
 from kleash.errors import UsageError
-from kleash.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ def _one(order: Order, policy: str, into: Path | None, console: Console) -> Audi
             _say_stopped(into, console)
             raise
     if into is not None:
-        replace_file(into / "audit.json", found.to_json() + "\n")
-        write_page(found, into / "audit.html")
+        write_audit(found, into)
     return found
 
 

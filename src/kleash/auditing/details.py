@@ -13,16 +13,11 @@ from torch import Tensor
 from kleash.auditing.double import states_of
 from kleash.auditing.pairs import Pair
 from kleash.auditing.records import Record, side_by_side
-from kleash.auditing.result import Wanted
 from kleash.auditing.sources import Item
-from kleash.heads import apply_head
+from kleash.likeliest import ROWS, Wanted, distributions, likeliest
 from kleash.models import LanguageModel
 from kleash.scoring import token_scores
-from kleash.types import Head
 
-TOP = 5
-ROWS = 64
-"""Rows of whole distributions held at once."""
 FLOOR_RESPONSES = 8
 
 
@@ -54,11 +49,11 @@ def look_closer(
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
     tops: tuple[list[Wanted], list[Wanted]] = ([], [])
     for rows, ref_rows in zip(states.split(ROWS), ref_states.split(ROWS), strict=True):
-        p = _probabilities(rows, pair.policy.head, temperature)
-        q = _probabilities(ref_rows, pair.reference.head, temperature)
+        p = distributions(pair.policy.head, rows, temperature=temperature)
+        q = distributions(pair.reference.head, ref_rows, temperature=temperature)
         moved += (p - q).sum(0).double().cpu()
         for found, these in zip(tops, (p, q), strict=True):
-            found += _wanted(these)
+            found += likeliest(these)
     return Closer(*tops), moved
 
 
@@ -91,16 +86,3 @@ def noise_floor(records: Sequence[Record], model: LanguageModel, device: torch.d
 
 def _item(record: Record) -> Item:
     return Item(record.cluster, tuple(record.prompt_ids.tolist()), tuple(record.ids.tolist()))
-
-
-def _probabilities(
-    states: Float[Tensor, "N hidden"], head: Head, temperature: float
-) -> Float[Tensor, "N vocab"]:
-    return (apply_head(head, states)[:, : head.words] / temperature).softmax(-1)
-
-
-def _wanted(probabilities: Float[Tensor, "N vocab"]) -> list[Wanted]:
-    values, ids = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    # Four digits are more than is shown.
-    return [Wanted(words, [float(f"{value:.4g}") for value in masses]) for words, masses in pairs]

@@ -1,13 +1,16 @@
 """Several checkpoints against one reference: the curve of drift."""
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kleash.auditing.glossary import GLOSSARY
+from kleash.auditing.intervals import Interval
 from kleash.auditing.result import Audit, Measure
+from kleash.auditing.standing import Standing, charts_over_root_kl
 from kleash.errors import UsageError
 from kleash.files import plain_json, replace_file
 from kleash.report import charts
@@ -15,6 +18,7 @@ from kleash.report.charts import Chart, Point, Series, draw
 from kleash.report.shell import pointer_data, render_page
 
 SCHEMA = "kleash.drift/1"
+_DEFINED = ("kl", "root_kl", "standing", "interval")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class DriftPoint:
     at: float
     """The last number in its name if these grow, else its place in the row."""
     kl: Measure
+    standing: Standing | None = None
+    """Where it stands in the run that it is a checkpoint of."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def drift_of(audits: Sequence[Audit]) -> Drift:
     if not grow:
         places = [float(n) for n in range(1, len(paths) + 1)]
     points = [
-        DriftPoint(path, at, audit.kl)
+        DriftPoint(path, at, audit.kl, audit.standing)
         for path, at, audit in zip(paths, places, audits, strict=True)
     ]
     title = "number in the checkpoint's name" if grow else "checkpoint, in the order given"
@@ -74,29 +80,7 @@ def write_drift(drift: Drift, audits: Sequence[Audit], into: Path) -> None:
 
 
 def _render(drift: Drift, audits: Sequence[Audit]) -> str:
-    drawings = [
-        draw(
-            Chart(
-                title=f"KL per {per}",
-                unit=f"nats per {per} ± s.e.",
-                sample=f"n = {audits[0].parts[0].responses:,} responses a point",
-                key="kl",
-                series=[
-                    Series(
-                        "exact KL",
-                        [
-                            Point(point.at, one.mean, one.standard_error)
-                            for point in drift.points
-                            for one in [getattr(point.kl, f"per_{per}")]
-                        ],
-                    )
-                ],
-                x_title=drift.x_title,
-                include=(0.0,),
-            )
-        )
-        for per in ("token", "response")
-    ]
+    drawings = [draw(chart) for chart in _charts(drift, audits[0].parts[0].responses)]
     data = {
         "runs": [drift.reference],
         "samples": [],
@@ -112,5 +96,48 @@ def _render(drift: Drift, audits: Sequence[Audit]) -> str:
         drift=drift,
         drawings=list(enumerate(drawings)),
         geometry=charts,
-        glossary=[metric for metric in GLOSSARY if metric.key in ("kl", "interval")],
+        glossary=[metric for metric in GLOSSARY if metric.key in _DEFINED],
     )
+
+
+def _charts(drift: Drift, responses: int) -> list[Chart]:
+    """KL over checkpoints, its root, which grows steadily under a steady pull, and the score."""
+    per_response = [(point.at, point.kl.per_response) for point in drift.points]
+    curves = {
+        ("KL per token", "nats per token ± s.e.", "kl"): [
+            Point(point.at, one.mean, one.standard_error)
+            for point in drift.points
+            for one in [point.kl.per_token]
+        ],
+        ("KL per response", "nats per response ± s.e.", "kl"): [
+            Point(at, one.mean, one.standard_error) for at, one in per_response
+        ],
+        ("√KL per response", "√nats ± s.e.", "root_kl"): [
+            Point(at, math.sqrt(max(0.0, one.mean)), _root_error(one)) for at, one in per_response
+        ],
+    }
+    found = [
+        Chart(
+            title=title,
+            unit=unit,
+            sample=f"n = {responses:,} responses a point",
+            key=key,
+            series=[Series("exact KL" if key == "kl" else "√ of the exact KL", points)],
+            x_title=drift.x_title,
+            include=(0.0,),
+        )
+        for (title, unit, key), points in curves.items()
+    ]
+    placed = [
+        (point.kl.per_response, point.standing)
+        for point in drift.points
+        if point.standing is not None
+    ]
+    return found + charts_over_root_kl(placed)
+
+
+def _root_error(kl: Interval) -> float | None:
+    """Standard error of √KL, by the delta method; none where there is no slope."""
+    if kl.standard_error is None or not kl.mean > 0:
+        return None
+    return kl.standard_error / (2 * math.sqrt(kl.mean))

@@ -73,6 +73,26 @@ GLOSSARY: tuple[Metric, ...] = (
         "—",
     ),
     Metric(
+        "root_kl",
+        "√KL",
+        "The distance of which KL is, near the reference, the square: a policy that is pulled away "
+        "at a steady speed goes along a straight line.",
+        "√(mean KL per response)",
+        "√nats",
+        "—",
+    ),
+    Metric(
+        "standing",
+        "Score against √KL",
+        "For a checkpoint in the directory of its run, audited against the reference of that run: "
+        "the score that the run measured of it, over the audited √KL. The trail is the run's own "
+        "KL and score, step by step; the line is the optimum of its plan. A score that still rises "
+        "while gold falls is exploited.",
+        "score of the checkpoint over √(mean KL per response)",
+        "score",
+        "below the plan's line, which no policy passes",
+    ),
+    Metric(
         "floor",
         "Floor",
         "KL per token of the policy to itself, read in a batch and alone: what rounding makes. "

@@ -12,6 +12,7 @@ from typing import Any
 from kleash.auditing.glossary import GLOSSARY
 from kleash.auditing.result import Audit, Part, Sample, Share
 from kleash.auditing.screen import WRITERS, closing, titles
+from kleash.auditing.standing import charts_over_root_kl
 from kleash.files import replace_file
 from kleash.report import charts
 from kleash.report.charts import Chart, Drawing, Point, Series, draw
@@ -20,6 +21,20 @@ from kleash.report.shell import pointer_data, render_page
 
 SHOWN_SHARES = 30
 """Rows of a table of groups."""
+
+
+def write_audit(audit: Audit, folder: Path) -> Path:
+    """Write audit.json and audit.html into a directory that is there.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RunError: if they cannot be written.
+    """
+    replace_file(folder / "audit.json", audit.to_json() + "\n")
+    write_page(audit, folder / "audit.html")
+    return folder / "audit.html"
 
 
 def write_page(audit: Audit, file: Path) -> None:
@@ -75,6 +90,8 @@ def _drawings(audit: Audit) -> list[Drawing]:
         found.append(_by_position(audit))
     if any(len(part.histogram) > 1 for part in audit.parts):
         found.append(_distribution(audit))
+    if audit.standing is not None and audit.parts:
+        found += charts_over_root_kl([(audit.kl.per_response, audit.standing)])
     return [draw(chart) for chart in found]
 
 

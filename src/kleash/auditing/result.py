@@ -13,8 +13,10 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from kleash.auditing.intervals import Decision, Interval
 from kleash.auditing.records import By
+from kleash.auditing.standing import Standing
 from kleash.errors import RunError
 from kleash.files import NON_FINITE, plain_json
+from kleash.likeliest import Wanted
 from kleash.models import Identity
 from kleash.report.charts import format_number
 
@@ -58,14 +60,6 @@ class Tail:
     largest_share: float
     """Of all KL, in the one response that has most."""
     heavy: bool
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a model found likeliest, by id, with probabilities."""
-
-    ids: list[int]
-    probabilities: list[float]
 
 
 @dataclass(frozen=True)
@@ -189,6 +183,8 @@ class Audit:
     bits_per_byte: BitsPerByte | None = None
     token_texts: dict[str, str] = field(default_factory=dict[str, str])
     """Texts of the ids that are named in the parts."""
+    standing: Standing | None = None
+    """Where the policy stands in the run that it is a checkpoint of."""
     schema: str = SCHEMA
 
     @property

@@ -23,11 +23,12 @@ from kleash.auditing.partfile import Key, PartFile
 from kleash.auditing.records import By, Record, score_items
 from kleash.auditing.result import EXIT_CODES, Audit, Gate, Part, Per, Precision
 from kleash.auditing.sources import Item, Source, pack, windows
+from kleash.auditing.standing import Standing, standing_of
 from kleash.auditing.summary import floor_of, part_of, texts_of_ids, with_details
 from kleash.auditing.tally import Tally
 from kleash.auditing.tokens import token_classes
 from kleash.auditing.writing import write_responses
-from kleash.errors import ConfigError
+from kleash.errors import ConfigError, RunError
 from kleash.files import replace_file
 from kleash.generation import SamplingSpec, overridden_settings
 from kleash.models import Identity, Policy
@@ -298,17 +299,29 @@ class _Run:
             code = EXIT_CODES[decision]
             gate = Gate(settings.fail_above, settings.per, decision, code)
         policy, reference = self._identities
+        notes = _notes(self.pair, self.source, parts, (policy, reference))
+        standing, unread = self._standing()
         return Audit(
             policy=policy,
             reference=reference,
             settings=self._settings(),
             parts=parts,
             complete=complete,
-            notes=_notes(self.pair, self.source, parts, (policy, reference)),
+            notes=[*notes, *unread],
             precision=precision,
             gate=gate,
             token_texts=texts_of_ids(parts, self.pair.policy.tokenizer),
+            standing=standing,
         )
+
+    def _standing(self) -> tuple[Standing | None, list[str]]:
+        """Where the policy stands in its run; a sentence where its run cannot be read."""
+        if self.source.kind != "prompts":
+            return None, []
+        try:
+            return standing_of(*self._identities, temperature=self.settings.temperature), []
+        except RunError as error:
+            return None, [f"The run of this checkpoint could not be read: {error}."]
 
     def _settings(self) -> dict[str, Any]:
         source = self.source

@@ -13,8 +13,10 @@ from kleash.auditing.intervals import Interval, Kind, tail_index
 from kleash.auditing.pairs import Pair
 from kleash.auditing.records import Record
 from kleash.auditing.result import Measure, Part, Sample, Share, Tail, Verdict, WorstToken
-from kleash.auditing.tally import LOWEST, PER_DECADE, POSITIONS, Tally, first_position
+from kleash.auditing.tally import LOWEST, PER_DECADE, Tally
 from kleash.auditing.tokens import TOKEN_CLASSES
+from kleash.kl.positions import POSITIONS, first_position
+from kleash.likeliest import decode, text_of_id
 from kleash.report.heatmap import spaced
 
 RESOLVABLE = 3.0
@@ -131,15 +133,6 @@ def texts_of_ids(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> d
     return {str(number): text_of_id(tokenizer, number) for number in sorted(ids)}
 
 
-def text_of_id(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """How one token reads on its own, with the space that it stands for."""
-    text = _decode(tokenizer, [number])
-    piece = str(tokenizer.convert_ids_to_tokens(number))
-    if piece.startswith("▁") and not text.startswith(" "):
-        return f" {text}"
-    return text or piece
-
-
 def _exponential(of: Interval) -> Interval:
     """The interval of e^x from that of x."""
     ends = [None if end is None else math.exp(end) for end in (of.low, of.high)]
@@ -223,17 +216,17 @@ def _sample(
     closer: Closer,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Sample:
-    response = _decode(tokenizer, record.ids.tolist())
+    response = decode(tokenizer, record.ids.tolist())
     kl = record.reverse_kl if tally.headline == "reverse_kl" else record.kl
     return Sample(
         number=record.number,
         kind="worst" if kind == "worst" else "random",
         by=tally.by,
         group=record.group,
-        prompt=_decode(tokenizer, record.prompt_ids.tolist()),
+        prompt=decode(tokenizer, record.prompt_ids.tolist()),
         response=response,
         kl=float(kl.sum(dtype=np.float64)),
-        tokens=spaced([_decode(tokenizer, [i]) for i in record.ids.tolist()], response),
+        tokens=spaced([decode(tokenizer, [i]) for i in record.ids.tolist()], response),
         token_kl=_short(record.kl),
         reverse_kl=_short(record.reverse_kl),
         logprobs=_short(record.logprobs),
@@ -270,11 +263,11 @@ def _three(
     tokenizer: PreTrainedTokenizerBase, before: list[int], token: int, after: list[int]
 ) -> tuple[str, str, str]:
     """Texts of a token and its surroundings; decoded together, so that no space is lost."""
-    one, two = _decode(tokenizer, before), _decode(tokenizer, [*before, token])
-    whole = _decode(tokenizer, [*before, token, *after])
+    one, two = decode(tokenizer, before), decode(tokenizer, [*before, token])
+    whole = decode(tokenizer, [*before, token, *after])
     if len(one) < len(two) and two.startswith(one) and whole.startswith(two):
         return one, two[len(one) :], whole[len(two) :]
-    return one, text_of_id(tokenizer, token), _decode(tokenizer, after)
+    return one, text_of_id(tokenizer, token), decode(tokenizer, after)
 
 
 def _moved_most(mass: torch.Tensor) -> list[tuple[int, float]]:
@@ -286,8 +279,3 @@ def _moved_most(mass: torch.Tensor) -> list[tuple[int, float]]:
 def _short(values: np.ndarray) -> list[float]:
     # Six digits: what float32 holds.
     return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text if isinstance(text, str) else "".join(text)

@@ -20,6 +20,7 @@ from kleash.auditing.moments import Moments
 from kleash.auditing.records import By, Record
 from kleash.auditing.tokens import TOKEN_CLASSES
 from kleash.kl.estimators import sampled_kl
+from kleash.kl.positions import POSITIONS, position_bins
 
 QUANTITIES = (
     "kl",
@@ -35,10 +36,6 @@ QUANTITIES = (
     "responses",
 )
 """What is summed up within each prompt."""
-
-SINGLE, PER_OCTAVE, OCTAVES = 64, 8, 14
-POSITIONS = SINGLE + PER_OCTAVE * OCTAVES
-"""Bins of positions: each of the first 64 alone, then 8 for every doubling, the last one open."""
 
 PER_DECADE = 232
 LOWEST, HIGHEST = -12, 4
@@ -167,7 +164,7 @@ class Tally:
         base += [float(record.same_top.sum()), float(count), 1.0]
         shown = reverse if self.by == "reference" else kl
         classes = self._classes[record.ids]
-        places = position_bins(count)
+        places = position_bins(count).numpy()
         return np.concatenate(
             [base, _by(classes, shown, len(TOKEN_CLASSES)), _by(places, shown, POSITIONS)]
         )
@@ -188,18 +185,6 @@ class Tally:
         """A draw of the number and the seed alone: both writers' answers to a prompt are kept."""
         text = f"{self._seed}/{number}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-def position_bins(count: int) -> Int[np.ndarray, " token"]:
-    """Bin of each of the first `count` positions."""
-    at = np.arange(count)
-    beyond = np.floor(PER_OCTAVE * np.log2(np.maximum(at, SINGLE) / SINGLE)).astype(np.int64)
-    return np.where(at < SINGLE, at, np.minimum(SINGLE + beyond, POSITIONS - 1))
-
-
-def first_position(place: int) -> float:
-    """Where a bin of positions begins."""
-    return float(place) if place < SINGLE else SINGLE * 2 ** ((place - SINGLE) / PER_OCTAVE)
 
 
 def histogram_bins(kl: Float[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:

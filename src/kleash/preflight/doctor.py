@@ -8,12 +8,14 @@ Four numbers of a batch know whether the words came from the law that is scored:
     mean Σ (sampler − π)      away from its floor: the engine wrote by another law
 
 When one of them does not, the checks of the preflight run on the very batch, which is kept beside
-their findings, and the log names the cause. A batch that is well costs four sums.
+their findings, and the log and an event of the run name the cause. A batch that is well costs
+four sums.
 """
 
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from kleash.checkpoint import save_tensors
 from kleash.config import Config
 from kleash.errors import KleashError
 from kleash.evaluation import Written
+from kleash.events import Event, new_event
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.preflight.finding import Finding
 from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
@@ -48,6 +51,7 @@ def look(
     *,
     step: int,
     folder: Path,
+    tell: Callable[[Event], None] | None = None,
 ) -> list[Finding]:
     """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
 
@@ -58,6 +62,7 @@ def look(
         scored: what everyone says of it.
         step: number of the step.
         folder: where to keep the batch and the findings: `doctor/step-000001.*`.
+        tell: takes the alarm as an event; None: the log alone has it.
 
     Returns:
         The findings that failed; the log has their causes.
@@ -65,8 +70,10 @@ def look(
     symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
     if symptom is None:
         return []
-    if len(list((folder / "doctor").glob("*.json"))) >= _MOST:
-        _LOG.warning("step %d: %s The first batches like it are in doctor/.", step, symptom)
+    # Earlier ones alone: a run that is resumed comes to the same alarms, each told once.
+    own = f"step-{step:06d}.json"
+    if sum(file.name < own for file in (folder / "doctor").glob("*.json")) >= _MOST:
+        _sound(step, symptom, "The first batches like it are in doctor/.", tell)
         return []
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -74,9 +81,16 @@ def look(
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: look at lr and at this step's samples."
-    _LOG.warning("step %d: %s %s", step, symptom, named or unnamed)
+    _sound(step, symptom, named or unnamed, tell)
     _keep(folder / "doctor", step, symptom, findings, scored)
     return causes
+
+
+def _sound(step: int, symptom: str, cause: str, tell: Callable[[Event], None] | None) -> None:
+    """The alarm, into the log and into the run."""
+    _LOG.warning("step %d: %s %s", step, symptom, cause)
+    if tell is not None:
+        tell(new_event(step, "alarm", f"{symptom} {cause}"))
 
 
 def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:

@@ -11,6 +11,11 @@ from typing import Literal
 
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 34
+SIGN = 9
+"""Room for the sign of a mark."""
+SPOKEN_MARKS = 6
+MAX_BARS = 12
+"""More dots than this have no error bars: they would hide each other."""
 MAX_POINTS = 400
 """More points than this cannot be told apart; the extremes of each stretch are kept."""
 
@@ -30,7 +35,8 @@ class Series:
 
     name: str
     points: Sequence[Point]
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "spot"] = "line"
+    """Dots are joined by a faint trail; spots are larger and stand alone."""
     colour: int = 0
     """Index of a colour of the page; the faint line of a run shares its run's colour."""
 
@@ -44,6 +50,20 @@ class Band:
     """The middle, over x."""
     relative: float
     """Half width as a share of the middle."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a place along the horizontal axis."""
+
+    x: float
+    kind: str
+    """What kind of thing, in a word or two: the legend says it."""
+    text: str
+    """What happened, for the pointer."""
+    style: Literal["refused", "stopped", "rolled_back", "reanchored", "alarm"]
+    colour: int | None = None
+    """Index of a colour of the page; None: the colour of its style."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Chart:
     x_title: str = "step"
     include: Sequence[float] = ()
     """Values that the vertical axis must reach."""
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,7 @@ class DrawnSeries:
     colour: int
     path: str
     error_path: str
+    """A band around a line; a bar on each dot, where they are few."""
     dots: Sequence[tuple[float, float]]
     lost: Sequence[float]
     """Where a value was NaN or infinite: marked at the top, never dropped in silence."""
@@ -95,12 +117,24 @@ class DrawnBand:
 
 
 @dataclass(frozen=True)
+class DrawnMark:
+    """Marks of one style that stand too close to be told apart, as one."""
+
+    at: float
+    height: float
+    """Where its sign stands: signs at one place stand one below the other."""
+    style: str
+    colour: int | None
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A chart ready for its template, and the numbers behind it for the pointer."""
 
     chart: Chart
     series: Sequence[DrawnSeries]
     bands: Sequence[DrawnBand]
+    marks: Sequence[DrawnMark]
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     x_domain: tuple[float, float]
@@ -114,7 +148,19 @@ class Drawing:
             for series in self.chart.series
             if series.points
         ]
-        return f"{self.chart.title}, {self.chart.unit}. " + "; ".join(ends)
+        told = [f"{mark.kind} at {format_number(mark.x)}" for mark in self.chart.marks]
+        more = [f"and {len(told) - SPOKEN_MARKS} more"] if len(told) > SPOKEN_MARKS else []
+        sentences = ["; ".join(ends), ", ".join([*told[:SPOKEN_MARKS], *more])]
+        said = ". ".join(sentence for sentence in sentences if sentence)
+        return f"{self.chart.title}, {self.chart.unit}. {said}"
+
+    @property
+    def mark_kinds(self) -> list[Mark]:
+        """One mark of each kind, for the legend."""
+        kinds: dict[str, Mark] = {}
+        for mark in self.chart.marks:
+            kinds.setdefault(mark.kind, mark)
+        return list(kinds.values())
 
 
 def format_number(value: float) -> str:
@@ -210,14 +256,16 @@ def draw(chart: Chart) -> Drawing:
     heights = [height for point in everything for height in _reach(point)]
     for band in chart.bands:
         heights += [p.y * (1 + side * band.relative) for p in band.points for side in (-1, 1)]
+    places = [*(point.x for point in everything), *(mark.x for mark in chart.marks)]
     scale = _Scale(
-        _domain([point.x for point in everything], margin=0.0, fixed=()),
+        _domain(places, margin=0.0, fixed=()),
         _domain([*heights, *chart.include], margin=0.06, fixed=chart.include),
     )
     return Drawing(
         chart=chart,
         series=[_draw_series(series, scale) for series in chart.series],
         bands=[_draw_band(band, scale) for band in chart.bands],
+        marks=_draw_marks(chart.marks, scale),
         x_ticks=[Tick(scale.place(x, 0.0)[0], label) for x, label in labelled_ticks(*scale.x)],
         y_ticks=[Tick(scale.place(0.0, y)[1], label) for y, label in labelled_ticks(*scale.y)],
         x_domain=scale.x,
@@ -242,31 +290,41 @@ class _Scale:
 
 def _draw_series(series: Series, scale: _Scale) -> DrawnSeries:
     runs = _unbroken(series.points)
-    errors = [
-        [(p, p.error) for p in run if p.error is not None and math.isfinite(p.error)]
-        for run in runs
-    ]
+    alone = series.style in ("dots", "spot")
     return DrawnSeries(
         name=series.name,
         style=series.style,
         colour=series.colour,
         path=" ".join(_line([scale.place(p.x, p.y) for p in run]) for run in runs if len(run) > 1),
-        error_path=" ".join(
-            _area(
-                [scale.place(p.x, p.y + error) for p, error in run],
-                [scale.place(p.x, p.y - error) for p, error in run],
-            )
-            for run in errors
-            if len(run) > 1
-        ),
-        dots=[
-            scale.place(p.x, p.y)
-            for run in runs
-            for p in run
-            if series.style == "dots" or len(run) == 1
-        ],
+        error_path=_error_bars(runs, scale) if alone else _error_bands(runs, scale),
+        dots=[scale.place(p.x, p.y) for run in runs for p in run if alone or len(run) == 1],
         lost=[scale.place(p.x, 0.0)[0] for p in series.points if not math.isfinite(p.y)],
     )
+
+
+def _error_bands(runs: Sequence[Sequence[Point]], scale: _Scale) -> str:
+    bands = [_errors(run) for run in runs]
+    return " ".join(
+        _area(
+            [scale.place(p.x, p.y + error) for p, error in band],
+            [scale.place(p.x, p.y - error) for p, error in band],
+        )
+        for band in bands
+        if len(band) > 1
+    )
+
+
+def _error_bars(runs: Sequence[Sequence[Point]], scale: _Scale) -> str:
+    ends = [(p, error) for run in runs for p, error in _errors(run)]
+    if len(ends) > MAX_BARS:
+        return ""
+    return " ".join(
+        _line([scale.place(p.x, p.y + error), scale.place(p.x, p.y - error)]) for p, error in ends
+    )
+
+
+def _errors(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    return [(p, p.error) for p in points if p.error is not None and math.isfinite(p.error)]
 
 
 def _draw_band(band: Band, scale: _Scale) -> DrawnBand:
@@ -277,6 +335,18 @@ def _draw_band(band: Band, scale: _Scale) -> DrawnBand:
         area=_area(upper, lower),
         line=_line([scale.place(p.x, p.y) for p in band.points]),
     )
+
+
+def _draw_marks(marks: Sequence[Mark], scale: _Scale) -> list[DrawnMark]:
+    drawn: list[DrawnMark] = []
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        at = scale.place(mark.x, 0.0)[0]
+        near = [one for one in drawn if at - one.at < SIGN]
+        if any((one.style, one.colour) == (mark.style, mark.colour) for one in near):
+            continue
+        height = TOP + SIGN * (0.5 + len(near))
+        drawn.append(DrawnMark(at, height, mark.style, mark.colour))
+    return drawn
 
 
 def _reach(point: Point) -> list[float]:

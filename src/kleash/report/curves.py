@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kleash.beta.planning import PlanRow
-from kleash.frontier import PLAN_FILE, holds_plan, read_frontier
-from kleash.report.charts import Band, Chart, Point, Series, thin
+from kleash.diagnostics.positions import kl_by_position
+from kleash.frontier import PLAN_FILE, Frontier, holds_plan, read_frontier
+from kleash.report.charts import Band, Chart, Mark, Point, Series, thin
 from kleash.report.glossary import define
+from kleash.report.happened import event_marks
 from kleash.runs import Metrics, Run
 
 _BAND = 0.2
 """KL within 20 % of its target counts as on budget."""
+ROOT_KL = "√KL, √nats"
+"""Title of the axis."""
 _NORMAL_95 = 1.96
 """Standard errors from the middle of a 95 % interval to its end."""
 
@@ -29,6 +33,8 @@ class _Plot:
     target: str | None = None
     averaged: bool = True
     """Whether a point is a mean over responses, so that it has an n."""
+    marked: bool = False
+    """Whether the run's events stand on it."""
 
 
 _GROUPS: tuple[tuple[str, tuple[_Plot, ...]], ...] = (
@@ -42,8 +48,15 @@ _GROUPS: tuple[tuple[str, tuple[_Plot, ...]], ...] = (
                 faint=("objective/kl_ref_k1",),
                 include=(0.0,),
                 target="objective/target_kl",
+                marked=True,
             ),
-            _Plot(("objective/beta",), "β, the price of a nat", include=(0.0,), averaged=False),
+            _Plot(
+                ("objective/beta",),
+                "β, the price of a nat",
+                include=(0.0,),
+                averaged=False,
+                marked=True,
+            ),
         ),
     ),
     (
@@ -92,8 +105,9 @@ def chart_groups(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, l
     groups: list[tuple[str, list[Chart]]] = []
     for heading, plots in _GROUPS:
         charts = [chart for plot in plots if (chart := _chart(plot, runs, names)) is not None]
-        if heading == "The leash" and (frontier := _score_over_root_kl(runs, names)) is not None:
-            charts.append(frontier)
+        if heading == "The leash":
+            more = (f(runs, names) for f in (_score_over_root_kl, _gold_over_root_kl, _by_position))
+            charts += [chart for chart in more if chart is not None]
         if heading == "What it earned":
             charts += _rewards(runs, names)
         if charts:
@@ -123,7 +137,10 @@ def _chart(plot: _Plot, runs: Sequence[Run], names: Sequence[str]) -> Chart | No
     if len({tuple(band.points) for band in bands}) == 1:
         bands = bands[:1]
     sample = _sample(runs, shown) if plot.averaged else ""
-    return _finish(plot.title, shown, sample, series, bands=bands, include=plot.include)
+    marks = event_marks(runs, names) if plot.marked else ()
+    return _finish(
+        plot.title, shown, sample, series, bands=bands, include=plot.include, marks=marks
+    )
 
 
 def _rewards(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
@@ -154,29 +171,82 @@ def _score_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | No
     """Score against √KL: straight where the reward model is good for it, bent where it ends."""
     series: list[Series] = []
     for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
-        points = [
-            Point(math.sqrt(kl), score)
-            for line in run.metrics
-            if (kl := line.get("objective/kl_ref")) is not None
-            and (score := line.get("objective/scores")) is not None
-            and 0 <= kl < math.inf
-        ]
+        points = over_root_kl(run.metrics, "objective/kl_ref", "objective/scores")
         label = name if len(runs) > 1 else "a step; later ones are stronger"
         if points:
             series.append(Series(label, thin(points), "dots", colour))
             series += _planned(run, name if len(runs) > 1 else "", colour)
     title = "Score against √KL"
     key = "objective/scores"
-    return _finish(title, key, _sample(runs, key), series, x_title="√KL, √nats")
+    return _finish(title, key, _sample(runs, key), series, x_title=ROOT_KL)
+
+
+def _gold_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
+    """What nobody trains on, against √KL: where it turns down, the score has been exploited."""
+    series: list[Series] = []
+    key = "heldout/gold"
+    for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
+        points = over_root_kl(run.metrics, "heldout/kl_ref", key, error="heldout/gold_se")
+        if len(points) > 1:
+            label = name if len(runs) > 1 else "an evaluation; later ones are stronger"
+            series.append(Series(label, thin(points), "dots", colour))
+    return _finish("Gold score against √KL", key, _sample(runs, key), series, x_title=ROOT_KL)
+
+
+def over_root_kl(
+    metrics: Sequence[Metrics], kl_key: str, key: str, *, error: str | None = None
+) -> list[Point]:
+    """A metric over √KL, in the order of steps; steps without either, or of infinite KL, left out.
+
+    References:
+        Gao, Schulman, Hilton, "Scaling Laws for Reward Model Overoptimization", 2022, for the axis:
+        along it a proxy and a gold score are simple curves, https://arxiv.org/abs/2210.10760
+    """
+    return [
+        Point(math.sqrt(kl), value, line.get(error) if error else None)
+        for line in metrics
+        if (kl := line.get(kl_key)) is not None
+        and (value := line.get(key)) is not None
+        and 0 <= kl < math.inf
+    ]
+
+
+def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
+    """KL per token against position, from the responses that were kept last."""
+    series: list[Series] = []
+    told: list[str] = []
+    for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
+        responses = responses_per_step(run.metrics)
+        found = None if responses is None else kl_by_position(run.samples, responses)
+        if found is None or len(found.starts) < 2:
+            continue
+        points = [
+            Point(float(start), one.mean, one.standard_error)
+            for start, one in zip(found.starts, found.kl, strict=True)
+        ]
+        series.append(Series(name if len(runs) > 1 else "mean ± s.e.", points, "line", colour))
+        first, last = found.steps
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
+        told.append(f"{found.responses} kept responses of {steps}")
+    key = "samples/kl_by_position"
+    sample = " and ".join(dict.fromkeys(told))
+    title = "position in the response, tokens"
+    return _finish("KL by position", key, sample, series, include=(0.0,), x_title=title)
 
 
 def _planned(run: Run, name: str, colour: int) -> list[Series]:
     """What the run's plan held possible, as far as it knew."""
     if not holds_plan(run.path):
         return []
-    points = frontier_points([r for r in read_frontier(run.path / PLAN_FILE).rows if r.known])
+    points = known_frontier(read_frontier(run.path / PLAN_FILE))
     label = f"{name}, plan" if name else "the optimum, as planned"
     return [Series(label, points, "line", colour)] if points else []
+
+
+def known_frontier(frontier: Frontier) -> list[Point]:
+    """Score over √KL as far as a plan knows it, from the reference on; empty if it knows no row."""
+    points = frontier_points(row for row in frontier.rows if row.known)
+    return [Point(0.0, frontier.mean_score), *points] if points else []
 
 
 def frontier_points(rows: Iterable[PlanRow]) -> list[Point]:
@@ -202,6 +272,7 @@ def _finish(
     *,
     bands: Sequence[Band] = (),
     include: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
     x_title: str = "step",
 ) -> Chart | None:
     if not any(math.isfinite(point.y) for one in series for point in one.points):
@@ -216,6 +287,7 @@ def _finish(
         bands=bands,
         x_title=x_title,
         include=include,
+        marks=marks,
     )
 
 

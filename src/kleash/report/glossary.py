@@ -355,6 +355,17 @@ GLOSSARY: tuple[Metric, ...] = (
         "score",
         "no spikes by a factor of ten",
     ),
+    Metric(
+        "samples/kl_by_position",
+        "KL by position",
+        "Where in a response the policy departs: mean exact KL at each position over the responses "
+        "kept in the last third of the kept steps. A step keeps its farthest responses and some at "
+        "random; each counts for as many as it stands for. The band is one standard error, "
+        "clustered by step. Not a key of metrics.jsonl: it is read from samples.jsonl.",
+        "Σ_y w_y KL_t / Σ_y w_y, y reaching t; w = 1 (worst) or rest / drawn (random)",
+        "nats per token",
+        "—",
+    ),
     Metric("step", "Step", "One rollout and the updates from it.", "count", "steps", "—"),
     Metric("seconds", "Time", "Wall time since the run began.", "—", "s", "—"),
     Metric("episodes", "Episodes", "Responses written so far.", "count", "responses", "—"),

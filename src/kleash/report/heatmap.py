@@ -7,7 +7,7 @@ tokens are fifty thousand coloured words, and nobody reads them at once.
 from collections.abc import Sequence
 from typing import Any
 
-from kleash.runs import Run, Sample
+from kleash.runs import Likely, Run, Sample
 
 KL_LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Nats at which a token's colour changes. Fixed, so that colours compare across reports."""
@@ -25,23 +25,28 @@ def level(kl: float) -> int:
     return sum(kl >= bound for bound in KL_LEVELS)
 
 
-def page_samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], int]:
-    """The responses a page shows, latest first, and how many were left out.
+def page_samples(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str], int]:
+    """The responses a page shows, latest first.
 
     Each run gets an equal share of the page.
+
+    Returns:
+        The responses; the words that their `policy_top` and `reference_top` name by number; and
+        how many responses were left out.
     """
+    numbers: dict[str, int] = {}
     share = MAX_RESPONSES // max(1, len(runs))
     shown: list[dict[str, Any]] = []
     left_out = 0
     for index, run in enumerate(runs):
         # Sorting is stable: within a step the order is that of the file.
         latest = sorted(run.samples, key=lambda sample: -sample.step)
-        shown += [_entry(sample, index) for sample in latest[:share]]
+        shown += [_entry(sample, index, numbers) for sample in latest[:share]]
         left_out += max(0, len(latest) - share)
-    return shown, left_out
+    return shown, list(numbers), left_out
 
 
-def _entry(sample: Sample, run: int) -> dict[str, Any]:
+def _entry(sample: Sample, run: int, numbers: dict[str, int]) -> dict[str, Any]:
     return {
         "run": run,
         "step": sample.step,
@@ -58,7 +63,24 @@ def _entry(sample: Sample, run: int) -> dict[str, Any]:
         "token_kl": _short(sample.token_kl),
         "entropy": _short(sample.entropy),
         "tokens_cut": sample.tokens_cut,
+        "policy_top": _tops(sample.policy_top, numbers),
+        "reference_top": _tops(sample.reference_top, numbers),
     }
+
+
+def _tops(
+    tops: Sequence[Likely | None], numbers: dict[str, int]
+) -> list[tuple[list[int], list[float]] | None]:
+    """Words by number, for the same few come again and again; new ones are numbered."""
+    return [
+        None
+        if one is None
+        else (
+            [numbers.setdefault(word, len(numbers)) for word in one.words],
+            _short(one.probabilities),
+        )
+        for one in tops
+    ]
 
 
 def spaced(tokens: Sequence[str], response: str) -> list[str]:

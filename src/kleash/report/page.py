@@ -17,6 +17,7 @@ from kleash.report import charts
 from kleash.report.charts import draw
 from kleash.report.curves import chart_groups, responses_per_step
 from kleash.report.glossary import GLOSSARY
+from kleash.report.happened import SHOWN, event_rows
 from kleash.report.heatmap import KL_LEVELS, page_samples
 from kleash.report.shell import pointer_data, render_page
 from kleash.runs import Run, read_run
@@ -57,13 +58,14 @@ def write_report(
 
 def build_report(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything the page says, as plain data: the content of report.json."""
-    samples, left_out = page_samples(runs)
+    samples, words, left_out = page_samples(runs)
+    names = _names(runs)
     return {
         "schema": SCHEMA,
-        "runs": [
-            {"name": name, **_run_report(run)} for run, name in zip(runs, _names(runs), strict=True)
-        ],
+        "runs": [{"name": name, **_run_report(run)} for run, name in zip(runs, names, strict=True)],
+        "events": event_rows(runs, names),
         "samples": samples,
+        "words": words,
         "samples_left_out": left_out,
         "kl_levels": list(KL_LEVELS),
     }
@@ -79,6 +81,7 @@ def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
     data = {
         "runs": names,
         "samples": report["samples"],
+        "words": report["words"],
         "levels": report["kl_levels"],
         "charts": [pointer_data(drawing) for _, group in drawn for drawing in group],
         "area": [charts.LEFT, charts.WIDTH - charts.RIGHT, charts.WIDTH],
@@ -90,6 +93,7 @@ def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
         report=report,
         groups=[(heading, [(next(numbers), one) for one in group]) for heading, group in drawn],
         geometry=charts,
+        shown_events=SHOWN,
         glossary=GLOSSARY,
         configs=[(run.path / "config.yaml").read_text(encoding="utf-8") for run in runs],
         metas=[json.dumps(plain(run.meta), indent=2) for run in runs],

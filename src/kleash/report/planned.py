@@ -11,7 +11,7 @@ from kleash.beta.starting import Start
 from kleash.frontier import Frontier
 from kleash.report import charts
 from kleash.report.charts import Chart, Point, Series, draw, format_number, format_with_error
-from kleash.report.curves import frontier_points
+from kleash.report.curves import ROOT_KL, frontier_points
 from kleash.report.shell import render_page
 
 HEADERS = ("β", "KL*, nats", "E*[score]", "objective", "eff. n", "best of", "its score", "known")
@@ -89,7 +89,7 @@ def frontier_chart(frontier: Frontier) -> Chart | None:
         sample=f"{prompts} prompts × {responses} responses",
         key="",
         series=[one for one in series if one.points],
-        x_title="√KL, √nats",
+        x_title=ROOT_KL,
     )
 
 

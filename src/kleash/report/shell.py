@@ -63,6 +63,7 @@ def pointer_data(drawing: Drawing) -> dict[str, Any]:
             }
             for one in drawing.chart.series
         ],
+        "marks": [[_digits(one.x), one.kind, one.text] for one in drawing.chart.marks],
     }
 
 

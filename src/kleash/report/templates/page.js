@@ -100,8 +100,8 @@
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const chart = data.charts[Number(svg.dataset.chart)];
     const cursor = svg.querySelector(".cursor");
-    const places = [...new Set(chart.series.flatMap((one) => one.points.map((p) => p[0])))]
-      .sort((a, b) => a - b);
+    const all = [...chart.series.flatMap((one) => one.points), ...chart.marks];
+    const places = [...new Set(all.map((p) => p[0]))].sort((a, b) => a - b);
     const [low, high] = chart.domain;
     let at = -1;
     const read = (index) => {
@@ -123,7 +123,9 @@
       showTip([
         make("div", { class: "head" }, `${chart.x.split(",")[0]} ${Number.isInteger(x) ? x : number(x)}`),
         tipTable(rows),
-        make("div", { class: "quiet-text" }, chart.unit),
+        make("div", { class: "quiet-text" }, rows.length ? chart.unit : ""),
+        ...chart.marks.filter((mark) => mark[0] === x).map(([, kind, text]) =>
+          make("div", {}, make("b", {}, kind), ": ", bdi(shorten(text, 260)))),
       ], { left: here + 12, top: box.top, bottom: box.top + box.height * 0.1 });
     };
     const leave = () => { cursor.setAttribute("visibility", "hidden"); at = -1; hideTip(); };
@@ -177,7 +179,7 @@
     if (sample.entropy.length) rows.push(["entropy", number(sample.entropy[index]) + " nats"]);
     if (sample.ref_entropy) rows.push(["entropy, reference", number(sample.ref_entropy[index]) + " nats"]);
     const where = `token ${index + 1} of ${sample.tokens.length + sample.tokens_cut}`;
-    const tops = sample.policy_top ? [topTable(sample, index)] : [];
+    const tops = sample.policy_top[index] ? [topTable(sample, index)] : [];
     return [head, tipTable(rows), ...tops, make("div", { class: "quiet-text" }, where)];
   }
 
