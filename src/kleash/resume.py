@@ -158,21 +158,28 @@ class Undo:
     moments: Sequence[Mapping[str, Tensor]] = ()
 
 
-def remember(crew: Crew, *, weights: bool) -> Undo:
+def remember(crew: Crew, *, weights: bool, reuse: Undo | None = None) -> Undo:
     """The random generators before a step and, if wanted, all that learns.
 
     Args:
         crew: whose step it is.
         weights: also keep the parameters and the optimiser's moments, in main memory.
+        reuse: what was remembered before and is needed no more: its memory is written over.
     """
     if not weights:
         return Undo(_random_states(), None)
     parameters = learning(crew)
+    old = Undo({}, None) if reuse is None else reuse
+    places = old.weights or [None] * len(parameters)
     moments = [
-        {name: _kept(tensor) for name, tensor in crew.optimizer.state.get(p, {}).items()}
-        for p in parameters
+        {
+            name: _kept(tensor, into.get(name))
+            for name, tensor in crew.optimizer.state.get(p, {}).items()
+        }
+        for p, into in zip(parameters, old.moments or [{}] * len(parameters), strict=True)
     ]
-    return Undo(_random_states(), [_kept(p) for p in parameters], moments)
+    copies = [_kept(p, into) for p, into in zip(parameters, places, strict=True)]
+    return Undo(_random_states(), copies, moments)
 
 
 @torch.no_grad()
@@ -196,8 +203,10 @@ def weights_are_finite(crew: Crew) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in learning(crew))
 
 
-def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:
+    if into is None:
+        return tensor.detach().to("cpu", copy=True)
+    return into.copy_(tensor.detach())
 
 
 def _module(value: ValueFunction) -> nn.Module:

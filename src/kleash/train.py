@@ -41,6 +41,7 @@ from kleash.holding import (
     require_unchanged,
     save_if_due,
     seal,
+    several_updates,
 )
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
@@ -109,9 +110,9 @@ def _run(config: Config, opened: Opened) -> Path:
             display.say(start_line(config, state.start))
         if opened.fresh and crew.heldout:
             run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
-        sealed = seal(crew)
+        sealed, attempt = seal(crew), None
         while state.step < config.steps:
-            attempt = attempt_step(config, crew, state)
+            attempt = attempt_step(config, crew, state, attempt)
             try:
                 require_unchanged(crew, sealed)
                 state, metrics = _step(config, crew, opened.controller, state, run, attempt)
@@ -157,7 +158,7 @@ def _step(
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
         experience = choice.prepare(scored, beta, settings)
-        attempt.updating = True
+        attempt.updating = several_updates(config)
         updates = update(config, crew, experience, done=state.step)
 
     metrics = {
