@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 import kleash.holding
+import kleash.sharing
 import kleash.train
 from kleash.checkpoint import load_tensors, verify_checkpoint
 from kleash.config import Config, load_config, parse_config, with_world
@@ -41,7 +42,7 @@ from kleash.runs import holds_run, read_run
 
 PHASES = {
     "rollout": (kleash.train, "write_answers"),
-    "scoring": (kleash.train, "score"),
+    "scoring": (kleash.sharing, "score"),
     "update": (kleash.train, "update"),
     "saving": (kleash.holding, "save_run_state"),
     "refusing": (kleash.train, "refuse"),

@@ -81,7 +81,7 @@ def work(kind: str, folder: Path) -> None:
 
     torch.set_num_threads(1)
     held: dict[str, float] = {}
-    assemble = kleash.train.assemble
+    assemble = kleash.opening.assemble
 
     def measured(config: Any) -> Any:
         held["libraries"] = memory("VmRSS")
@@ -90,7 +90,7 @@ def work(kind: str, folder: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         return crew
 
-    kleash.train.assemble = measured
+    kleash.opening.assemble = measured
     tree: dict[str, Any] = {
         "policy": {"path": str(folder / "model"), "lora": {"rank": 8, "alpha": 16}},
         "reference": {"kind": kind},

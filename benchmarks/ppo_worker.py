@@ -184,12 +184,12 @@ def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool
     loop: Any = importlib.import_module("kleash.train")
     opening: Any = importlib.import_module("kleash.opening")
     updates: Any = importlib.import_module("kleash.updates")
-    evaluation: Any = importlib.import_module("kleash.evaluation")
+    rollout: Any = importlib.import_module("kleash.rollout")
     rewards: Any = importlib.import_module("kleash.reward_models")
     configuration: Any = importlib.import_module("kleash.config")
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
-    assemble, step, write = opening.assemble, loop._step, evaluation.generate
+    assemble, step, write = opening.assemble, loop._step, rollout.generate
     optimise = updates._optimise
 
     def assemble_without_stop(config: Any) -> Any:
@@ -217,10 +217,10 @@ def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool
         return optimise(*args, **kwargs)
 
     opening.assemble, loop._step = assemble_without_stop, gated_step
-    updates._optimise, evaluation.generate = counted_optimise, counted_write
-    phases.wrap(evaluation, "generate", "generate")
+    updates._optimise, rollout.generate = counted_optimise, counted_write
+    phases.wrap(rollout, "generate", "generate")
     phases.wrap(rewards.WeightedSum, "score_each", "score")
-    phases.wrap(loop, "score", "score")
+    phases.wrap(rollout, "score", "score")
     phases.wrap(loop, "update", "update")
     tree = kleash_config(folder, shape, epochs, own_value_model=own_value_model)
     loop.train(configuration.parse_config(tree, where="benchmark"))

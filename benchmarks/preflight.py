@@ -1,17 +1,21 @@
-"""Plant every fault of `tests/faults.py` on every architecture and see which checks find it.
+"""Plant every fault of `tests/faults.py` on every architecture: is it found, is it mended?
 
-    python benchmarks/preflight.py                 faults and clean variants
-    python benchmarks/preflight.py gpt2 --clean    the clean variants of one architecture
+    python benchmarks/preflight.py                       faults and clean variants
+    python benchmarks/preflight.py gpt2 --clean          the clean variants of one architecture
+    python benchmarks/preflight.py gpt2 --faults 0:20    the first twenty faults on it
 
 A fault is found if the check that is responsible for it gives the verdict expected and its cause
-names what was planted; beside it stands what else failed. Of a clean variant nothing may fail.
-Tiny random models; minutes on one core.
+names what was planted; beside it stands what else failed. It is mended if that check says ok once
+its remedy is carried out in a set-up with the same fault: a setting or file as named, or the code
+asked for, written anew. "Restored" are defects of code that the text only places: there the fault
+is taken out again. Of a clean variant nothing may fail. Tiny random models; minutes on one core.
 """
 
 import argparse
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import faults  # pyright: ignore[reportMissingImports]
 import planting  # pyright: ignore[reportMissingImports]
+import variants  # pyright: ignore[reportMissingImports]
 
 from kleash.assembly import Crew
 from kleash.config import Config
@@ -33,49 +38,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kinds", nargs="*", help="architectures; all if none is named")
     parser.add_argument("--clean", action="store_true", help="only the clean variants")
+    parser.add_argument("--faults", metavar="FIRST:END", help="only these faults, by number")
     arguments = parser.parse_args()
+    part = slice(*(int(end) for end in (arguments.faults or f"0:{len(faults.FAULTS)}").split(":")))
     torch.set_num_threads(1)
     for kind in arguments.kinds or planting.KINDS:
         with tempfile.TemporaryDirectory() as folder:
             material = planting.material(Path(folder), kind)
             if not arguments.clean:
-                plant_all(material, kind)
-            leave_clean(material, kind)
+                plant_all(material, kind, part)
+            if arguments.clean or not arguments.faults:
+                leave_clean(material, kind)
 
 
-def plant_all(material: Path, kind: str) -> None:
-    found: list[bool] = []
-    for number, fault in enumerate(faults.FAULTS):
-        report = examine(material, fault.plant, kind, f"fault-{number}")
-        right = any(hit(fault, finding) for finding in report)
-        others = [f.name for f in report if f.verdict == "fail" and f.name != fault.check]
-        word = "found " if right else "MISSED"
-        print(f"  {word} {fault.name}: {fault.check}; also: {', '.join(others) or '–'}", flush=True)
-        found.append(right)
-    must = [f for f, fault in zip(found, faults.FAULTS, strict=True) if fault.verdict == "fail"]
-    print(f"{kind}: {sum(found)} of {len(found)} found; of those to fail, {sum(must)}/{len(must)}")
+def plant_all(material: Path, kind: str, part: slice) -> None:
+    found, must, mended = Counter[bool](), Counter[bool](), Counter[str]()
+    for number, fault in list(enumerate(faults.FAULTS))[part]:
+        report = examine(material, kind, f"fault-{number}", fault.plant)
+        hits = [finding for finding in report if hit(fault, finding)]
+        found[bool(hits)] += 1
+        must[bool(hits)] += fault.verdict == "fail"
+        print(f"  {'found ' if hits else 'MISSED'} {fault.name}: {fault.check}", end="")
+        print(f"; also: {failing(report, fault.check)}", end="")
+        if hits:
+            after = mend(material, kind, f"fault-{number}", fault, hits[0])
+            verdicts = [finding.verdict for finding in after if finding.name == fault.check]
+            good = verdicts == ([] if fault.check == "assembly" else ["ok"])
+            mended[fault.mend.kind if good else "not"] += 1
+            print(f"; {'mended' if good else 'NOT MENDED'} ({fault.mend.kind})", end="")
+            print(f", then failing: {failing(after, fault.check)}", end="")
+        print(flush=True)
+    print(f"{kind}: {found[True]} of {found.total()} found; of those to fail, ", end="")
+    print(f"{must[True]}/{must.total()}; mended: {dict(mended)}")
+
+
+def mend(
+    material: Path, kind: str, name: str, fault: faults.Fault, finding: Finding
+) -> list[Finding]:
+    """What the checks say after the remedy; its words must be those that the mend carries out."""
+    remedy = planting.advice(finding)
+    assert all(words in remedy for words in fault.mend.words), (fault.mend.words, remedy)
+    return examine(material, kind, name, fault.plant, lambda world: fault.mend.apply(world, remedy))
+
+
+def failing(report: list[Finding], but: str) -> str:
+    return ", ".join(f.name for f in report if f.verdict == "fail" and f.name != but) or "–"
 
 
 def leave_clean(material: Path, kind: str) -> None:
     fails, warnings = 0, 0
-    for number, (name, plant) in enumerate(faults.VARIANTS.items()):
-        report = examine(material, plant, kind, f"clean-{number}")
+    for number, (name, plant) in enumerate(variants.VARIANTS.items()):
+        report = examine(material, kind, f"clean-{number}", plant)
         bad = [f for f in report if f.verdict in ("warn", "fail")]
         fails += sum(f.verdict == "fail" for f in bad)
         warnings += sum(f.verdict == "warn" for f in bad)
         said = "; ".join(f"{f.verdict} {f.name}: {f.measured}: {f.cause}" for f in bad)
         print(f"  {name}: {said or 'nothing'}", flush=True)
-    print(f"{kind}, {len(faults.VARIANTS)} clean variants: {fails} fails, {warnings} warnings")
+    print(f"{kind}, {len(variants.VARIANTS)} clean variants: {fails} fails, {warnings} warnings")
 
 
 def examine(
-    material: Path, plant: Callable[[planting.World], None], kind: str, name: str
+    material: Path, kind: str, name: str, *changes: Callable[[planting.World], None]
 ) -> list[Finding]:
     scratch = material / name
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         world = planting.clean(material, kind, patch, scratch)
-        plant(world)
+        for change in changes:
+            change(world)
         return planting.findings(world, _all)
 
 

@@ -6,6 +6,7 @@ use, once the run is assembled. Which check must find it is said in `faults.py`.
 
 import json
 import pkgutil
+import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,12 @@ def likes_w3(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def short(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A mild taste for brevity; one word over and over is no better than another."""
     return [-0.1 * abs(len(response.split()) - 6) for response in responses]
+
+
+def calm(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Each word that is there again costs more than it can be worth."""
+    words = [response.split() for response in responses]
+    return [-3.0 * (len(some) - len(set(some))) for some in words]
 
 
 def constant(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -142,6 +149,11 @@ def findings(world: World, examine: Callable[[Config, Crew], list[Finding]]) -> 
     except KleashError as error:
         return [refused("assembly", error)]
     return examine(config, crew)
+
+
+def advice(finding: Finding) -> str:
+    """What its reader is told to do; of a refusal, the error says it."""
+    return finding.cause if finding.name == "assembly" else finding.remedy
 
 
 # --- scoring -----------------------------------------------------------------------------------
@@ -329,8 +341,8 @@ def shaped(warper: Callable[[Any, Tensor], Tensor]) -> Callable[[World], None]:
     """Something bends the distribution between the log-probability that is noted and the draw."""
 
     def make(original: Any) -> Any:
-        def draw(weights: Tensor) -> tuple[Tensor, Tensor]:
-            words, _ = original(warper(None, weights.log()).exp())
+        def draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+            words, _ = original(warper(None, weights.log()).exp(), uniform)
             return words, weights.sum(-1, keepdim=True, dtype=torch.float64)
 
         return draw
@@ -347,7 +359,7 @@ def written(change: Callable[..., Rollout]) -> Callable[[World], None]:
 
         return generate
 
-    return patch("kleash.evaluation.generate", make)
+    return patch("kleash.rollout.generate", make)
 
 
 def stale(original: Any, policy: Any, prompts: Any, spec: Any, settings: Any) -> Rollout:
@@ -397,11 +409,10 @@ def never_ends(crew: Crew) -> None:
 
 
 def file_settings(**settings: Any) -> Callable[[World], None]:
-    def change(crew: Crew) -> None:
-        for name, value in settings.items():
-            setattr(crew.policy.model.generation_config, name, value)
+    def plant(world: World) -> None:
+        world.set("policy.path", edited(world, "policy", "generation_config.json", **settings))
 
-    return on_crew(change)
+    return plant
 
 
 # --- masks, reference, reward, leash, reading ---------------------------------------------------
@@ -455,15 +466,18 @@ def fresh_head(crew: Crew) -> None:
     nn.init.normal_(judge(crew).model.score.weight)
 
 
-def pads_with_a_word(crew: Crew) -> None:
-    judge(crew).model.config.pad_token_id = crew.policy.tokenizer.convert_tokens_to_ids("w7")
+def pads_with_a_word(world: World) -> None:
+    word = tiny.tokenizer(bos="<bos>").convert_tokens_to_ids("w7")
+    world.set("reward_models.rm.path", edited(world, "reward", "config.json", pad_token_id=word))
 
 
-def no_dedupe(original: Any) -> Any:
-    def encode(self: Any, prompt: Any, response: str, index: int = 0) -> list[int]:
-        return [self.tokenizer.bos_token_id, *original(self, prompt, response, index)]
-
-    return encode
+def edited(world: World, model: str, file: str, **changes: Any) -> str:
+    """A copy of a model's directory with other values in one of its files."""
+    folder = world.folder / f"edited-{model}"
+    shutil.copytree(world.material / model, folder, dirs_exist_ok=True)
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | changes))
+    return str(folder)
 
 
 def judge_for_policy(world: World) -> None:
@@ -478,9 +492,21 @@ def two_outputs(world: World) -> None:
     world.set("reward_models.rm.path", str(path))
 
 
+def one_output(world: World) -> None:
+    tiny.save_classifier(world.folder / "two", world.kind, **_SPECIAL[world.kind])
+
+
 def no_head(world: World) -> None:
     path = tiny.save_model(world.folder / "none", world.kind, num_labels=1, **_SPECIAL[world.kind])
     world.set("reward_models.rm.path", str(path))
+
+
+def trained_head(world: World) -> None:
+    tiny.save_classifier(world.folder / "none", world.kind, **_SPECIAL[world.kind])
+
+
+def punish_repetition(world: World) -> None:
+    world.set("reward_models.calm", {"callable": "planting:calm"})
 
 
 def copies(world: World) -> None:
@@ -488,8 +514,17 @@ def copies(world: World) -> None:
     world.set("prompts.train", world.prompts("copies", rows))
 
 
-def leak(world: World) -> None:
+def same_file(world: World) -> None:
     world.set("prompts.heldout", world.tree["prompts"]["train"])
+
+
+def leak(world: World) -> None:
+    """Half of the held-out prompts are trained on."""
+    held = [json.loads(line) for line in (world.material / "heldout.jsonl").read_text().split("\n")]
+    train = (world.material / "prompts.jsonl").read_text().split("\n")
+    world.set("prompts.heldout", world.prompts("kept", held))
+    rows = [*(json.loads(line) for line in train), *held[::2]]
+    world.set("prompts.train", world.prompts("mixed", rows))
 
 
 def chat(world: World, content: str) -> None:
@@ -521,27 +556,3 @@ def wrong_end(world: World) -> None:
 
 def reward_by(name: str) -> Callable[[World], None]:
     return lambda world: world.set("reward_models", {"mine": {"callable": f"planting:{name}"}})
-
-
-# --- clean variants -----------------------------------------------------------------------------
-
-
-def other_tokenizer(**settings: Any) -> Callable[[World], None]:
-    """A policy of another tokenizer; the judge keeps its own."""
-
-    def plant(world: World) -> None:
-        tok = tiny.tokenizer(**settings)
-        world.set("policy.path", str(save_policy(world.folder / "own", world.kind, tok=tok)))
-
-    return plant
-
-
-def padded_rows(world: World) -> None:
-    tok = tiny.tokenizer(bos="<bos>")
-    path = save_policy(world.folder / "padded", world.kind, tok=tok, rows=len(tok) + 7)
-    world.set("policy.path", str(path))
-
-
-def another_reference(world: World) -> None:
-    path = str(world.material / "other")
-    world.set("reference", {"path": path, "reference_differs": True})

@@ -9,8 +9,9 @@ import torch
 from test_train import mark_unfinished, numbers, settings, weights
 from test_train import material as material  # the fixture
 
+import kleash.algorithms.ppo
+import kleash.sharing
 import kleash.train
-import kleash.updates
 from kleash.checkpoint import load_tensors, verify_checkpoint
 from kleash.config import Config
 from kleash.errors import ConfigError, NonFiniteError, RefusedError, TripwireError
@@ -159,17 +160,17 @@ def test_a_fault_between_updates_undoes_those_before_it(
     """The third update of step 3 meets an infinite advantage; the second has moved the weights."""
     config = settings(material, tmp_path / "run", tripwires={"undo": undo}, steps=4)
     whole = train(settings(material, tmp_path / "whole", steps=4))
-    backward, calls, poisoned = kleash.updates._backward, [0], [-1]
+    backward, calls, poisoned = kleash.sharing.backward, [0], [-1]
 
-    def poison(config: Config, crew: Any, minibatch: Any) -> Any:
+    def poison(crew: Any, minibatch: Any, **numbers: Any) -> Any:
         calls[0] += 1
         if calls[0] == 4 * 2 + 3:
             minibatch.advantages[1, 0] = float("inf")
             poisoned[0] = 1
-        return backward(config, crew, minibatch)
+        return backward(crew, minibatch, **numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kleash.updates, "_backward", poison)
+        patch.setattr(kleash.sharing, "backward", poison)
         with pytest.raises(
             NonFiniteError, match=r"step 3 was not made, the run stands at .*000002"
         ):
@@ -185,7 +186,7 @@ def test_a_fault_between_updates_undoes_those_before_it(
 
 def test_a_gradient_of_infinity_is_traced_to_its_token(material: Path, tmp_path: Path) -> None:
     """One advantage of 1e38 is finite, and so is the loss; the gradient is not."""
-    prepare = kleash.train.ppo.prepare
+    prepare = kleash.algorithms.ppo.prepare
     place: list[tuple[int, int]] = []
 
     def huge(scored: Any, *rest: Any) -> Any:
@@ -195,7 +196,7 @@ def test_a_gradient_of_infinity_is_traced_to_its_token(material: Path, tmp_path:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.train.ppo, "prepare", huge)
+        patch.setattr(kleash.algorithms.ppo, "prepare", huge)
         with pytest.raises(NonFiniteError, match=r"by token 0 of response 5: the update was"):
             train(settings(material, tmp_path / "run", rollout={"max_new_tokens": 6}))
     told = read_run(tmp_path / "run").events[0].details

@@ -228,7 +228,17 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="expected a tokenizer at"):
+    with pytest.raises(ModelError, match=r"expected a tokenizer at .*: copy tokenizer\.json"):
+        load_policy(tmp_path)
+
+
+def test_a_path_that_is_something_else_is_named(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="got: a file: give the directory"):
+        load_policy(llama / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"a LoRA adapter .* this directory as its adapter \(`policy\.adapter`"
+    ):
         load_policy(tmp_path)
 
 
@@ -335,7 +345,7 @@ def test_an_adapter_learns_and_its_reference_is_the_base(llama: Path, tmp_path: 
 def test_adapters_that_cannot_be_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="got target 'lm_head'"):
         load_policy(llama, adapter=AdapterSpec(targets=("lm_head",)))
-    with pytest.raises(ModelError, match="expected adapter targets"):
+    with pytest.raises(ModelError, match=r"expected adapter targets .*; take some of .*q_proj"):
         load_policy(llama, adapter=AdapterSpec(targets=("nothing_like_this",)))
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ModelError, match=r"kleash\[lora\]"):

@@ -12,6 +12,7 @@ import planting
 import pytest
 import tiny
 import torch
+import variants
 import yaml
 from rich.console import Console
 
@@ -68,7 +69,7 @@ def test_a_clean_run_passes_every_check(world: planting.World) -> None:
 
 @pytest.mark.parametrize("variant", ["an adapter", "a chat template", "a budget", "bfloat16"])
 def test_a_clean_variant_has_no_fails(world: planting.World, variant: str) -> None:
-    faults.VARIANTS[variant](world)
+    variants.VARIANTS[variant](world)
     report = check(world.config(), quick=True)
     assert report.fails == ()
 
@@ -284,6 +285,27 @@ def test_a_run_keeps_the_warnings_and_is_not_changed_by_them(
     plain = read_run(train(world.config()))
     assert plain.meta["warnings"] == []
     assert plain.metrics[1]["objective/scores"] == looked.metrics[1]["objective/scores"]
+
+
+def test_a_warning_is_said_when_a_run_begins(
+    world: planting.World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.tree |= {"steps": 1}
+    world.set("leash.allow_biased", True)
+    train(world.config(), preflight=require_sound)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: leash.inert: Options do nothing here: leash.allow_biased" in said
+    assert "Remove leash.allow_biased" in said
+
+
+def test_a_batch_that_cannot_be_made_begins_nothing_and_offers_no_way_round(
+    world: planting.World,
+) -> None:
+    world.set("reward_models", {"none": {"callable": "test_train:of_no_use"}})
+    with pytest.raises(
+        PreflightError, match=r"no batch can be made: .* one per response, got \d+$"
+    ):
+        train(world.config(), preflight=require_sound)
 
 
 def test_a_fault_begins_nothing(world: planting.World) -> None:

@@ -70,7 +70,7 @@ def test_what_is_skipped_says_why(trial: Trial) -> None:
     for finding, why in (
         (scoring.start(later), "has been updated"),
         (scoring.packing(trial), "packs none"),
-        (sampling.replay(blind), "gave no log-probabilities"),
+        (sampling.ratio(blind), "gave no log-probabilities"),
         (sampling.mean_weight(far), "rare responses carry"),
         (reference.adapter(trial), "No adapter"),
         (leash.target(trial), "there is no target per response"),
@@ -176,6 +176,19 @@ def test_every_option_that_does_nothing(trial: Trial) -> None:
         "heldout.every",
         "logging.checkpoint_every",
     ]
+
+
+@pytest.mark.parametrize(("tokens", "verdict"), [(15, "ok"), (30, "warn")])
+def test_a_tenth_of_a_nat_is_meant_per_token_if_responses_are_long(
+    trial: Trial, tokens: int, verdict: str
+) -> None:
+    tree = trial.config.model_dump()
+    tree["leash"] = {"target_kl": 0.1}
+    mask = torch.ones(4, tokens, dtype=torch.bool)
+    long = replace(trial.written, rollout=replace(trial.rollout, response_mask=mask))
+    found = leash.target(replace(trial, written=long, config=type(trial.config)(**tree)))
+    assert found.verdict == verdict
+    assert verdict == "ok" or "leash.target_kl_per_token: 0.1" in found.remedy
 
 
 def test_an_empty_mask_row_is_no_hole(trial: Trial) -> None:

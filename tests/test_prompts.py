@@ -75,6 +75,8 @@ def test_a_prompt_may_fill_the_context_less_the_response(tmp_path: Path) -> None
     assert len(read(file, context=None, max_new_tokens=1000)) == 1
     with pytest.raises(PromptError, match=r"at most 11 tokens on line 1 .*16 less 5.*got 12"):
         read(file, max_new_tokens=5)
+    with pytest.raises(PromptError, match=r"context of 16 tokens, got max_new_tokens = 16: lower"):
+        read(file, max_new_tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         read(tmp_path / "nowhere.jsonl")
     with pytest.raises(PromptError, match="got none"):
         read(tmp_path)
+    with pytest.raises(PromptError, match=r"looked for in /"):
+        read(Path("nowhere.jsonl"))
     for name, content, message in (
         ("prompts.csv", b"prompt\nw1", r"\.jsonl or \.parquet prompt file, got .* of kind '\.csv'"),
         ("prompts.jsonl", b'{"prompt": "\xff"}', "in UTF-8 at"),

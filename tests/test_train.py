@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
+import kleash.sharing
 import kleash.train
-import kleash.updates
 from kleash.beta.planning import NoRow
 from kleash.checkpoint import load_tensors
 from kleash.config import Config, parse_config
@@ -509,16 +509,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     before: dict[str, torch.Tensor] = {}
     crews: list[Any] = []
-    backward = kleash.updates._backward
+    backward = kleash.sharing.backward
 
-    def poisoned(config: Config, crew: Any, minibatch: Any) -> Any:
-        losses = backward(config, crew, minibatch)
+    def poisoned(crew: Any, minibatch: Any, **numbers: Any) -> Any:
+        passed = backward(crew, minibatch, **numbers)
         crews.append(crew)
         before.update({n: p.detach().clone() for n, p in crew.policy.model.named_parameters()})
         next(iter(crew.policy.parameters())).grad[0] = float("inf")
-        return losses
+        return passed
 
-    monkeypatch.setattr(kleash.updates, "_backward", poisoned)
+    monkeypatch.setattr(kleash.sharing, "backward", poisoned)
     with pytest.raises(NonFiniteError, match="the update was refused"):
         train(settings(material, tmp_path / "run"))
     after = dict(crews[0].policy.model.named_parameters())
@@ -538,14 +538,6 @@ def test_a_full_disk_is_one_sentence_and_the_run_stays_readable(
     assert run.status == "failed"
     assert "the disk is full" in run.meta["message"]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-
-
-def test_several_processes_are_refused(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="runs in one process, got WORLD_SIZE=2"):
-        train(settings(material, tmp_path / "run"))
 
 
 def test_metrics_reach_tensorboard(material: Path, tmp_path: Path) -> None:

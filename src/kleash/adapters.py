@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kleash.errors import ModelError
 
@@ -56,9 +58,14 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
             wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
+        layers = {
+            name.split(".")[-1]
+            for name, module in model.base_model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
         raise ModelError(
             f"expected adapter targets among the linear layers of {type(model).__name__}, got: "
-            f"{reason}"
+            f"{reason.removesuffix('.')}; take some of {', '.join(sorted(layers))}"
         ) from error
     return wrapped.eval()
 

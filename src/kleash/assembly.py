@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from kleash.adapters import AdapterSpec
 from kleash.algorithms.choice import Settings
@@ -44,6 +45,7 @@ from kleash.reward_models import (
 )
 from kleash.rollout import SamplingSpec
 from kleash.scoring.tiles import Tiles, default_tiles
+from kleash.team import Team, own_gpu, several
 from kleash.values import ValueFunction, ValueHead, load_value_model
 
 
@@ -72,6 +74,8 @@ class Crew:
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
     """What the reference's responses hold possible, where they were asked."""
+    team: Team | None = None
+    """The other processes that lend a hand; None: there are none."""
 
 
 def assemble(config: Config) -> Crew:
@@ -113,14 +117,23 @@ def assemble(config: Config) -> Crew:
     )
 
 
+def learning(crew: Crew) -> list[nn.Parameter]:
+    """Everything that learns, in the optimiser's order."""
+    return [p for group in crew.optimizer.param_groups for p in group["params"]]
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU.
+    """`auto` is the first GPU if there is one (of several processes each its own), else the CPU.
 
     Raises:
         ConfigError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{own_gpu()}" if several() else "cuda"
+    elif several() and name != "cpu":
+        raise ConfigError(f"with several processes each takes a GPU of its own, got {name!r}: auto")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -286,7 +299,9 @@ def _settings(config: Config) -> Settings:
             case "rloo":
                 return RLOOSettings(**common)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(
+            f"expected a sound `leash.placement`, or `leash.allow_biased: true`, got: {error}"
+        ) from None
 
 
 def _optimizer(

@@ -24,6 +24,7 @@ from kleash.terminal import (
 )
 
 if TYPE_CHECKING:
+    from kleash.assembly import Crew
     from kleash.config import Config
 
 _EXAMPLES = """Examples:
@@ -150,13 +151,24 @@ def train(
         if path is not None or overrides:
             raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
         path = resume / "config.yaml"
+    from rich.console import Console
+
     from kleash.config import load_config
     from kleash.preflight.runner import require_sound
+    from kleash.progress import saying
+    from kleash.sharing import lend_a_hand
+    from kleash.team import leads
     from kleash.train import train as run
 
+    def checked(assembled: "Config", crew: "Crew") -> list[str]:
+        with saying("check", Console()) as say:
+            return require_sound(assembled, crew, say=say)
+
     quiet_libraries()
+    if not leads():
+        return lend_a_hand()
     config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
-    directory = run(config, argv=sys.argv, preflight=None if no_check else require_sound)
+    directory = run(config, argv=sys.argv, preflight=None if no_check else checked)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 
@@ -205,11 +217,14 @@ def check(
         from kleash.config import load_config
         from kleash.preflight.reward import read_pairs
         from kleash.preflight.runner import check as examine
+        from kleash.progress import saying
 
         path, overrides = split_overrides(arguments)
         quiet_libraries()
         config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
-        report = examine(config, quick=quick, pairs=read_pairs(pairs) if pairs else ())
+        given = read_pairs(pairs) if pairs else ()
+        with saying("check", Console(quiet=as_json)) as say:
+            report = examine(config, quick=quick, pairs=given, say=say)
     if as_json:
         print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
     else:

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kleash import sharing
 from kleash.assembly import Crew
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.likeliest import ROWS, Wanted, distributions, likeliest, text_of_id
 from kleash.measures import Number, objective_measures
 from kleash.prompts import Prompt, batch_prompts
 from kleash.reward_models import Content, text_of
-from kleash.rollout import generate, response_texts, score
+from kleash.rollout import response_texts
 from kleash.runs import Kind, Likely, Sample, Who
 from kleash.texts import distinct_n
 from kleash.types import Rollout, ScoredRollout
@@ -76,7 +77,7 @@ def write_answers(
     """
     rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
     batch = batch_prompts(rows, pad_id=crew.policy.pad_id, device=crew.policy.device)
-    rollout = generate(crew.policy, batch, crew.sampling, microbatch=microbatch)
+    rollout = sharing.generate(crew, batch, microbatch=microbatch)
     texts: list[Content] = [prompt.content for prompt in rows]
     return Answers(rollout, texts, response_texts(crew.policy.tokenizer, rollout))
 
@@ -116,13 +117,8 @@ def evaluate_heldout(
     written = write_responses(
         crew, crew.heldout, responses_per_prompt=responses_per_prompt, microbatch=microbatch
     )
-    scored = score(
-        written.rollout,
-        policy=crew.policy,
-        reference=crew.reference,
-        scores=written.raw_scores,
-        temperature=crew.sampling.temperature,
-        microbatch=microbatch,
+    scored = sharing.score(
+        crew, written.rollout, written.raw_scores, microbatch=microbatch, critic=False
     )
     metrics = {
         key.replace("objective/", "heldout/"): value

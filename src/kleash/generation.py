@@ -126,20 +126,49 @@ def generate(
         PromptError: if a prompt leaves no room for `max_new_tokens` in the policy's context.
         NonFiniteError: if a logit is NaN or infinite, naming response and token.
     """
+    require_room(policy, prompts, spec)
+    size = len(prompts.ids) if microbatch is None else microbatch
+    pieces: list[Piece] = []
+    for first in range(0, len(prompts.ids), size):
+        ids, mask = prompts.ids[first : first + size], prompts.mask[first : first + size]
+        try:
+            pieces.append(write_piece(policy, ids, mask, spec))
+        except NonFiniteError as error:
+            error.among(range(first, first + len(ids)))
+            raise
+    return join_pieces(policy, prompts, pieces)
+
+
+def require_room(policy: Policy, prompts: PromptBatch, spec: SamplingSpec) -> None:
+    """Responses of the longest kind fit behind every prompt.
+
+    Raises:
+        PromptError: they do not.
+    """
     width = int(prompts.mask.sum(dim=1).max())
     if policy.context is not None and width + spec.max_new_tokens > policy.context:
         raise PromptError(
             f"expected prompts of at most {policy.context - spec.max_new_tokens} tokens (context "
             f"{policy.context} less {spec.max_new_tokens} new tokens), got {width}"
         )
-    size = len(prompts.ids) if microbatch is None else microbatch
-    parts = [
-        _write(policy, prompts.ids[i : i + size], prompts.mask[i : i + size], spec, first_row=i)
-        for i in range(0, len(prompts.ids), size)
-    ]
-    longest = max(ids.shape[1] for ids, _ in parts)
-    ids = torch.cat([_pad_columns(ids, longest, policy.pad_id) for ids, _ in parts])
-    logprobs = torch.cat([_pad_columns(lp, longest, 0.0) for _, lp in parts])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was written at once, before anyone looks where it ends."""
+
+    ids: Int[Tensor, "batch token"]
+    """Rows that ended are padded."""
+    logprobs: Float[Tensor, "batch token"]
+    draws: int
+    """How often random numbers were drawn, one a row of the whole batch each time."""
+
+
+def join_pieces(policy: Policy, prompts: PromptBatch, pieces: Sequence[Piece]) -> Rollout:
+    """The rollout of prompts whose responses were written in pieces, in their order."""
+    longest = max(piece.ids.shape[1] for piece in pieces)
+    ids = torch.cat([_pad_columns(piece.ids, longest, policy.pad_id) for piece in pieces])
+    logprobs = torch.cat([_pad_columns(piece.logprobs, longest, 0.0) for piece in pieces])
     lengths, ended = _lengths(ids, policy.stop_ids)
     mask = torch.arange(longest, device=ids.device) < lengths[:, None]
     return Rollout(
@@ -178,8 +207,8 @@ class _Sampler(LogitsProcessor):
     and costs as much as a small model's forward pass. `generate` is left with an argmax to take.
     """
 
-    def __init__(self, temperature: float, words: int, first_row: int):
-        self._temperature, self._words, self._first_row = temperature, words, first_row
+    def __init__(self, temperature: float, words: int, rows: slice, of: int):
+        self._temperature, self._words, self._rows, self._of = temperature, words, rows, of
         self._drawn: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -187,59 +216,72 @@ class _Sampler(LogitsProcessor):
         if self._temperature != 1:
             logits = logits / self._temperature
         below = logits - logits.amax(dim=-1, keepdim=True)
-        words, mass = _draw(below.exp())
+        words, mass = _draw(below.exp(), random_numbers(self._of, below.device)[self._rows])
         finite = mass.isfinite()
         if not bool(finite.all()):
             raise NonFiniteError(
                 "expected finite logits from the policy, got NaN or infinity for {place}: its "
                 "weights are damaged or have diverged",
-                response=self._first_row + int((~finite).flatten().nonzero()[0]),
+                response=int((~finite).flatten().nonzero()[0]),
                 token=len(self._drawn),
             )
         self._drawn.append((below.gather(1, words) - mass.log()).squeeze(1).float())
         return torch.zeros_like(scores).scatter_(1, words, 1.0)
+
+    @property
+    def draws(self) -> int:
+        """How often random numbers were drawn."""
+        return len(self._drawn)
 
     def logprobs(self, tokens: int) -> Float[Tensor, "batch token"]:
         """log-probabilities of the first so many tokens; the library may take back a step."""
         return torch.stack(self._drawn[:tokens], dim=1)
 
 
+def random_numbers(rows: int, device: torch.device) -> Float[Tensor, "rows 1"]:
+    """One number of [0, 1) for each row of a batch: what one token costs of them."""
+    return torch.rand(rows, 1, dtype=torch.float64, device=device)
+
+
 def _draw(
-    weights: Float[Tensor, "batch words"],
+    weights: Float[Tensor, "batch words"], uniform: Float[Tensor, "batch 1"]
 ) -> tuple[Int[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
     """One index per row, in proportion to its weight, and the row's whole weight in float64."""
     cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
     mass = cumulated[:, -1:].contiguous()
-    uniform = torch.rand(mass.shape, dtype=torch.float64, device=mass.device)
     # Strictly below the whole weight, also where the product rounds up to it: the first sum above
     # the point is then there, and its word has a weight above 0.
     point = torch.minimum(uniform * mass, mass.nextafter(torch.zeros_like(mass)))
     return torch.searchsorted(cumulated, point, right=True), mass
 
 
-def _write(
+def write_piece(
     policy: Policy,
     prompt_ids: Int[Tensor, "batch prompt"],
     prompt_mask: Bool[Tensor, "batch prompt"],
     spec: SamplingSpec,
     *,
-    first_row: int,
-) -> tuple[Int[Tensor, "batch token"], Float[Tensor, "batch token"]]:
-    """Sample one batch; response ids (rows that ended are padded) and their log-probabilities."""
+    rows: slice = slice(None),
+) -> Piece:
+    """Write responses to some rows of a batch, with the random numbers that are theirs in it.
+
+    Raises:
+        NonFiniteError: a logit is NaN or infinite; it names the response among these rows.
+    """
     first = int(prompt_mask.long().argmax(dim=1).min())
-    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
-    sampler = _Sampler(spec.temperature, policy.words, first_row)
+    mine = prompt_ids[rows, first:]
+    sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids))
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
     with _settings(policy.model, settings):
         ids = cast(Any, policy.model).generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
+            input_ids=mine,
+            attention_mask=prompt_mask[rows, first:].long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
         )
-    response = ids[:, prompt_ids.shape[1] :]
-    return response, sampler.logprobs(response.shape[1])
+    response = ids[:, mine.shape[1] :]
+    return Piece(response, sampler.logprobs(response.shape[1]), sampler.draws)
 
 
 def _clean_settings(policy: Policy, spec: SamplingSpec) -> GenerationConfig:

@@ -12,7 +12,7 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor
 
-from kleash.assembly import Crew
+from kleash.assembly import Crew, learning
 from kleash.beta.controllers import raise_beta
 from kleash.checkpoint import (
     drop_directory,
@@ -47,6 +47,8 @@ from kleash.types import ScoredRollout
 
 BETA_FACTOR, MAX_ROLLBACKS = 2.0, 3
 """Of a rollback, unless the configuration says otherwise."""
+_LARGEST_COPY = 512 << 20
+"""Bytes of the copy that undoes a step, unless the configuration says otherwise."""
 _OTHER_DRAWS = 0x9E3779B9
 """Added to the seed with each rollback, so that the same responses are not drawn again."""
 
@@ -73,7 +75,7 @@ class Attempt:
     within_bounds: bool = False
     """The policy that wrote the answers has been measured, and nothing was wrong with it."""
     updating: bool = False
-    """Weights may have moved."""
+    """Weights may have moved when an error comes."""
 
 
 def seal(crew: Crew) -> Seal:
@@ -104,10 +106,39 @@ def _changed(reference: FrozenReference, was: Identity) -> ReferenceChangedError
     )
 
 
-def attempt_step(config: Config, crew: Crew, state: TrainingState) -> Attempt:
-    """The next step, before anything of it has happened."""
-    undo = remember(crew, weights=config.tripwires.undo == "memory")
+def attempt_step(
+    config: Config, crew: Crew, state: TrainingState, before: Attempt | None = None
+) -> Attempt:
+    """The next step, before anything of it has happened.
+
+    Args:
+        config: the run.
+        crew: whose step it is.
+        state: after the step before.
+        before: the attempt before, whose memory is used again.
+    """
+    # What follows the last update may still refuse it, so a step of one update is copied there.
+    risky = several_updates(config) or state.step + 1 == config.steps
+    reuse = None if before is None else before.undo
+    undo = remember(crew, weights=risky and keeps_copy(config, crew), reuse=reuse)
     return Attempt(state.step + 1, undo)
+
+
+def several_updates(config: Config) -> bool:
+    """Whether a step can be refused when some of its updates are made already."""
+    return config.ppo.epochs * config.ppo.minibatches > 1
+
+
+def keeps_copy(config: Config, crew: Crew) -> bool:
+    """Whether a step is undone by a copy of what learns, and not by the last checkpoint."""
+    if config.tripwires.undo is not None:
+        return config.tripwires.undo == "memory"
+    return copy_bytes(crew) <= _LARGEST_COPY
+
+
+def copy_bytes(crew: Crew) -> int:
+    """Weights that learn and their two moments."""
+    return sum(3 * p.numel() * p.element_size() for p in learning(crew))
 
 
 def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> None:

@@ -292,8 +292,27 @@ def _zero_dropout_settings(config: PretrainedConfig) -> None:
 
 
 def _cannot_load(what: str, path: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _mistaken(what, Path(path)) or str(error).strip() or type(error).__name__
+    reason = reason.splitlines()[0]
     return f"expected {what} at {str(path)!r} (a Hugging Face directory or hub name), got: {reason}"
+
+
+def _mistaken(what: str, path: Path) -> str | None:
+    """What a path is instead of a model, where that can be seen; the library's words do not say."""
+    if path.is_file():
+        return f"a file: give the directory {str(path.parent)!r}"
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return (
+            "a LoRA adapter without the model it was trained on: give that model as path, and this "
+            "directory as its adapter (`policy.adapter`)"
+        )
+    vocabularies = [file for name in ("token*", "vocab*", "*.model") for file in path.glob(name)]
+    if what == "a tokenizer" and path.is_dir() and not vocabularies:
+        return (
+            "a directory without one: copy tokenizer.json and tokenizer_config.json there from "
+            "where the model began"
+        )
+    return None
 
 
 def _some(names: list[str]) -> str:

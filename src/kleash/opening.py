@@ -3,7 +3,6 @@
 Nothing is written before everything that can be wrong at the start has been looked at.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from kleash.beginning import begin
 from kleash.beta.controllers import BetaController
 from kleash.beta.starting import Start
 from kleash.config import Config, dump_config, parse_config
-from kleash.errors import ConfigError, RunError
+from kleash.errors import RunError
 from kleash.frontier import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.models import Identity
 from kleash.prompts import PromptCursor
@@ -24,6 +23,8 @@ from kleash.record import run_meta
 from kleash.resume import TrainingState, latest_checkpoint, restore_anchor, restore_run_state
 from kleash.rewards import ScoreStatistics
 from kleash.runs import Run, RunWriter, holds_run, read_run
+from kleash.sharing import muster
+from kleash.team import Team
 from kleash.trackers import Trackers
 
 Preflight = Callable[[Config, Crew], list[str]]
@@ -39,12 +40,18 @@ class Opened:
     state: TrainingState
     run: RunWriter
     trackers: Trackers
+    warnings: list[str]
+    """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
 
 
 def open_run(
-    config: Config, *, argv: Sequence[str] = (), preflight: Preflight | None = None
+    config: Config,
+    *,
+    argv: Sequence[str] = (),
+    preflight: Preflight | None = None,
+    team: Team | None = None,
 ) -> Opened:
     """Assemble everyone and open the run directory.
 
@@ -52,17 +59,17 @@ def open_run(
         config: the run; `{world}` already replaced.
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
+        team: the other processes, if there are any.
 
     Raises:
         KleashError: something the user can mend; nothing was begun.
     """
-    _require_one_process()
     path = Path(config.output)
     begun = holds_run(path)
     if begun:
         _require_same_run(config, read_run(path))
     torch.manual_seed(config.seed)
-    crew = assemble(config)
+    crew = assemble(config) if team is None else muster(team, config)
     warnings = preflight(config, crew) if preflight is not None and not begun else []
     reference = crew.reference.identity()
     trackers = Trackers(config.logging.trackers, path)
@@ -85,6 +92,7 @@ def open_run(
         state=state,
         run=run,
         trackers=trackers,
+        warnings=warnings,
         fresh=checkpoint is None,
     )
 
@@ -133,12 +141,4 @@ def _require_same_run(config: Config, run: Run) -> None:
         raise RunError(
             f"{config.output!r} already holds this run, finished; give another output directory, "
             "or move it away"
-        )
-
-
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"kleash train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}: "
-            "start it without a distributed launcher"
         )

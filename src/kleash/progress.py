@@ -4,10 +4,12 @@ On a terminal the line is redrawn in place; elsewhere (a log file, a pipe) one p
 printed for each step, so that a log can be read and searched.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
@@ -61,6 +63,21 @@ class TrainingDisplay:
         if not self._live:
             step = metrics["step"]
             self._console.print(f"{self._title} {step}/{self._steps}  {line}", markup=False)
+
+
+@contextlib.contextmanager
+def saying(title: str, console: Console) -> Generator[Callable[[str], None]]:
+    """A line that says what is being done and is gone afterwards; no line but on a terminal.
+
+    Args:
+        title: stands before what is said.
+        console: where the line is; a pipe or a file stays as it is.
+    """
+    if not console.is_terminal:
+        yield lambda doing: None
+        return
+    with console.status(escape(title)) as status:
+        yield lambda doing: status.update(escape(f"{title}: {doing} …"))
 
 
 def _number(value: float | int | None, style: str) -> str:

@@ -119,7 +119,10 @@ def iter_prompts(
     """
     file = Path(path)
     if not file.is_file():
-        raise PromptError(f"expected a prompt file at {str(file)!r}, got none: check the path")
+        raise PromptError(
+            f"expected a prompt file at {str(file)!r}, got none: check the path"
+            + ("" if file.is_absolute() else f" (it is looked for in {Path.cwd()})")
+        )
     index = -1
     for index, (where, row) in enumerate(file_rows(file)):
         content = prompt_content(row, where)
@@ -186,7 +189,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise PromptError(
-                f'expected an object like {{"prompt": "..."}} on {where}, got {_excerpt(line)}'
+                f'expected an object like {{"prompt": "..."}} on {where}, got {_excerpt(line)}: '
+                "write one object on each line, with no list around them"
             )
         yield where, cast(dict[str, Any], row)
 
@@ -290,6 +294,11 @@ def encode_prompt(
             f"expected a prompt that can be continued on {where}, got one that ends with the "
             f"end-of-sequence token {tokenizer.eos_token!r}: remove it, or stop the tokenizer from "
             "adding it"
+        )
+    if context is not None and max_new_tokens >= context:
+        raise PromptError(
+            f"expected responses shorter than the context of {context} tokens, got max_new_tokens "
+            f"= {max_new_tokens}: lower it, to leave room for the prompt on {where} too"
         )
     if context is not None and len(ids) + max_new_tokens > context:
         raise PromptError(

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kleash.assembly import Crew
+from kleash.assembly import Crew, learning
 from kleash.beta.controllers import BetaState
 from kleash.beta.starting import Start
 from kleash.checkpoint import (
@@ -158,21 +158,28 @@ class Undo:
     moments: Sequence[Mapping[str, Tensor]] = ()
 
 
-def remember(crew: Crew, *, weights: bool) -> Undo:
+def remember(crew: Crew, *, weights: bool, reuse: Undo | None = None) -> Undo:
     """The random generators before a step and, if wanted, all that learns.
 
     Args:
         crew: whose step it is.
         weights: also keep the parameters and the optimiser's moments, in main memory.
+        reuse: what was remembered before and is needed no more: its memory is written over.
     """
     if not weights:
         return Undo(_random_states(), None)
-    parameters = _learning(crew)
+    parameters = learning(crew)
+    old = Undo({}, None) if reuse is None else reuse
+    places = old.weights or [None] * len(parameters)
     moments = [
-        {name: _kept(tensor) for name, tensor in crew.optimizer.state.get(p, {}).items()}
-        for p in parameters
+        {
+            name: _kept(tensor, into.get(name))
+            for name, tensor in crew.optimizer.state.get(p, {}).items()
+        }
+        for p, into in zip(parameters, old.moments or [{}] * len(parameters), strict=True)
     ]
-    return Undo(_random_states(), [_kept(p) for p in parameters], moments)
+    copies = [_kept(p, into) for p, into in zip(parameters, places, strict=True)]
+    return Undo(_random_states(), copies, moments)
 
 
 @torch.no_grad()
@@ -183,9 +190,7 @@ def put_back(crew: Crew, undo: Undo) -> None:
     if undo.weights is None:
         return
     crew.optimizer.state.clear()
-    for parameter, weights, moments in zip(
-        _learning(crew), undo.weights, undo.moments, strict=True
-    ):
+    for parameter, weights, moments in zip(learning(crew), undo.weights, undo.moments, strict=True):
         parameter.copy_(weights)
         if moments:
             crew.optimizer.state[parameter] = {
@@ -195,16 +200,13 @@ def put_back(crew: Crew, undo: Undo) -> None:
 
 def weights_are_finite(crew: Crew) -> bool:
     """Whether no weight that learns is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in _learning(crew))
+    return all(bool(parameter.isfinite().all()) for parameter in learning(crew))
 
 
-def _learning(crew: Crew) -> list[nn.Parameter]:
-    """The optimiser's parameters, in its order."""
-    return [p for group in crew.optimizer.param_groups for p in group["params"]]
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:
+    if into is None:
+        return tensor.detach().to("cpu", copy=True)
+    return into.copy_(tensor.detach())
 
 
 def _module(value: ValueFunction) -> nn.Module:

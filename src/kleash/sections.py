@@ -54,10 +54,11 @@ class TripwiresConfig(Section):
     """What β is multiplied by in a rollback; 2 unless said."""
     max_rollbacks: PositiveInt | None = None
     """Rollbacks of one run, 3 unless said; the refusal after the last of them stops it."""
-    undo: Literal["memory", "checkpoint"] = "memory"
+    undo: Literal["memory", "checkpoint"] | None = None
     """How a step that is refused between its updates is undone: by a copy in main memory of what
     learns and of its two moments, or by going back to the last checkpoint, which costs nothing
-    until it happens."""
+    until it happens. None: memory where the copy takes at most 512 MiB, else checkpoint. A step of
+    a single update needs neither."""
 
     @model_validator(mode="after")
     def _rollback_alone(self) -> "TripwiresConfig":

@@ -7,7 +7,7 @@
     5. advantages, clipped updates
     6. β moves, so that the KL spent meets its target
 
-Left out: several processes. A run is one process on one device.
+Where a launcher started several processes, this one leads and the others lend a hand (`sharing`).
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from typing import cast
 
 from torch import Tensor
 
+from kleash import sharing
 from kleash.algorithms import choice
 from kleash.assembly import Crew, target_per_response
 from kleash.beginning import start_line
@@ -40,6 +41,7 @@ from kleash.holding import (
     require_unchanged,
     save_if_due,
     seal,
+    several_updates,
 )
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
@@ -54,7 +56,7 @@ from kleash.measures import (
     score_variance,
     with_error,
 )
-from kleash.opening import Preflight, open_run
+from kleash.opening import Opened, Preflight, open_run
 from kleash.preflight import doctor
 from kleash.progress import TrainingDisplay
 from kleash.record import objective_line, price
@@ -62,9 +64,8 @@ from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
 from kleash.runs import RunWriter, Sample
-from kleash.scoring import checked, token_scores
 from kleash.types import ScoredRollout
-from kleash.updates import needs_exact_kl, update
+from kleash.updates import update
 
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
@@ -90,20 +91,28 @@ def train(config: Config, *, argv: Sequence[str] = (), preflight: Preflight | No
         KleashError: something the user can mend; nothing was begun if it shows at the start, and
             the run directory says "failed" and why if it shows later.
     """
-    opened = open_run(config, argv=argv, preflight=preflight)
+    with sharing.leading(config) as team:
+        opened = open_run(config, argv=argv, preflight=preflight, team=team)
+        return _run(config, opened)
+
+
+def _run(config: Config, opened: Opened) -> Path:
+    """Every step that is still to be made."""
     crew, state, run, trackers = opened.crew, opened.state, opened.run, opened.trackers
     display = TrainingDisplay(
         config.steps, title=run.path.name, target_kl=config.leash.target_kl, done=state.step
     )
     with run, trackers, display:
         display.say(objective_line(config, state.beta.beta))
+        for warning in opened.warnings:
+            display.say(f"warning: {warning}")
         if state.start is not None:
             display.say(start_line(config, state.start))
         if opened.fresh and crew.heldout:
             run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
-        sealed = seal(crew)
+        sealed, attempt = seal(crew), None
         while state.step < config.steps:
-            attempt = attempt_step(config, crew, state)
+            attempt = attempt_step(config, crew, state, attempt)
             try:
                 require_unchanged(crew, sealed)
                 state, metrics = _step(config, crew, opened.controller, state, run, attempt)
@@ -149,7 +158,7 @@ def _step(
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
         experience = choice.prepare(scored, beta, settings)
-        attempt.updating = True
+        attempt.updating = several_updates(config)
         updates = update(config, crew, experience, done=state.step)
 
     metrics = {
@@ -209,16 +218,12 @@ def _read(
 ) -> ScoredRollout:
     """What policy, reference and critic say of every token; now and then compared with float64."""
     every = config.logging.spot_check_every
-    return score(
+    return sharing.score(
+        crew,
         written.rollout,
-        policy=crew.policy,
-        reference=crew.reference,
-        scores=scores,
-        value=crew.value,
-        temperature=crew.sampling.temperature,
+        scores,
         microbatch=config.rollout.microbatch_size,
-        keep_ref_hidden=needs_exact_kl(crew),
-        scorer=checked.token_scores if every and step % every == 0 else token_scores,
+        spot_check=bool(every) and step % every == 0,
     )
 
 

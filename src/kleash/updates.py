@@ -4,25 +4,23 @@ A gradient that is not finite never reaches the weights; whose it was is found o
 response alone, and then each of its tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from kleash.algorithms import choice
+from kleash import sharing
 from kleash.algorithms.experience import kept_rows, select
 from kleash.algorithms.losses import average, combine, explained_variance
-from kleash.assembly import Crew, learning_rate_factor
+from kleash.assembly import Crew, learning, learning_rate_factor
 from kleash.config import Config
 from kleash.errors import NonFiniteError, RefusedError, RunError
-from kleash.kl.placements import DIFFERENTIATES_KL, effective_sample_size, prefix_weights
-from kleash.measures import Number, first_ratio_error
+from kleash.kl.placements import effective_sample_size
+from kleash.measures import Number
+from kleash.passes import loss_of
 from kleash.pretraining import pretraining_loss
-from kleash.rollout import fresh, microbatches
-from kleash.scoring import token_scores
-from kleash.types import Experience, Fresh, Loss
+from kleash.types import Experience
 
 _LEAST_EFFECTIVE = 0.5
 """Share of effective tokens that prefix weights must leave, where they are in the loss."""
@@ -51,14 +49,16 @@ def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> 
     for chosen in _minibatches(config, experience):
         try:
             minibatch = select(experience, chosen)
-            passed = _backward(config, crew, minibatch)
+            crew.optimizer.zero_grad(set_to_none=True)
+            passed = sharing.backward(crew, minibatch, microbatch=config.ppo.microbatch_size)
             if first_error is None:
                 first_error = passed.ratio_error
                 _require_first_ratio(first_error)
-            effective = min(effective, passed.effective)
+            kept = effective_sample_size(passed.weights, minibatch.mask)
+            effective = min(effective, float(kept) / int(minibatch.mask.sum()))
             if made and effective < least_effective(config):
                 break
-            numbers = combine(passed.losses)
+            numbers = combine(passed.metrics) | _pretrain(crew)
             numbers["optim/grad_norm"] = _optimise(config, crew, minibatch)
         except RefusedError as error:
             error.among(chosen.tolist())
@@ -93,75 +93,21 @@ def least_effective(config: Config) -> float:
     return _LEAST_EFFECTIVE if config.leash.placement == "exact_weighted" else 0.0
 
 
-def needs_exact_kl(crew: Crew) -> bool:
-    """Whether the loss differentiates the exact KL."""
-    return crew.settings.placement in DIFFERENTIATES_KL
-
-
-@dataclass(frozen=True)
-class _Passed:
-    """What the backward passes of a minibatch say."""
-
-    losses: list[Loss]
-    ratio_error: float
-    """How far a ratio was from 1."""
-    effective: float
-    """Share of tokens that the prefix weights leave effective: ESS / tokens."""
-
-
-def _backward(config: Config, crew: Crew, minibatch: Experience) -> _Passed:
-    """Gradients of one minibatch, a microbatch at a time; any split adds to the same."""
-    crew.optimizer.zero_grad(set_to_none=True)
-    tokens = int(minibatch.mask.sum())
-    losses: list[Loss] = []
-    error, weights = 0.0, torch.zeros_like(minibatch.mask, dtype=torch.float64)
-    for rows in microbatches(minibatch.scored.rollout, config.ppo.microbatch_size):
-        part = select(minibatch, rows)
-        try:
-            loss, now = _loss(crew, part, tokens=tokens)
-        except RefusedError as refused:
-            refused.among(rows.tolist())
-            raise
-        loss.total.backward()
-        logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
-        error = max(error, first_ratio_error(logprobs, then, part.mask))
-        weights[rows] = prefix_weights(logprobs.double(), then.double(), part.mask)
-        losses.append(loss)
-    _pretrain(crew, losses)
-    effective = float(effective_sample_size(weights, minibatch.mask)) / tokens
-    return _Passed(losses, error, effective)
-
-
-def _pretrain(crew: Crew, losses: Sequence[Loss]) -> None:
-    """Gradients of the pretraining mix, where there is one."""
+def _pretrain(crew: Crew) -> dict[str, float]:
+    """Gradients of the pretraining mix, where there is one, and its likelihood."""
     mix = crew.pretraining
     if mix is None:
-        return
+        return {}
     likelihood = pretraining_loss(
         crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
     )
     (mix.coefficient * likelihood).backward()
-    # Metrics of microbatches add up: the first has it, the others add nothing.
-    for number, loss in enumerate(losses):
-        loss.metrics["loss/pretraining"] = 0.0 if number else float(likelihood.detach())
-
-
-def _loss(crew: Crew, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
-    now = fresh(
-        part,
-        policy=crew.policy,
-        value=crew.value,
-        reference=crew.reference,
-        temperature=crew.sampling.temperature,
-        want=("logprobs", "kl") if needs_exact_kl(crew) else ("logprobs",),
-        scorer=partial(token_scores, tiles=crew.tiles),
-    )
-    return choice.loss(part, now, crew.settings, tokens=tokens), now
+    return {"loss/pretraining": float(likelihood.detach())}
 
 
 def _optimise(config: Config, crew: Crew, minibatch: Experience) -> float:
     """One optimiser step; refused if a gradient is not finite, so that the weights stay good."""
-    parameters = _parameters(crew)
+    parameters = learning(crew)
     norm = float(nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
     if not norm < float("inf"):
         response, token = _culprit(crew, minibatch)
@@ -194,17 +140,12 @@ def _culprit(crew: Crew, minibatch: Experience) -> tuple[int | None, int | None]
 def _is_finite(crew: Crew, part: Experience, *, tokens: int) -> bool:
     crew.optimizer.zero_grad(set_to_none=True)
     try:
-        _loss(crew, part, tokens=tokens)[0].total.backward()
+        loss_of(crew, part, tokens=tokens)[0].total.backward()
     except NonFiniteError:
         return False
     # The norm, for it can overflow where no single number does.
-    norm = nn.utils.get_total_norm([p.grad for p in _parameters(crew) if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in learning(crew) if p.grad is not None])
     return bool(norm.isfinite())
-
-
-def _parameters(crew: Crew) -> list[nn.Parameter]:
-    critic = [] if crew.value is None else crew.value.parameters()
-    return [*crew.policy.parameters(), *critic]
 
 
 def _require_first_ratio(error: float) -> None:

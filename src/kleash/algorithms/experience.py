@@ -25,13 +25,13 @@ from kleash.kl.placements import (
 )
 from kleash.masked import masked_sum
 from kleash.rewards import kl_shaped_rewards, missing_eos_penalty
-from kleash.types import Experience, Fresh, Loss, ScoredRollout
+from kleash.types import Experience, Fresh, Loss, Rollout, ScoredRollout
 
 Truncated = Literal["score", "penalise", "drop", "bootstrap"]
 """A response cut by the length limit: score it as it stands, subtract a penalty from the score,
 leave it out of the losses, or continue it with the value of its last state."""
 
-Rows = TypeVar("Rows", Experience, ScoredRollout)
+Rows = TypeVar("Rows", Experience, ScoredRollout, Rollout)
 
 
 def check_leash(placement: Placement, *, mixing: float | None, allow_biased: bool) -> None:

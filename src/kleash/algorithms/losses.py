@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kleash.masked import masked_sum, masked_variance
-from kleash.types import Loss
 
 
 def policy_ratio(
@@ -160,8 +159,8 @@ def explained_variance(
     return 1 - float(masked_variance(returns - values, mask)) / spread
 
 
-def combine(microbatches: Sequence[Loss]) -> dict[str, float]:
-    """Metrics of a minibatch from the losses of its microbatches.
+def combine(microbatches: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a minibatch from those of its microbatches' losses.
 
     Keys that end in `_max` or `_min` are extremes and stay so; every other metric is a sum over
     tokens divided by the tokens of the minibatch, and adds.
@@ -170,14 +169,13 @@ def combine(microbatches: Sequence[Loss]) -> dict[str, float]:
         ValueError: if there is nothing to combine.
 
     Example:
-        >>> zero = torch.tensor(0.0)
         >>> combine([
-        ...     Loss(zero, {"loss/policy": 0.25, "policy/ratio_max": 1.5}),
-        ...     Loss(zero, {"loss/policy": 0.50, "policy/ratio_max": 1.25}),
+        ...     {"loss/policy": 0.25, "policy/ratio_max": 1.5},
+        ...     {"loss/policy": 0.50, "policy/ratio_max": 1.25},
         ... ])
         {'loss/policy': 0.75, 'policy/ratio_max': 1.5}
     """
-    return _reduce([loss.metrics for loss in microbatches], sum)
+    return _reduce(microbatches, sum)
 
 
 def average(minibatches: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -28,6 +28,30 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a check asks: its name and what it expects. Each answer is a finding."""
+
+    name: str
+    expected: str
+
+    def ok(self, measured: str) -> Finding:
+        """As expected."""
+        return Finding(self.name, "ok", measured, self.expected)
+
+    def warn(self, measured: str, cause: str, remedy: str) -> Finding:
+        """Not as expected; a run goes on with it."""
+        return Finding(self.name, "warn", measured, self.expected, cause, remedy)
+
+    def fail(self, measured: str, cause: str, remedy: str) -> Finding:
+        """Not as expected; a run would be in vain."""
+        return Finding(self.name, "fail", measured, self.expected, cause, remedy)
+
+    def skip(self, why: str) -> Finding:
+        """Nothing to look at."""
+        return skipped(self.name, why)
+
+
+@dataclass(frozen=True)
 class Report:
     """All findings of one examination."""
 

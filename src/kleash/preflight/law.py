@@ -26,8 +26,8 @@ _RATIOS = tuple(10 ** (-number / 10) for number in range(41))
 _ENTRIES = 10**8
 """Tokens × vocabulary that are read at most: a thousand tokens of a large vocabulary."""
 _PLAIN = (
-    "Sample with do_sample and nothing else; remove the setting from generation_config.json, and "
-    "sharpen with rollout.temperature."
+    "Draw from the whole distribution (do_sample, without top_p, top_k or min_p), and sharpen with "
+    "rollout.temperature."
 )
 
 
@@ -162,14 +162,14 @@ def _repeats(evidence: Evidence, hint: str) -> Explanation:
             gain,
             f"Words that were there before are drawn too seldom {before}: a repetition penalty or "
             f"no_repeat_ngram_size is on{hint}.",
-            "Set repetition_penalty: 1.0 and no_repeat_ngram_size: 0 in generation_config.json.",
+            "Set repetition_penalty: 1.0 and no_repeat_ngram_size: 0 in the sampler's settings.",
         )
     return Explanation(
         "a taste for repeating",
         gain,
         f"Words that were there before are drawn too often {before}: a penalty below 1 or a bias "
         f"is on{hint}.",
-        "Set repetition_penalty: 1.0 and remove sequence_bias from generation_config.json.",
+        "Set repetition_penalty: 1.0 and remove sequence_bias from the sampler's settings.",
     )
 
 

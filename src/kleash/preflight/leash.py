@@ -8,7 +8,7 @@ from kleash.beta.starting import Start
 from kleash.config import Config
 from kleash.kl.placements import gradient_of
 from kleash.measures import score_variance
-from kleash.preflight.finding import Finding, skipped, some
+from kleash.preflight.finding import Finding, Question, some
 from kleash.preflight.trial import Trial
 from kleash.record import objective_line
 
@@ -16,6 +16,8 @@ _SLACK, _NO_LEASH = 20.0, 100.0
 """Standard deviations of the score in one β: beyond, the leash is hardly felt, or not at all."""
 _TIGHT, _NO_REWARD = 0.05, 0.01
 """Below, the score is hardly felt, or not at all."""
+_FEW, _FEW_PER_TOKEN = 0.1, 0.005
+"""Nats per response and per token: a target below both is what others write per token."""
 _PER_TOKEN = 2.0
 """Nats per token above which a target is no leash: a uniform draw of 1 word in 7."""
 
@@ -28,38 +30,32 @@ def objective(trial: Trial) -> Finding:
 
 def gradient(trial: Trial) -> Finding:
     """Which gradient the configured placement really has."""
-    name = "leash.gradient"
-    expected = "the gradient of the KL of whole responses"
+    ask = Question("leash.gradient", "the gradient of the KL of whole responses")
     placement, beta = trial.crew.settings.placement, starting_beta(trial)
     found = gradient_of(placement)
     measured = f"{placement}: {found.kind}"
     if found.sound or beta == 0:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail" if found.kind == "zero" else "warn",
+        return ask.ok(measured)
+    answer = ask.fail if found.kind == "zero" else ask.warn
+    return answer(
         measured,
-        expected,
         f"The placement {placement} has a {found.kind} gradient: {found.why}.",
         "Set leash.placement: reward_k1 (or exact), and leave leash.allow_biased out.",
     )
 
 
-def spread(trial: Trial) -> Finding:
+def score_spread(trial: Trial) -> Finding:
     """A score that says the same of everything teaches nothing."""
-    name, expected = "leash.score_spread", "scores differ between responses"
+    ask = Question("leash.score_spread", "scores differ between responses")
     deviation = score_deviation(trial)
     if deviation is None:
-        return skipped(name, "One response has no spread.")
+        return ask.skip("One response has no spread.")
     mean = float(trial.written.raw_scores.mean())
     measured = f"{mean:.3g} ± {deviation:.3g} (standard deviation)"
     if deviation > 1e-6 * max(1.0, abs(mean)):
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         measured,
-        expected,
         "The reward gives every response the same score: there is nothing to climb.",
         "Look at the reward on a few responses; a callable must read its second argument, a "
         "classifier its template's {response}; a weight of 0 silences a reward.",
@@ -68,21 +64,22 @@ def spread(trial: Trial) -> Finding:
 
 def strength(trial: Trial) -> Finding:
     """β against the spread of the score: what one nat costs, in standard deviations."""
-    name = "leash.strength"
-    expected = f"one standard deviation of the score worth {_TIGHT:g} to {_SLACK:g} nats"
+    ask = Question(
+        "leash.strength", f"one standard deviation of the score worth {_TIGHT:g} to {_SLACK:g} nats"
+    )
     deviation, beta = score_deviation(trial), starting_beta(trial)
     if beta == 0:
-        return skipped(name, "β is 0: the KL is measured, not charged.")
+        return ask.skip("β is 0: the KL is measured, not charged.")
     leash = trial.config.leash
     if leash.beta is None and leash.initial_beta is None:
-        return skipped(name, f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
+        return ask.skip(f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
     if deviation is None or deviation == 0:
-        return skipped(name, "The score has no spread: see leash.score_spread.")
+        return ask.skip("The score has no spread: see leash.score_spread.")
     unit = _unit(trial, deviation)
     nats = unit / beta
     measured = f"β = {beta:.4g}: one standard deviation ({unit:.3g}) is worth {nats:.3g} nats"
     if _TIGHT <= nats <= _SLACK:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     slack = nats > _SLACK
     cause = (
         "β is far too small for this score: the optimum spends hundreds of nats, so the leash is "
@@ -93,11 +90,9 @@ def strength(trial: Trial) -> Finding:
     )
     worth = unit / math.sqrt(2 * 6.0)
     key = "leash.beta" if leash.beta is not None else "leash.initial_beta"
-    return Finding(
-        name,
-        "fail" if nats > _NO_LEASH or nats < _NO_REWARD else "warn",
+    answer = ask.fail if nats > _NO_LEASH or nats < _NO_REWARD else ask.warn
+    return answer(
         measured,
-        expected,
         cause,
         f"Set {key}: {worth:.2g} (the optimum then spends about 6 nats per response), or give "
         "leash.target_kl and no β.",
@@ -106,32 +101,31 @@ def strength(trial: Trial) -> Finding:
 
 def target(trial: Trial) -> Finding:
     """The target is in nats per response; what is it per token?"""
-    name = "leash.target"
+    ask = Question(
+        "leash.target",
+        f"a target per response: above {_FEW:g} nats or {_FEW_PER_TOKEN:g} per token, under "
+        f"{_PER_TOKEN:g} per token",
+    )
     goal = trial.config.leash.target_kl
     if goal is None:
-        return skipped(name, "β does not move: there is no target per response.")
+        return ask.skip("β does not move: there is no target per response.")
     length = float(trial.rollout.response_mask.sum(-1).double().mean())
     per_token = goal / length
     measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
-    expected = f"a target per response: 0.05 nats or more, under {_PER_TOKEN:g} nats per token"
-    tiny = goal < 0.05 and per_token < 0.005
+    tiny = goal <= _FEW and per_token < _FEW_PER_TOKEN
     if not tiny and per_token <= _PER_TOKEN:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     if tiny:
-        return Finding(
-            name,
-            "warn",
+        return ask.warn(
             measured,
-            expected,
             f"leash.target_kl = {goal:g} looks like a target per token; here it is the whole "
             "response's.",
-            f"Set leash.target_kl: {goal * length:.3g} for {goal:g} nats per token.",
+            f"Set leash.target_kl: {goal * length:.3g}, or leash.target_kl_per_token: {goal:g} in "
+            "its place.",
         )
-    return Finding(
-        name,
-        "fail" if per_token > 10 else "warn",
+    answer = ask.fail if per_token > 10 else ask.warn
+    return answer(
         measured,
-        expected,
         f"leash.target_kl = {goal:g} is more than responses of {length:.1f} tokens can sensibly "
         "spend: β will fall until the leash is gone.",
         f"Set leash.target_kl: {min(6.0, length / 4):.3g}, a quarter of a nat per token at most.",
@@ -140,15 +134,12 @@ def target(trial: Trial) -> Finding:
 
 def inert(trial: Trial) -> Finding:
     """Options that were written down and do nothing."""
-    name, expected = "leash.inert", "every option that is set does something"
+    ask = Question("leash.inert", "every option that is set does something")
     useless = inert_options(trial.config)
     if not useless:
-        return Finding(name, "ok", "none found", expected)
-    return Finding(
-        name,
-        "warn",
+        return ask.ok("none found")
+    return ask.warn(
         f"{len(useless)} found",
-        expected,
         "Options do nothing here: " + some(useless) + ".",
         "Remove "
         + some([option.split(" ")[0].rstrip(":") for option in useless])

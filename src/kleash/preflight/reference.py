@@ -3,7 +3,7 @@
 from kleash.assembly import Crew
 from kleash.errors import ModelError
 from kleash.models import check_compatible
-from kleash.preflight.finding import Finding, skipped, some
+from kleash.preflight.finding import Finding, Question, some
 from kleash.preflight.trial import Trial
 from kleash.references import underlying
 
@@ -12,15 +12,12 @@ def identity(trial: Trial) -> Finding:
     """Which reference this is, by its fingerprint."""
     mine, theirs = trial.crew.policy.identity(), trial.crew.reference.identity()
     measured = f"{theirs.how}, {theirs.dtype}, {theirs.sha256[:12]}… from {theirs.path}"
-    name, expected = "reference.identity", "the policy's own weights, or reference_differs"
+    ask = Question("reference.identity", "the policy's own weights, or reference_differs")
     differs = trial.config.reference.reference_differs
     if mine.sha256 == theirs.sha256 or differs or not trial.at_start:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         f"{measured}; the policy is {mine.sha256[:12]}… from {mine.path}",
-        expected,
         f"The reference {theirs.path!r} has other weights than the policy {mine.path!r}.",
         "Leave reference.path out (the reference is then the policy as it starts), or set "
         "reference.reference_differs: true if it is meant.",
@@ -29,20 +26,17 @@ def identity(trial: Trial) -> Finding:
 
 def frozen(trial: Trial) -> Finding:
     """No parameter of the reference asks for a gradient or is in the optimiser."""
-    name, expected = "reference.frozen", "no parameter of the reference can learn"
+    ask = Question("reference.frozen", "no parameter of the reference can learn")
     reference = underlying(trial.crew.reference)
     if reference.adapter is not None:
-        return skipped(name, "The reference is the policy with its adapter off.")
+        return ask.skip("The reference is the policy with its adapter off.")
     learning = {id(p) for group in trial.crew.optimizer.param_groups for p in group["params"]}
     named = list(reference.model.named_parameters())
     guilty = [key for key, p in named if p.requires_grad or id(p) in learning]
     if not guilty:
-        return Finding(name, "ok", f"{len(named)} parameters, none learns", expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(f"{len(named)} parameters, none learns")
+    return ask.fail(
         f"{len(guilty)} of {len(named)} parameters can learn",
-        expected,
         f"The reference is not frozen: {some(guilty)} ask for gradients or are in the optimiser.",
         "Call requires_grad_(False) on the reference, and give the optimiser the policy's "
         "parameters alone.",
@@ -51,20 +45,17 @@ def frozen(trial: Trial) -> Finding:
 
 def storage(trial: Trial) -> Finding:
     """The reference has weights of its own."""
-    name, expected = "reference.storage", "no storage shared with weights that learn"
+    ask = Question("reference.storage", "no storage shared with weights that learn")
     reference, policy = underlying(trial.crew.reference), trial.crew.policy
     if reference.adapter is not None:
-        return _adapter_storage(trial, name, expected)
+        return _adapter_storage(trial, ask)
     learning = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     named = list(reference.model.named_parameters())
     shared = [key for key, p in named if p.untyped_storage().data_ptr() in learning]
     if not shared:
-        return Finding(name, "ok", f"{len(named)} parameters of its own", expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(f"{len(named)} parameters of its own")
+    return ask.fail(
         f"{len(shared)} of {len(named)} parameters shared",
-        expected,
         f"The reference shares storage with the policy ({some(shared)}): it moves with every "
         "update and the KL stays near 0.",
         "Make the reference with kleash.models.freeze_copy or load_reference.",
@@ -73,60 +64,51 @@ def storage(trial: Trial) -> Finding:
 
 def adapter(trial: Trial) -> Finding:
     """With an adapter, only it learns, and its off position is the model the run starts from."""
-    name, expected = "reference.adapter", "the adapter starts as no change; only it learns"
+    ask = Question("reference.adapter", "the adapter starts as no change; only it learns")
     policy, reference = trial.crew.policy, underlying(trial.crew.reference)
     if policy.adapter is None:
-        return skipped(name, "No adapter: all weights are trained.")
+        return ask.skip("No adapter: all weights are trained.")
     if reference.adapter is None:
-        return Finding(name, "ok", "the reference is a model of its own", expected)
+        return ask.ok("the reference is a model of its own")
     moved = [
         key
         for key, p in policy.model.named_parameters()
         if "lora_B" in key and bool(p.detach().abs().max() > 0)
     ]
     if not trial.at_start or not moved:
-        return Finding(name, "ok", f"fresh adapter, off = {policy.path}", expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(f"fresh adapter, off = {policy.path}")
+    return ask.fail(
         f"{len(moved)} adapter matrices are not 0",
-        expected,
         "The adapter was trained before, so the reference (the adapter off) is the bare base and "
         "not the fine-tuned model the run starts from.",
         "Merge the adapter into the weights (merge_and_unload) and give the merged model as "
-        "policy.path.",
+        "policy.path, or name its directory in policy.adapter, which merges it.",
     )
 
 
 def vocabulary(crew: Crew) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
-    name, expected = "reference.vocabulary", "the same id for every token in both models"
+    ask = Question("reference.vocabulary", "the same id for every token in both models")
     policy, reference = crew.policy, underlying(crew.reference)
     try:
         check_compatible(policy, reference)
     except ModelError as error:
         if "frozen reference of its own" not in str(error):
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 f"{policy.words} and {reference.words} tokens",
-                expected,
                 f"Policy and reference do not share a vocabulary: {error}.",
                 "Take two models of one tokenizer.",
             )
-    return Finding(name, "ok", f"{policy.words} tokens", expected)
+    return ask.ok(f"{policy.words} tokens")
 
 
-def _adapter_storage(trial: Trial, name: str, expected: str) -> Finding:
+def _adapter_storage(trial: Trial, ask: Question) -> Finding:
     named = trial.crew.policy.model.named_parameters()
     base = [key for key, p in named if p.requires_grad and "lora_" not in key]
     if not base:
-        return Finding(name, "ok", "base weights learn nothing", expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok("base weights learn nothing")
+    return ask.fail(
         f"{len(base)} base weights learn",
-        expected,
         f"Weights under the adapter learn too ({some(base)}): the reference, which is the model "
         "with its adapter off, moves with them.",
         "Freeze the base; only parameters named lora_ may ask for gradients.",

@@ -14,9 +14,10 @@ import torch
 
 from kleash.algorithms import choice
 from kleash.algorithms.experience import select
-from kleash.assembly import Crew
+from kleash.assembly import Crew, learning
 from kleash.evaluation import write_responses
-from kleash.preflight.finding import Finding, skipped
+from kleash.holding import copy_bytes, keeps_copy, several_updates
+from kleash.preflight.finding import Finding, Question, skipped
 from kleash.preflight.trial import Trial, read
 from kleash.rollout import fresh
 
@@ -49,15 +50,35 @@ def examine(trial: Trial) -> list[Finding]:
     """Memory and time of the run."""
     if trial.config.rollout.truncated == "drop" and not bool(trial.rollout.ended.any()):
         why = "No response is left to learn from, so no iteration can be tried."
-        return [skipped("resources.memory", why), skipped("resources.time", why)]
+        return [skipped("resources.memory", why), skipped("resources.time", why), undo(trial)]
     costs = [_iterate(trial) for _ in range(_ITERATIONS)]
-    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1])]
+    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1]), undo(trial)]
+
+
+def undo(trial: Trial) -> Finding:
+    """What becomes of a step that is refused between its updates."""
+    ask = Question("resources.undo", "a refused step that costs no more than itself")
+    config, crew = trial.config, trial.crew
+    if not several_updates(config):
+        return ask.ok("one update a step: it is refused before it is made")
+    size = f"{copy_bytes(crew) / _GIB:.2g} GiB"
+    if keeps_copy(config, crew):
+        return ask.ok(f"a copy of {size} in main memory")
+    every = config.logging.checkpoint_every
+    if every:
+        return ask.ok(f"back to the last checkpoint, at most {every} steps")
+    return ask.warn(
+        "back to the beginning of the run",
+        f"No copy is kept of what learns (it would take {size}), and no checkpoint is written "
+        "before the last step: a number that is not finite would cost the whole run.",
+        "Set logging.checkpoint_every: 10 (or as often as you can lose that many steps), or "
+        "tripwires.undo: memory.",
+    )
 
 
 def adam_bytes(crew: Crew) -> int:
     """Adam's two moments, which exist from the first update on."""
-    learning = {id(p): p for group in crew.optimizer.param_groups for p in group["params"]}
-    return sum(2 * p.numel() * p.element_size() for p in learning.values())
+    return sum(2 * p.numel() * p.element_size() for p in learning(crew))
 
 
 def machine_bytes(device: torch.device) -> int:
@@ -68,21 +89,18 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
-    name = "resources.memory"
     crew, config = trial.crew, trial.config
     has = machine_bytes(crew.policy.device)
     rows = min(config.ppo.microbatch_size, config.responses_per_step)
     grown = max(0, last.peak - first.before)
     needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(crew)
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
-    expected = "at most nine tenths of the machine's memory"
+    ask = Question("resources.memory", "at most nine tenths of the machine's memory")
     if needs <= 0.9 * has:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail" if needs > has else "warn",
+        return ask.ok(measured)
+    answer = ask.fail if needs > has else ask.warn
+    return answer(
         measured,
-        expected,
         f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
         "will stop in the first update, or swap.",
         f"Lower ppo.microbatch_size (now {config.ppo.microbatch_size}) and "

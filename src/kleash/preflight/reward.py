@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kleash.errors import PromptError
-from kleash.preflight.finding import Finding, skipped, some
+from kleash.preflight.finding import Finding, Question, some
 from kleash.preflight.trial import Trial
 from kleash.reward_models import ClassifierReward, Content, text_of
 
@@ -37,37 +37,31 @@ class Pair:
 
 def head(trial: Trial) -> Finding:
     """One output, with the weights of the checkpoint."""
-    name, expected = "reward.head", "one output, its weights those of the checkpoint"
+    ask = Question("reward.head", "one output, its weights those of the checkpoint")
     for key, judge in classifiers(trial):
         labels = judge.model.config.num_labels
         if labels != 1:
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 f"{key}: {labels} outputs",
-                expected,
                 f"The reward model {key!r} has {labels} outputs; only the first would be read.",
                 "Train or export it with num_labels = 1.",
             )
         layer = score_layer(judge)
         saved = None if layer is None else _saved_like(judge, layer)
         if layer is not None and saved is not None and not torch.equal(saved, layer.weight.cpu()):
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 f"{key}: head differs from {judge.path}",
-                expected,
                 f"The head of the reward model {key!r} is not that of its checkpoint: it was "
                 "freshly initialised, or lost while loading.",
                 "Load it with kleash.reward_models.ClassifierReward from a checkpoint saved by "
                 "AutoModelForSequenceClassification.",
             )
-    return _done(trial, name, expected, "heads as saved")
+    return _done(trial, ask, "heads as saved")
 
 
 def alone(trial: Trial) -> Finding:
     """A text's score does not depend on what is scored beside it."""
-    name, expected = "reward.alone", "each score is that of the text scored alone"
+    ask = Question("reward.alone", "each score is that of the text scored alone")
     prompts, responses = _sample(trial)
     worst, where = 0.0, ""
     for key, (judge, _) in trial.crew.reward.rewards.items():
@@ -78,22 +72,21 @@ def alone(trial: Trial) -> Finding:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
     if worst <= _limit(trial):
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    judge = dict(classifiers(trial)).get(where)
+    return ask.fail(
         measured,
-        expected,
-        f"The score of {where!r} depends on the batch: padding is read, or the reward compares "
-        "responses with each other.",
-        "Give the classifier's config.json the pad_token_id of its tokenizer; a callable must "
-        "score each response by itself.",
+        f"The score of {where!r} depends on the batch: "
+        + ("it compares responses with each other." if judge is None else "padding is read."),
+        f"Let the function of reward_models.{where}.callable score each response by itself."
+        if judge is None
+        else f"Set pad_token_id: {judge.tokenizer.pad_token_id} in {judge.path}/config.json.",
     )
 
 
 def last_token(trial: Trial) -> Finding:
     """The score is read at the last real token of the text."""
-    name, expected = "reward.last_token", "the score is that of the last token of the text"
+    ask = Question("reward.last_token", "the score is that of the last token of the text")
     prompts, responses = _sample(trial)
     worst, where = 0.0, ""
     for key, judge in classifiers(trial):
@@ -112,24 +105,21 @@ def last_token(trial: Trial) -> Finding:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
     if worst <= _limit(trial):
-        return _done(trial, name, expected, measured)
+        return _done(trial, ask, measured)
     judge = dict(classifiers(trial))[where]
-    pad = judge.model.config.pad_token_id
-    return Finding(
-        name,
-        "fail",
+    pad, own = judge.model.config.pad_token_id, judge.tokenizer.pad_token_id
+    told = " to a token that no text contains" if own in (None, pad) else f": {own}"
+    return ask.fail(
         f"{measured}; pad_token_id = {pad}",
-        expected,
         f"The score of {where!r} is read at another token than the last: its pad_token_id = {pad} "
         "is a word of the text, or padding was counted as text.",
-        "Set pad_token_id in the reward model's config.json to a token that no text contains (its "
-        f"tokenizer says {judge.tokenizer.pad_token_id}).",
+        f"In {judge.path}/config.json, set pad_token_id{told}.",
     )
 
 
 def bos(trial: Trial) -> Finding:
     """At most one beginning-of-sequence token."""
-    name, expected = "reward.bos", "one beginning-of-sequence token at most"
+    ask = Question("reward.bos", "one beginning-of-sequence token at most")
     prompts, responses = _sample(trial)
     for key, judge in classifiers(trial):
         begin = cast(int | None, judge.tokenizer.bos_token_id)
@@ -138,22 +128,19 @@ def bos(trial: Trial) -> Finding:
         ids = judge.encode(prompts[0], responses[0])
         leading = next((i for i, token in enumerate(ids) if token != begin), len(ids))
         if leading > 1 or begin in ids[leading:]:
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 f"{key}: {ids.count(begin)} of {judge.tokenizer.bos_token!r}",
-                expected,
                 f"The reward model {key!r} reads a doubled BOS: its template or the prompts write "
                 f"{judge.tokenizer.bos_token!r} and its tokenizer adds another.",
                 f"Remove {judge.tokenizer.bos_token!r} from reward_models.{key}.template and from "
                 "the prompts.",
             )
-    return _done(trial, name, expected, "none doubled")
+    return _done(trial, ask, "none doubled")
 
 
 def template(trial: Trial) -> Finding:
     """Prompt and response are read once each: a longer one lengthens the text by as much."""
-    name, expected = "reward.template", "the text holds prompt and response once each"
+    ask = Question("reward.template", "the text holds prompt and response once each")
     prompts, responses = _sample(trial)
     prompt, response = min(prompts, key=lambda p: len(text_of(p))), responses[0]
     for key, judge in classifiers(trial):
@@ -167,11 +154,8 @@ def template(trial: Trial) -> Finding:
             added = len(judge.encode(longer, text)) - plain
             times = round(added / len(_ids(judge, more)))
             if times != 1:
-                return Finding(
-                    name,
-                    "fail",
+                return ask.fail(
                     f"{key}: the {what} {times} times",
-                    expected,
                     f"The template of the reward model {key!r} is applied twice, or writes the "
                     f"{what} {times} times."
                     if times
@@ -179,12 +163,12 @@ def template(trial: Trial) -> Finding:
                     f"Write {{prompt}}{{response}} once each in reward_models.{key}.template, and "
                     "give prompts without a template of their own.",
                 )
-    return _done(trial, name, expected, "once each")
+    return _done(trial, ask, "once each")
 
 
 def probes(trial: Trial) -> Finding:
     """Replies that no good judge prefers: do they win?"""
-    name, expected = "reward.probes", "no empty or repeated reply beats the policy's own"
+    ask = Question("reward.probes", "no empty or repeated reply beats the policy's own")
     written = trial.written
     own = written.raw_scores.double().cpu()
     prompts = list(dict.fromkeys(map(text_of, written.prompts)))[:8]
@@ -198,12 +182,9 @@ def probes(trial: Trial) -> Finding:
             winners.append(f"{label} ({mean:.3g})")
     measured = f"99 % of the policy's replies score at most {bar:.3g}"
     if not winners:
-        return Finding(name, "ok", f"{measured}; no probe does better", expected)
-    return Finding(
-        name,
-        "warn",
+        return ask.ok(f"{measured}; no probe does better")
+    return ask.warn(
         measured,
-        expected,
         f"The reward prefers replies that no one wants: {some(winners)}; a policy off the leash "
         "will find them.",
         "Train the reward against such replies, add a reward_models entry that punishes them, or "
@@ -213,9 +194,9 @@ def probes(trial: Trial) -> Finding:
 
 def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     """Accuracy, spread and taste for length on pairs that people judged."""
-    name, expected = "reward.preferences", "accuracy above chance; scores not led by length"
+    ask = Question("reward.preferences", "accuracy above chance; scores not led by length")
     if not pairs:
-        return skipped(name, "No preference pairs were given (--pairs FILE).")
+        return ask.skip("No preference pairs were given (--pairs FILE).")
     prompts = [pair.prompt for pair in pairs]
     chosen = trial.crew.reward.score(prompts, [pair.chosen for pair in pairs]).double()
     rejected = trial.crew.reward.score(prompts, [pair.rejected for pair in pairs]).double()
@@ -227,11 +208,8 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     measured = f"{right:.0%} of {len(pairs)} right, spread {spread:.3g}, length {lead:+.2f}"
     error = 0.5 / len(pairs) ** 0.5
     if right < 0.5 - 2 * error or spread == 0:
-        return Finding(
-            name,
-            "fail",
+        return ask.fail(
             measured,
-            expected,
             "The reward prefers what people rejected: its sign, its template or its pairs are the "
             "wrong way round."
             if spread
@@ -239,17 +217,14 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
             "Check reward_models weights and template, and the file's `chosen` and `rejected`.",
         )
     if right < 0.5 + error or abs(lead) > 0.8:
-        return Finding(
-            name,
-            "warn",
+        return ask.warn(
             measured,
-            expected,
             "The reward hardly knows better than chance."
             if right < 0.5 + error
             else "The reward goes by length: the policy will write ever longer (or shorter).",
             "Train the reward on more, or length-balanced, pairs.",
         )
-    return Finding(name, "ok", measured, expected)
+    return ask.ok(measured)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -329,10 +304,10 @@ def _sample(trial: Trial) -> tuple[list[Content], list[str]]:
     return [trial.written.prompts[row] for row in rows], [responses[row] for row in rows]
 
 
-def _done(trial: Trial, name: str, expected: str, measured: str) -> Finding:
+def _done(trial: Trial, ask: Question, measured: str) -> Finding:
     if not any(True for _ in classifiers(trial)):
-        return skipped(name, "No reward is a classifier.")
-    return Finding(name, "ok", measured, expected)
+        return ask.skip("No reward is a classifier.")
+    return ask.ok(measured)
 
 
 def _limit(trial: Trial) -> float:

@@ -1,5 +1,6 @@
 """All checks in order over one shared batch, and what a run makes of their answer."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,9 @@ from kleash.preflight.reward import Pair
 from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
 
 TrialCheck = Callable[[Trial], Finding]
+Say = Callable[[str], None]
+_BATCH = "batch"
+"""Where nothing can be written, judged or scored; training would stop at it too."""
 
 SCORING: tuple[TrialCheck, ...] = (
     scoring.architecture,
@@ -42,7 +46,7 @@ SCORING: tuple[TrialCheck, ...] = (
     scoring.floor,
 )
 SAMPLING: tuple[TrialCheck, ...] = (
-    sampling.replay,
+    sampling.ratio,
     sampling.mean_weight,
     sampling.law,
     sampling.leftovers,
@@ -70,7 +74,7 @@ REWARD: tuple[TrialCheck, ...] = (
 LEASH: tuple[TrialCheck, ...] = (
     leash.objective,
     leash.gradient,
-    leash.spread,
+    leash.score_spread,
     leash.strength,
     leash.target,
     leash.inert,
@@ -82,56 +86,82 @@ OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
 """Those that ask nothing of a configuration: the doctor's."""
 
 
-def check(config: Config, *, quick: bool = False, pairs: Sequence[Pair] = ()) -> Report:
+def silent(doing: str) -> None:
+    """Say nothing of what is being done."""
+    del doing
+
+
+def check(
+    config: Config, *, quick: bool = False, pairs: Sequence[Pair] = (), say: Say = silent
+) -> Report:
     """Assemble a run and examine it; nothing is trained and nothing written.
 
     Args:
         config: the run, written down; `{world}` already replaced.
         quick: only what `kleash train` runs by itself.
         pairs: replies of which people preferred one, to try the reward on.
+        say: is told what is being done, each time before it begins.
     """
     began = time.perf_counter()
+    say("loading models and prompts")
     try:
         crew = assemble(config)
     except KleashError as error:
         return Report((refused("assembly", error),), time.perf_counter() - began)
-    report = examine_crew(config, crew, quick=quick, pairs=pairs)
+    report = examine_crew(config, crew, quick=quick, pairs=pairs, say=say)
     return Report(report.findings, time.perf_counter() - began)
 
 
-def examine_crew(config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pair] = ()) -> Report:
+def examine_crew(
+    config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pair] = (), say: Say = silent
+) -> Report:
     """Run the checks on objects that are there; weights and random numbers stay as they were."""
     began = time.perf_counter()
     devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
         findings = [reference.vocabulary(crew)]
+        size = QUICK if quick else WHOLE
+        say(f"writing {size.responses_per_prompt} responses to each of {size.prompts} prompts")
         try:
-            trial = draw(config, crew, QUICK if quick else WHOLE)
+            trial = draw(config, crew, size)
         except (KleashError, ValueError) as error:
-            findings.append(refused("batch", error))
+            findings.append(refused(_BATCH, error))
             return Report(tuple(findings), time.perf_counter() - began)
-        findings += run_checks(QUICK_CHECKS, trial)
+        findings += run_checks(QUICK_CHECKS, trial, say=say)
         if not quick:
-            slow: tuple[TrialCheck, ...] = (
-                reference.identity,
-                reward.probes,
-                lambda trial: reward.preferences(trial, pairs),
-            )
-            findings += run_checks(slow, trial)
+            slow = (reference.identity, reward.probes, _preferences(pairs))
+            findings += run_checks(slow, trial, say=say)
+            say("two iterations of training, for memory and time")
             findings += resources.examine(trial)
     return Report(tuple(findings), time.perf_counter() - began)
 
 
-def run_checks(checks: Sequence[TrialCheck], trial: Trial) -> list[Finding]:
+def run_checks(checks: Sequence[TrialCheck], trial: Trial, *, say: Say = silent) -> list[Finding]:
     """Each check's finding; one that could not be carried out has found something too."""
     findings: list[Finding] = []
     for one in checks:
+        say(name_of(one))
         try:
             findings.append(one(trial))
         except (KleashError, ValueError) as error:
-            findings.append(refused(f"{one.__module__.rsplit('.', 1)[-1]}.{one.__name__}", error))
+            findings.append(refused(name_of(one), error))
     return findings
+
+
+def _preferences(pairs: Sequence[Pair]) -> TrialCheck:
+    """The check of that name, on these pairs."""
+
+    @functools.wraps(reward.preferences)
+    def preferences(trial: Trial) -> Finding:
+        return reward.preferences(trial, pairs)
+
+    return preferences
+
+
+def name_of(check: TrialCheck) -> str:
+    """`room.check`, as in its finding."""
+    return f"{check.__module__.rsplit('.', 1)[-1]}.{check.__name__}"
 
 
 def refused(name: str, error: Exception) -> Finding:
@@ -146,18 +176,20 @@ def refused(name: str, error: Exception) -> Finding:
     )
 
 
-def require_sound(config: Config, crew: Crew) -> list[str]:
+def require_sound(config: Config, crew: Crew, *, say: Say = silent) -> list[str]:
     """The quick part, before a run: its warnings, for the record.
 
     Raises:
         PreflightError: a check failed.
     """
-    report = examine_crew(config, crew, quick=True)
+    report = examine_crew(config, crew, quick=True, say=say)
     if report.fails:
         first, more = report.fails[0], len(report.fails) - 1
+        if first.name == _BATCH:
+            raise PreflightError(f"no batch can be made: {first.cause}")
         others = f" ({more} more: see kleash check)" if more else ""
         raise PreflightError(
             f"{first.name}: {first.cause} {first.remedy}{others} Or pass --no-check to train all "
             "the same."
         )
-    return [f"{finding.name}: {finding.cause}" for finding in report.warnings]
+    return [f"{w.name}: {w.cause} {w.remedy}" for w in report.warnings]

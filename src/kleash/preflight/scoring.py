@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kleash.masked import masked_mean
 from kleash.preflight.comparing import at, gap, greedy, state_gap, twice
-from kleash.preflight.finding import Finding, skipped, some
+from kleash.preflight.finding import Finding, Question, skipped, some
 from kleash.preflight.trial import (
     Tilted,
     Trial,
@@ -32,16 +32,13 @@ _PADDING = 5
 
 def architecture(trial: Trial) -> Finding:
     """The policy was saved as a language model: tied weights let a classifier pass for one."""
-    name, expected = "scoring.architecture", "a checkpoint saved as a causal language model"
+    ask = Question("scoring.architecture", "a checkpoint saved as a causal language model")
     policy = trial.crew.policy
     saved = (policy.model.config.architectures or [""])[0]
     if "Classification" not in saved and "Encoder" not in saved:
-        return Finding(name, "ok", saved or type(policy.model).__name__, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(saved or type(policy.model).__name__)
+    return ask.fail(
         saved,
-        expected,
         f"The policy in {policy.path!r} was saved as {saved}: it was trained to judge, and its "
         "words come from a head that only shares its embedding.",
         "Give policy.path the directory of the fine-tuned language model, and this one to "
@@ -51,35 +48,30 @@ def architecture(trial: Trial) -> Finding:
 
 def dropout(trial: Trial) -> Finding:
     """The same tokens twice, the same numbers twice; no layer that drops anything."""
-    name, expected = "scoring.dropout", "two readings of the same tokens agree; no dropout is on"
+    ask = Question("scoring.dropout", "two readings of the same tokens agree; no dropout is on")
     named = {"policy": trial.crew.policy, "reference": underlying(trial.crew.reference)}
     live = {who: live_dropouts(model.model) for who, model in named.items()}
     worst = {who: twice(model, trial.texts) for who, model in named.items()}
     measured = ", ".join(f"{who} {moved:.2g} nats apart" for who, moved in worst.items())
     for who, model in named.items():
         if live[who]:
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 f"{measured}; {some(live[who])}",
-                expected,
                 f"Dropout is on in the {who}: its log-probabilities are random, and the policy is "
                 "at a distance from itself.",
                 f"Set the dropout rates in the {who}'s config.json to 0 and leave the model in "
                 "evaluation mode (model.eval()), in training too.",
             )
         if worst[who] > 0:
-            return Finding(
-                name,
-                "fail" if worst[who] > trial.tolerance else "warn",
+            answer = ask.fail if worst[who] > trial.tolerance else ask.warn
+            return answer(
                 measured,
-                expected,
                 f"The {who} is not deterministic though no dropout is on: "
                 f"{type(model.model).__name__} draws random numbers or runs a kernel that adds in "
                 "no fixed order.",
                 "Set policy.attention: eager, or policy.dtype: float32.",
             )
-    return Finding(name, "ok", measured, expected)
+    return ask.ok(measured)
 
 
 def live_dropouts(model: nn.Module) -> list[str]:
@@ -98,46 +90,44 @@ def live_dropouts(model: nn.Module) -> list[str]:
 
 def self_kl(trial: Trial) -> Finding:
     """The policy scored against itself."""
-    name, expected = "scoring.self_kl", "KL of the policy to itself 0, log π = log π_ref"
+    ask = Question("scoring.self_kl", "KL of the policy to itself 0, log π = log π_ref")
     scored = score_rollout(trial.crew, trial.rollout, trial.crew.policy, trial.written.raw_scores)
     kl = float(scored.kl.abs().max())
     apart = float((scored.rollout_logprobs - scored.ref_logprobs).abs().max())
     measured = f"KL {kl:.2g}, log-ratio {apart:.2g} nats at the worst token"
     if max(kl, apart) <= 1e-5:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     live = live_dropouts(trial.crew.policy.model)
     cause = (
         f"dropout is on ({some(live)})"
         if live
         else "the two sides of the comparison are not computed alike (temperature, head or kernel)"
     )
-    return Finding(
-        name,
-        "fail",
+    return ask.fail(
         measured,
-        expected,
         f"The policy is at a distance from itself: {cause}.",
-        "Mend the first failing check of this room; every KL is off by this much until then.",
+        "Mend the first failing check of this room; if there is none, give both models to one "
+        "call, with one temperature, head and kernel.",
     )
 
 
 def start(trial: Trial) -> Finding:
     """Before the first update the policy is the reference, unless it is said that it is not."""
-    name = "scoring.start"
     differs = trial.config.reference.reference_differs
-    expected = (
+    ask = Question(
+        "scoring.start",
         "a KL above 0, as reference_differs says"
         if differs
-        else f"KL(π‖π_ref) at most {_SAME_MODEL:g} nats per token before any update"
+        else f"KL(π‖π_ref) at most {_SAME_MODEL:g} nats per token before any update",
     )
     if not trial.at_start:
-        return skipped(name, "The policy has been updated: it no longer is its reference.")
+        return ask.skip("The policy has been updated: it no longer is its reference.")
     per_token = float(masked_mean(trial.scored.kl, trial.rollout.response_mask))
     measured = f"{per_token:.3g} nats per token"
     if per_token <= _SAME_MODEL or differs:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     cause, remedy = why_apart(trial)
-    return Finding(name, "fail", measured, expected, cause, remedy)
+    return ask.fail(measured, cause, remedy)
 
 
 def why_apart(trial: Trial) -> tuple[str, str]:
@@ -153,8 +143,8 @@ def why_apart(trial: Trial) -> tuple[str, str]:
         return (
             "The reference is the policy with its adapter off, but the adapter is not fresh: the "
             "reference is the bare base and not the model the run starts from.",
-            "Merge the adapter into the weights first and give the merged model as policy.path, so "
-            "that the reference is the fine-tuned model.",
+            "Merge the adapter into the weights first (merge_and_unload) and give the merged model "
+            "as policy.path, or name its directory in policy.adapter, which merges it.",
         )
     if mine.dtype != theirs.dtype:
         return (
@@ -185,7 +175,7 @@ def why_apart(trial: Trial) -> tuple[str, str]:
 
 def head(trial: Trial) -> Finding:
     """The head as data gives the logits that the model itself gives."""
-    name, expected = "scoring.head", "head(hidden states) are the model's own log-probabilities"
+    ask = Question("scoring.head", "head(hidden states) are the model's own log-probabilities")
     policy = trial.crew.policy
     apart = max(
         gap(
@@ -196,32 +186,27 @@ def head(trial: Trial) -> Finding:
     )
     measured = f"{apart:.2g} nats at the worst token"
     if apart <= trial.tolerance:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         measured,
-        expected,
         f"The head of {type(policy.model).__name__} is read wrong: a scale, soft-cap or bias of "
         "its logits is missing or doubled.",
-        "Take another architecture, or restore logit_scale, logits_scaling and "
-        "final_logit_softcapping in its config.json.",
+        "Read in kleash.heads.read_head what the model's own forward does to its logits "
+        "(logit_scale, logits_scaling and final_logit_softcapping of config.json, a bias), or take "
+        "another architecture.",
     )
 
 
 def alignment(trial: Trial) -> Finding:
     """Each token is scored from the state before it, not from a neighbour's."""
-    name, expected = "scoring.alignment", "token t is scored from the state after token t − 1"
+    ask = Question("scoring.alignment", "token t is scored from the state after token t − 1")
     gaps = {shift: state_gap(trial, shift) for shift in (0, -1, 1)}
     best = min(gaps, key=lambda shift: gaps[shift])
     measured = f"{gaps[0]:.2g} nats at the worst token"
     if gaps[0] <= trial.tolerance or gaps[best] > trial.tolerance:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         f"{measured}, {gaps[best]:.2g} if shifted by {best:+d}",
-        expected,
         f"Hidden states are off by one: the state at position t{best:+d} is used for token t.",
         "Take state t − 1 for token t; kleash.models.trunk_states does.",
     )
@@ -229,18 +214,15 @@ def alignment(trial: Trial) -> Finding:
 
 def positions(trial: Trial) -> Finding:
     """Without any padding, the states are the model's own."""
-    name, expected = "scoring.positions", "positions count a text's tokens from 0"
+    ask = Question("scoring.positions", "positions count a text's tokens from 0")
     apart = state_gap(trial, 0)
     measured = f"{apart:.2g} nats at the worst token of unpadded texts"
     if apart <= trial.tolerance:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     if min(state_gap(trial, shift) for shift in (-1, 1)) <= trial.tolerance:
-        return skipped(name, "The states are off by one: see scoring.alignment.")
-    return Finding(
-        name,
-        "fail",
+        return ask.skip("The states are off by one: see scoring.alignment.")
+    return ask.fail(
         measured,
-        expected,
         "Position ids are wrong: without padding the states differ from those the model computes "
         "with its own positions.",
         "Number the real tokens of a row from 0: position_ids = mask.cumsum(-1) − 1.",
@@ -272,7 +254,7 @@ def right_padding(trial: Trial) -> Finding:
 
 def batching(trial: Trial) -> Finding:
     """A text in a batch gets the numbers it gets by itself."""
-    name, expected = "scoring.batching", "log π of a text does not depend on the rest of its batch"
+    ask = Question("scoring.batching", "log π of a text does not depend on the rest of its batch")
     crew, apart = trial.crew, 0.0
     for text in trial.texts:
         alone = score_rollout(
@@ -285,16 +267,14 @@ def batching(trial: Trial) -> Finding:
         apart = max(apart, gap(alone.rollout_logprobs[0], row))
     measured = f"{apart:.2g} nats at the worst token"
     if apart <= trial.tolerance:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         measured,
-        expected,
         "A response's log-probabilities depend on what shares its batch: rows see each other, or "
         "padding is seen.",
-        "Mend scoring.left_padding or scoring.right_padding if they fail; else set "
-        "policy.attention: eager.",
+        "Mend scoring.left_padding or scoring.right_padding if they fail; else read each row by "
+        "itself: no layer may take a mean, a norm or a maximum over rows (policy.attention: eager "
+        "rules the kernel out).",
     )
 
 
@@ -306,7 +286,7 @@ def packing(trial: Trial) -> Finding:
 
 def canary(trial: Trial) -> Finding:
     """Greedy text, scored end to end: no other word may be likelier than the one written."""
-    name, expected = "scoring.canary", "greedy text gets the highest log-probability at each token"
+    ask = Question("scoring.canary", "greedy text gets the highest log-probability at each token")
     crew = trial.crew
     scored, best = list[Tensor](), list[Tensor]()
     for text in trial.texts[:2]:
@@ -318,21 +298,19 @@ def canary(trial: Trial) -> Finding:
     mine, top = torch.cat(scored), torch.cat(best)
     measured = f"{float(mine.mean()):.3f} nats a token, {float(top.mean()):.3f} possible"
     if gap(mine, top) <= 2 * trial.tolerance:
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         measured,
-        expected,
         "Greedy text is not the likeliest text: tokens are scored off by one, at another "
         "temperature, or with another head than the model's.",
-        "Mend scoring.alignment, scoring.temperature or scoring.head, whichever fails.",
+        "Mend scoring.alignment, scoring.temperature or scoring.head, whichever fails; if none "
+        "does, keep what was read in its place: log-probability t is that of response token t.",
     )
 
 
 def streaming(trial: Trial) -> Finding:
     """The streaming kernel against all logits at once."""
-    name, expected = "scoring.streaming", "log π, KL and entropy as from the whole table of logits"
+    ask = Question("scoring.streaming", "log π, KL and entropy as from the whole table of logits")
     policy, tilted, apart = trial.crew.policy, Tilted(trial.crew.policy), 0.0
     want = ("logprobs", "ref_logprobs", "kl", "entropy")
     for text in trial.texts:
@@ -352,23 +330,23 @@ def streaming(trial: Trial) -> Finding:
         apart = max(apart, *(gap(getattr(one, key), getattr(other, key)) for key in want))
     measured = f"{apart:.2g} nats at the worst number"
     if apart <= max(trial.tolerance / 10, 1e-5):
-        return Finding(name, "ok", measured, expected)
-    return Finding(
-        name,
-        "fail",
+        return ask.ok(measured)
+    return ask.fail(
         measured,
-        expected,
         "The streaming kernel computes something else than a log-softmax over the whole "
         "vocabulary on this machine.",
-        "Set device: cpu, and report this with the versions of torch and kleash.",
+        "Take another version of torch"
+        + ("" if policy.device.type == "cpu" else ", or set device: cpu")
+        + ", and report this with the versions of torch and kleash.",
     )
 
 
 def temperature(trial: Trial) -> Finding:
     """Policy and reference are scored at the temperature of sampling."""
-    name = "scoring.temperature"
     asked = trial.crew.sampling.temperature
-    expected = f"both models scored at the temperature of sampling, {asked:g}"
+    ask = Question(
+        "scoring.temperature", f"both models scored at the temperature of sampling, {asked:g}"
+    )
     fits: dict[str, float | None] = {}
     for who in ("policy", "reference"):
         fits[who] = _fitting(trial, lambda heat, who=who: _heat_gap(trial, who, heat))
@@ -377,50 +355,44 @@ def temperature(trial: Trial) -> Finding:
     )
     for who, fit in fits.items():
         if fit is not None and fit != asked:
-            return Finding(
-                name,
-                "fail",
+            return ask.fail(
                 measured,
-                expected,
                 f"The {who} is scored at temperature {fit:g} but responses are sampled at "
                 f"{asked:g}: every log-ratio holds the difference.",
                 f"Divide the {who}'s logits by rollout.temperature too, or set "
                 "rollout.temperature: 1.0.",
             )
     if None in fits.values():
-        return skipped(name, "No temperature explains the numbers: see the other checks here.")
-    return Finding(name, "ok", measured, expected)
+        return ask.skip("No temperature explains the numbers: see the other checks here.")
+    return ask.ok(measured)
 
 
 def floor(trial: Trial) -> Finding:
     """The KL that rounding alone gives: nothing smaller can be read."""
-    name = "scoring.floor"
-    expected = "both models in one dtype and attention kernel; a floor far below the target"
+    ask = Question(
+        "scoring.floor",
+        "both models in one dtype and attention kernel; a floor far below the target",
+    )
     per_response = kl_floor(trial)
     mine, theirs = ways(trial.crew.policy), ways(trial.crew.reference)
     measured = f"{per_response:.2g} nats per response; policy {mine}, reference {theirs}"
     target = trial.config.leash.target_kl
     if mine != theirs:
-        return Finding(
-            name,
-            "warn",
+        return ask.warn(
             measured,
-            expected,
             f"Policy and reference are computed differently ({mine} and {theirs}): the KL holds "
             "rounding beside drift.",
             "Load both with one policy.dtype and one policy.attention.",
         )
     if target is not None and target < 3 * per_response:
-        return Finding(
-            name,
-            "fail",
+        return ask.fail(
             measured,
-            expected,
             f"leash.target_kl = {target:g} is under three times what rounding alone gives: it "
             "cannot be resolved.",
-            f"Set leash.target_kl above {3 * per_response:.2g}, or policy.dtype: float32.",
+            f"Set leash.target_kl: {10 * per_response:.1g} or more"
+            + ("." if mine.startswith("float32") else ", or policy.dtype: float32."),
         )
-    return Finding(name, "ok", measured, expected)
+    return ask.ok(measured)
 
 
 def kl_floor(trial: Trial) -> float:
@@ -442,7 +414,7 @@ def ways(model: object) -> str:
 
 
 def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Finding:
-    expected = f"log π of a text does not change when it is padded {where}"
+    ask = Question(name, f"log π of a text does not change when it is padded {where}")
     policy, apart = trial.crew.policy, 0.0
     for text in trial.texts:
         plain = logprobs_at(policy.head, states_of(policy, text), text.response)
@@ -452,9 +424,9 @@ def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Fin
             apart = max(apart, gap(plain, logprobs_at(policy.head, padded, text.response)))
     measured = f"{apart:.2g} nats at the worst token, {_PADDING} pads"
     if apart <= trial.tolerance:
-        return Finding(name, "ok", measured, expected)
+        return ask.ok(measured)
     cause = f"Padding {where} changes a response's log-probabilities: position ids or the attention"
-    return Finding(name, "fail", measured, expected, f"{cause} mask do not leave it out.", remedy)
+    return ask.fail(measured, f"{cause} mask do not leave it out.", remedy)
 
 
 def _fitting(trial: Trial, apart: Callable[[float], float]) -> float | None:

@@ -139,6 +139,9 @@ def _summary(run: Run) -> dict[str, Any]:
         "gold_first": golds[0][1] if golds else None,
         "gold": golds[-1][1] if golds else None,
         "responses_per_step": responses_per_step(run.metrics),
+        "beta_unit": "group sd per nat"
+        if run.config.get("algorithm") == "grpo"
+        else "score per nat",
         "efficiency": vars(earned) if earned else None,
     }
 

@@ -1,0 +1,287 @@
+"""Several processes do what one does: the same responses, the same numbers, the same refusals.
+
+The oracle of a shared run is the same run in one process. This process leads; the others are
+started once and lend a hand to every run.
+"""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import tiny
+import torch
+
+from kleash import cli
+from kleash.checkpoint import load_tensors
+from kleash.config import Config, parse_config
+from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
+from kleash.runs import read_run
+from kleash.sharing import _runs
+from kleash.team import Letter, _pack, _unpack, leads, several
+from kleash.train import train
+
+TIMINGS = ("seconds", "tokens_per_second")
+Together = Callable[..., Any]
+
+
+def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(response.split().count("w3")) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    tiny.save_model(folder / "policy")
+    for name, numbers in (("prompts", range(8)), ("heldout", range(10, 13))):
+        lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in range(n + 1))}) for n in numbers]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(material: Path, output: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "policy": {"path": str(material / "policy")},
+        "reward_models": {"w3": {"callable": "test_team:prefer_w3"}},
+        "prompts": {
+            "train": str(material / "prompts.jsonl"),
+            "heldout": str(material / "heldout.jsonl"),
+        },
+        "rollout": {"prompts_per_step": 7, "max_new_tokens": 6, "microbatch_size": 4},
+        "leash": {"target_kl": 0.3},
+        "plan": {"prompts": 4, "responses": 4},
+        "ppo": {"minibatches": 1, "microbatch_size": 3},
+        "optimizer": {"lr": 1e-3},
+        "logging": {"checkpoint_every": 2, "samples_per_step": 7},
+        "steps": 3,
+        "output": str(output),
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
+    return parse_config(tree, where="the test")
+
+
+@pytest.fixture(scope="module")
+def hands() -> Generator[list[subprocess.Popen[str]]]:
+    """Two processes that help, and wait between runs."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), *sys.path])
+    helpers = [
+        subprocess.Popen(
+            [sys.executable, str(here / "helping.py")],
+            stdin=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]
+    yield helpers
+    for helper in helpers:
+        helper.stdin.close()
+        assert helper.wait(60) == 0
+
+
+@pytest.fixture
+def together(hands: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch) -> Together:
+    """Do something as the leader of so many processes; the last of them may have a fault."""
+
+    def do(work: Callable[[], Any], *, size: int = 2, fault: str | None = None) -> Any:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(1, size):
+            broken = fault if rank == size - 1 else None
+            told = {"port": port, "rank": rank, "size": size, "fault": broken}
+            stream = cast(Any, hands[rank - 1].stdin)
+            stream.write(json.dumps(told) + "\n")
+            stream.flush()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+        with monkeypatch.context() as patch:
+            for name, value in {**where, "WORLD_SIZE": str(size), "RANK": "0"}.items():
+                patch.setenv(name, value)
+            assert several()
+            assert leads()
+            return work()
+
+    return do
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
+        for line in read_run(path).metrics
+    ]
+
+
+def texts(path: Path) -> list[tuple[int, str]]:
+    return sorted((sample.step, sample.response) for sample in read_run(path).samples)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    (file,) = (path / "checkpoints/step-000003/policy").glob("*.safetensors")
+    return load_tensors(file)
+
+
+CASES = [
+    pytest.param(2, {}, id="two"),
+    pytest.param(3, {"value": {"kind": "trunk"}, "leash": {"placement": "mixed"}}, id="three"),
+    pytest.param(
+        3,
+        {
+            "algorithm": "grpo",
+            "rollout": {"prompts_per_step": 1, "responses_per_prompt": 2},
+            "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
+            "ppo": {"minibatches": 2},
+        },
+        id="more-than-rows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("size", "changes"), CASES)
+def test_several_processes_are_one(
+    material: Path, tmp_path: Path, together: Together, size: int, changes: dict[str, Any]
+) -> None:
+    alone = train(settings(material, tmp_path / "alone", **changes))
+    shared = together(lambda: train(settings(material, tmp_path / "many", **changes)), size=size)
+    assert texts(shared) == texts(alone)
+    for ours, theirs in zip(numbers(shared), numbers(alone), strict=True):
+        known = {key: value for key, value in theirs.items() if value is not None}
+        assert {key for key, value in ours.items() if value is None} == set(theirs) - set(known)
+        assert {key: ours[key] for key in known} == pytest.approx(known, rel=2e-3, abs=2e-5)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(shared)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    material: Path, tmp_path: Path, together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = together(lambda: train(settings(material, tmp_path / "whole")))
+    broken = settings(material, tmp_path / "broken")
+
+    def dies(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kleash.train.reanchor_if_due", _at_step(3, dies))
+        with pytest.raises(KeyboardInterrupt):
+            together(lambda: train(broken))
+    resumed = together(lambda: train(broken))
+    assert numbers(resumed) == numbers(whole)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
+
+
+def _at_step(step: int, then: Callable[..., None]) -> Callable[..., Any]:
+    import kleash.train
+
+    usual = kleash.train.reanchor_if_due
+
+    def maybe(config: Config, crew: Any, state: Any, *rest: Any) -> Any:
+        if state.step == step:
+            then()
+        return usual(config, crew, state, *rest)
+
+    return maybe
+
+
+def test_a_refusal_elsewhere_names_the_response(
+    material: Path, tmp_path: Path, together: Together
+) -> None:
+    config = settings(material, tmp_path / "run")
+    with pytest.raises(NonFiniteError, match="got NaN at token 2 of response") as refused:
+        together(lambda: train(config), fault="not finite")
+    run = read_run(tmp_path / "run")
+    assert run.status == "failed"
+    (refusal,) = (event for event in run.events if event.kind == "refused")
+    evidence = json.loads(
+        (tmp_path / "run" / refusal.details["evidence"] / "refusal.json").read_text()
+    )
+    assert evidence["response"] == refused.value.response
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "sentence"),
+    [
+        ("broken", RunError, r"process 2 of 3 failed: RuntimeError: out of memory"),
+        ("other reference", ModelError, "expected the same reference in every process"),
+    ],
+)
+def test_a_failure_elsewhere_ends_the_run_in_a_sentence(
+    material: Path,
+    tmp_path: Path,
+    together: Together,
+    fault: str,
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    config = settings(material, tmp_path / "run")
+    with pytest.raises(error, match=sentence):
+        together(lambda: train(config), size=3, fault=fault)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"leash": {"reanchor_every": 2}}, "leash.reanchor_every"),
+        ({"logging": {"trackers": ["tensorboard"]}}, "logging.trackers"),
+        ({"reference": {"kind": "cached", "cache": "somewhere"}}, "reference.kind: cached"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    material: Path, tmp_path: Path, together: Together, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"`{key}` does not go with several processes"):
+        together(lambda: train(settings(material, tmp_path / "run", **changes)))
+
+
+def test_a_device_of_its_own(material: Path, tmp_path: Path, together: Together) -> None:
+    config = settings(material, tmp_path / "run", device="meta")
+    with pytest.raises(ConfigError, match="each takes a GPU of its own, got 'meta'"):
+        together(lambda: train(config))
+
+
+def test_without_the_others_there_is_one_sentence(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="start them with torchrun, or unset WORLD_SIZE"):
+        train(settings(material, tmp_path / "run"))
+
+
+def test_another_than_the_leader_lends_a_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no configuration: the leader sends one."""
+    helped: list[bool] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("kleash.sharing.lend_a_hand", lambda: helped.append(True))
+    cli.app(["train", "no-such-file.yaml"])
+    assert helped == [True]
+
+
+def test_letters_arrive_as_they_were_sent() -> None:
+    tensors = {"a": torch.tensor([[True], [False]]), "b": torch.randn(2, 3, dtype=torch.float64)}
+    letter = Letter("score", {"rows": [1, 2], "text": "β ± \x00"}, tensors)
+    got = _unpack(_pack(letter))
+    assert (got.name, got.facts) == (letter.name, letter.facts)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=0, atol=0)
+
+
+def test_rows_are_dealt_out_once_and_evenly() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        count, size = draw.randrange(1, 40), draw.randrange(1, 9)
+        runs = _runs(count, size)
+        dealt = [row for run in runs for row in range(run.start, run.stop)]
+        assert dealt == list(range(count))
+        sizes = [run.stop - run.start for run in runs]
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes[0] == max(sizes)

@@ -1,0 +1,163 @@
+"""A refused step leaves no trace: by a copy, by a checkpoint, or because nothing was made yet."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import kleash.holding
+import kleash.sharing
+import kleash.train
+from kleash.assembly import assemble
+from kleash.config import Config, parse_config
+from kleash.errors import NonFiniteError
+from kleash.preflight.resources import undo
+from kleash.preflight.trial import QUICK, draw
+from kleash.resume import remember
+from kleash.runs import read_run
+from kleash.train import train
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(response.split().count("w3")) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    tiny.save_model(folder / "policy")
+    lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(6)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(material: Path, output: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "policy": {"path": str(material / "policy")},
+        "reward_models": {"w3": {"callable": "test_undo:prefer_w3"}},
+        "prompts": {"train": str(material / "prompts.jsonl")},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
+        "leash": {"beta": 0.1},
+        "ppo": {"epochs": 1, "minibatches": 1},
+        "tripwires": {},
+        "optimizer": {"lr": 1e-3},
+        "logging": {"checkpoint_every": 2},
+        "steps": 4,
+        "output": str(output),
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
+    return parse_config(tree, where="the test")
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
+        for line in read_run(path).metrics
+    ]
+
+
+def poisoned_at(call: int, patch: pytest.MonkeyPatch) -> None:
+    """The gradients of one minibatch are infinite."""
+    backward, calls = kleash.sharing.backward, [0]
+
+    def poison(crew: Any, minibatch: Any, **rest: Any) -> Any:
+        passed = backward(crew, minibatch, **rest)
+        calls[0] += 1
+        if calls[0] == call:
+            next(iter(crew.policy.parameters())).grad[0] = float("inf")
+        return passed
+
+    patch.setattr(kleash.sharing, "backward", poison)
+
+
+def test_a_single_update_needs_no_copy(material: Path, tmp_path: Path) -> None:
+    whole = train(settings(material, tmp_path / "whole"))
+    copies: list[bool] = []
+    attempt_step = kleash.train.attempt_step
+
+    def seen(*arguments: Any) -> Any:
+        attempt = attempt_step(*arguments)
+        copies.append(attempt.undo.weights is not None)
+        return attempt
+
+    config = settings(material, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kleash.train, "attempt_step", seen)
+        poisoned_at(3, patch)
+        with pytest.raises(NonFiniteError, match=r"step 3 was not made, the run stands at .*00002"):
+            train(config)
+    assert copies == [False] * 3
+    train(config)
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_large_model_goes_back_to_its_checkpoint(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The second update of step 4 is refused; a copy has step 3, the checkpoint step 2."""
+    monkeypatch.setattr(kleash.holding, "_LARGEST_COPY", limit)
+    config = settings(material, tmp_path / "run", ppo={"minibatches": 2})
+    stands = "000003" if limit else "000002"
+    with monkeypatch.context() as patch:
+        poisoned_at(8, patch)
+        with pytest.raises(NonFiniteError, match=f"the run stands at .*{stands}"):
+            train(config)
+    train(config)
+    whole = train(settings(material, tmp_path / "whole", ppo={"minibatches": 2}))
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> None:
+    crew = assemble(settings(material, tmp_path / "run"))
+    for parameter in crew.policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first = remember(crew, weights=True)
+    crew.optimizer.step()
+    second = remember(crew, weights=True, reuse=first)
+    third = remember(crew, weights=True, reuse=second)
+    assert first.weights is not None
+    assert third.weights is not None
+    for old, new, parameter in zip(
+        first.weights, third.weights, crew.optimizer.param_groups[0]["params"], strict=False
+    ):
+        assert old.data_ptr() == new.data_ptr()
+        torch.testing.assert_close(new, parameter.detach(), rtol=0, atol=0)
+    moments = [m["exp_avg"] for m in third.moments if m]
+    assert [m["exp_avg"].data_ptr() for m in second.moments if m] == [m.data_ptr() for m in moments]
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "verdict", "measured"),
+    [
+        ({}, 0, "ok", "one update a step"),
+        ({"ppo": {"epochs": 2}}, 1 << 30, "ok", "a copy of"),
+        ({"ppo": {"epochs": 2}}, 0, "ok", "at most 2 steps"),
+        ({"ppo": {"epochs": 2}, "logging": {"checkpoint_every": 0}}, 0, "warn", "the beginning"),
+    ],
+)
+def test_the_preflight_says_how_a_step_is_undone(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    limit: int,
+    verdict: str,
+    measured: str,
+) -> None:
+    monkeypatch.setattr(kleash.holding, "_LARGEST_COPY", limit)
+    config = settings(material, tmp_path / "run", **changes)
+    finding = undo(draw(config, assemble(config), QUICK))
+    assert finding.verdict == verdict
+    assert measured in finding.measured
+    if verdict == "warn":
+        mended = settings(
+            material, tmp_path / "run", ppo={"epochs": 2}, tripwires={"undo": "memory"}
+        )
+        assert undo(draw(mended, assemble(mended), QUICK)).verdict == "ok"
