@@ -230,6 +230,8 @@ def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
         told.append(f"{found.responses} kept responses of {steps}")
     key = "samples/kl_by_position"
     sample = " and ".join(dict.fromkeys(told))
+    if len(told) > len(set(told)):
+        sample += " each"
     title = "position in the response, tokens"
     return _finish("KL by position", key, sample, series, include=(0.0,), x_title=title)
 
