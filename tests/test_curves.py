@@ -42,6 +42,8 @@ def test_runs_are_overlaid(tmp_path):
     kl = dict(chart_groups(runs, list("abc")))["The leash"][0]
     assert [s.name for s in kl.series if s.style == "line"] == ["a", "b", "c"]
     assert len(kl.bands) == 2
+    by_position = dict(chart_groups(runs, list("abc")))["The leash"][-1]
+    assert by_position.title == "KL by position" and by_position.sample.endswith(" each")
 
 
 def test_a_bare_run_still_has_charts(tmp_path):
