@@ -30,15 +30,15 @@ def test_a_random_one_counts_for_all_it_stands_for() -> None:
 def test_the_weighted_mean_is_that_of_the_whole_step() -> None:
     """Many steps of known responses, of which the run keeps what `rows_to_keep` says."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 9, size=(900, 12))
-    kl = rng.exponential(size=(900, 12, 8)) * (1 + lengths[..., None])
+    lengths = rng.integers(1, 9, size=(450, 12))
+    kl = rng.exponential(size=(450, 12, 8)) * (1 + lengths[..., None])
     samples: list[Sample] = []
-    for step in range(900):
+    for step in range(450):
         rows = [kl[step, row, : lengths[step, row]].tolist() for row in range(12)]
         for row, kind in rows_to_keep([sum(r) for r in rows], worst=1, at_random=1, seed=step):
             samples.append(kept(step, kind, rows[row]))
     found = kl_by_position(samples, 12)
-    assert found is not None and found.steps == (600, 899)
+    assert found is not None and found.steps == (300, 449)
     for at, one in zip(found.starts, found.kl, strict=True):
         reach = lengths > at
         whole = float((kl[..., at] * reach).sum() / reach.sum())
