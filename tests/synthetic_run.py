@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 
 from kleash.events import Event
-from kleash.runs import Likely, RunWriter, Sample
+from kleash.runs import RunWriter
+from kleash.samples import Likely, Sample
 
 HOSTILE = (
     "<script>document.title='owned'</script>",

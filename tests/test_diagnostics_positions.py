@@ -8,7 +8,7 @@ import pytest
 
 from kleash.diagnostics.positions import kl_by_position
 from kleash.evaluation import rows_to_keep
-from kleash.runs import Sample
+from kleash.samples import Sample
 
 
 def kept(step: int, kind: str, kl: list[float], **more) -> Sample:

@@ -11,7 +11,8 @@ from kleash.events import new_event
 from kleash.report.charts import format_number
 from kleash.report.heatmap import KL_LEVELS
 from kleash.report.page import write_report
-from kleash.runs import Likely, RunWriter, Sample, read_run
+from kleash.runs import RunWriter, read_run
+from kleash.samples import Likely, Sample
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,8 @@ from synthetic_run import HOSTILE, synthetic_sample, write_synthetic_run
 from kleash import files
 from kleash.errors import RunError
 from kleash.evaluation import rows_to_keep
-from kleash.runs import (
-    MAX_SAMPLES_PER_STEP,
-    MAX_TOKENS_PER_SAMPLE,
-    RunWriter,
-    Sample,
-    holds_run,
-    read_run,
-)
+from kleash.runs import MAX_SAMPLES_PER_STEP, RunWriter, holds_run, read_run
+from kleash.samples import MAX_TOKENS_PER_SAMPLE, Sample
 
 
 def begin(path):

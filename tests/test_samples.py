@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kleash.evaluation
 from kleash.evaluation import tokens_to_keep
 from kleash.likeliest import TOP
-from kleash.runs import Likely, Sample, read_run
+from kleash.runs import read_run
+from kleash.samples import Likely, Sample
 from kleash.train import train
 
 

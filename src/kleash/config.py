@@ -286,7 +286,8 @@ class LoggingConfig(Section):
     """What is kept and where it is shown."""
 
     samples_per_step: NonNegativeInt = 2
-    """Responses kept at each step: the farthest from the reference, then random ones."""
+    """Responses kept at each step: the farthest from the reference, then random ones. Each is read
+    once more, for the words that both models thought likely at its tokens of largest KL."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: the last step only."""
     keep: PositiveInt = 2

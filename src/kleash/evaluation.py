@@ -21,7 +21,7 @@ from kleash.measures import Number, objective_measures
 from kleash.prompts import Prompt, batch_prompts
 from kleash.reward_models import Content, text_of
 from kleash.rollout import response_texts
-from kleash.runs import Kind, Likely, Sample, Who
+from kleash.samples import Kind, Likely, Sample, Who
 from kleash.texts import distinct_n
 from kleash.types import Rollout, ScoredRollout
 

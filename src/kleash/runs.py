@@ -20,7 +20,7 @@ that lone surrogates, NUL and control characters from a model cannot break a lin
 import json
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,74 +32,21 @@ from kleash.errors import RunError
 from kleash.events import FILE as _EVENTS
 from kleash.events import Event, append_event, event_line, read_event
 from kleash.files import (
-    NON_FINITE,
     append_whole,
     cannot_write,
     plain,
     plain_json,
     replace_file,
 )
+from kleash.samples import Sample, read_number, read_sample, sample_line
 
-Kind = Literal["worst", "random", "heldout"]
-Who = Literal["policy", "reference"]
 Status = Literal["running", "finished", "interrupted", "failed"]
 Metrics = dict[str, float | int | None]
 
 MAX_SAMPLES_PER_STEP = 64
 """More than this many responses kept at one step is a mistake of the caller."""
-MAX_TOKENS_PER_SAMPLE = 4096
-"""Longer responses keep their first tokens; `tokens_cut` says how many are missing."""
-
 _CONFIG, _META, _METRICS, _SAMPLES = "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"
-_NUMBERS = ("logprobs", "ref_logprobs", "token_kl", "entropy")
-_TOPS = ("policy_top", "reference_top")
 _STATUSES = ("running", "finished", "interrupted", "failed")
-
-
-@dataclass(frozen=True)
-class Likely:
-    """What a model thought likely at a token: words with their probabilities, likeliest first."""
-
-    words: Sequence[str]
-    probabilities: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One kept response and what both models say about each of its tokens.
-
-    The per-token lists are empty or as long as `tokens`. For a response of the reference the
-    numbers are those of the same pair of models, along the text that the reference wrote.
-    """
-
-    step: int
-    kind: Kind
-    who: Who
-    prompt: str
-    response: str
-    score: float | None
-    kl: float | None
-    """Σ_t KL(π‖π_ref) along the response, in nats."""
-    tokens: Sequence[str] = ()
-    logprobs: Sequence[float] = ()
-    ref_logprobs: Sequence[float] = ()
-    token_kl: Sequence[float] = ()
-    entropy: Sequence[float] = ()
-    gold: float | None = None
-    """What the held-out rubric says, where there is one."""
-    tokens_cut: int = 0
-    policy_top: Sequence[Likely | None] = ()
-    """What the policy thought likely at each token; None where that was not kept."""
-    reference_top: Sequence[Likely | None] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse per-token lists that do not belong to the tokens."""
-        for name in (*_NUMBERS, *_TOPS):
-            if (length := len(getattr(self, name))) not in (0, len(self.tokens)):
-                raise ValueError(
-                    f"{name} must be empty or have one entry per token "
-                    f"({len(self.tokens)}), got {length}"
-                )
 
 
 @dataclass(frozen=True)
@@ -213,7 +160,7 @@ class RunWriter:
         metrics = [line for line in run.metrics if _step_of(line) <= through_step]
         samples = [sample for sample in run.samples if sample.step <= through_step]
         replace_file(run.path / _METRICS, "".join(_json_line(line) for line in metrics))
-        replace_file(run.path / _SAMPLES, "".join(_sample_line(sample) for sample in samples))
+        replace_file(run.path / _SAMPLES, "".join(sample_line(sample) for sample in samples))
         self._last_step = through_step
 
     @property
@@ -256,7 +203,7 @@ class RunWriter:
                 f"at most {MAX_SAMPLES_PER_STEP} responses are kept at a step, got {len(samples)}; "
                 "choose some of them"
             )
-        self._append(_SAMPLES, "".join(_sample_line(sample) for sample in samples))
+        self._append(_SAMPLES, "".join(sample_line(sample) for sample in samples))
 
     def append_event(self, event: Event) -> None:
         """Append an event, unless an interrupted run came to the very same one before.
@@ -340,7 +287,7 @@ def read_run(path: Path | str) -> Run:
     meta = _read_meta(path / _META)
     config = _read_config(path / _CONFIG)
     metrics = [_read_metrics(*line) for line in _read_lines(path / _METRICS, notes)]
-    samples = [_read_sample(*line) for line in _read_lines(path / _SAMPLES, notes)]
+    samples = [read_sample(*line) for line in _read_lines(path / _SAMPLES, notes)]
     lines = _read_lines(path / _EVENTS, notes) if (path / _EVENTS).exists() else ()
     events = [read_event(*line) for line in lines]
     return Run(path, config, meta, metrics, samples, events, tuple(notes))
@@ -366,23 +313,6 @@ def _now() -> str:
 
 def _json_line(value: Mapping[str, Any]) -> str:
     return plain_json(value) + "\n"
-
-
-def _sample_line(sample: Sample) -> str:
-    cut = max(0, len(sample.tokens) - MAX_TOKENS_PER_SAMPLE)
-    # Six significant digits: what float32 holds, in a third of the bytes.
-    short: dict[str, Any] = {
-        name: [float(f"{number:.6g}") for number in getattr(sample, name)[:MAX_TOKENS_PER_SAMPLE]]
-        for name in _NUMBERS
-    }
-    short |= {name: list(getattr(sample, name)[:MAX_TOKENS_PER_SAMPLE]) for name in _TOPS}
-    kept = replace(
-        sample,
-        tokens=list(sample.tokens[:MAX_TOKENS_PER_SAMPLE]),
-        tokens_cut=sample.tokens_cut + cut,
-        **short,
-    )
-    return _json_line(asdict(kept))
 
 
 def _step_of(metrics: Mapping[str, float | int | None]) -> int:
@@ -454,74 +384,4 @@ def _read_metrics(where: str, line: Mapping[str, Any]) -> Metrics:
     step = line.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
         raise RunError(f"{where}: expected an integer 'step', got {step!r}")
-    return {key: _read_number(where, key, value) for key, value in line.items()}
-
-
-def _read_number(where: str, key: str, value: Any) -> float | int | None:
-    if isinstance(value, str) and value in NON_FINITE:
-        return NON_FINITE[value]
-    if value is None or (type(value) is int and abs(value) < 2**63):
-        return value
-    # json.loads also understands bare NaN and Infinity, which other writers leave.
-    if isinstance(value, float):
-        return value
-    raise RunError(f"{where}: expected a number for {key!r}, got {str(value)[:60]!r}")
-
-
-def _read_sample(where: str, line: Mapping[str, Any]) -> Sample:
-    known: dict[str, Any] = {}
-    for field in fields(Sample):
-        name = field.name
-        if name in line:
-            known[name] = _read_sample_field(where, name, line[name])
-    try:
-        return Sample(**known)
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{where}: not a sample: {error}") from error
-
-
-def _read_sample_field(where: str, name: str, value: Any) -> Any:
-    choices = {"kind": ("worst", "random", "heldout"), "who": ("policy", "reference")}
-    match name:
-        case "logprobs" | "ref_logprobs" | "token_kl" | "entropy" if isinstance(value, list):
-            numbers_read = [
-                entry if type(entry) is float else _read_number(where, name, entry)
-                for entry in cast(list[Any], value)
-            ]
-            if None not in numbers_read:
-                return numbers_read
-        case "policy_top" | "reference_top" if isinstance(value, list):
-            return [_read_likely(where, name, entry) for entry in cast(list[Any], value)]
-        case "tokens" if isinstance(value, list):
-            if all(isinstance(entry, str) for entry in cast(list[Any], value)):
-                return cast(list[str], value)
-        case "prompt" | "response" if isinstance(value, str):
-            return value
-        case "kind" | "who" if value in choices[name]:
-            return value
-        case "step" | "tokens_cut" if isinstance(value, int):
-            return value
-        case "score" | "kl" | "gold":
-            return _read_number(where, name, value)
-        case _:
-            pass
-    raise RunError(f"{where}: {name!r} is not what a sample holds: {str(value)[:60]!r}")
-
-
-def _read_likely(where: str, name: str, value: Any) -> Likely | None:
-    if value is None:
-        return None
-    entry = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-    words, masses = entry.get("words"), entry.get("probabilities")
-    if (
-        isinstance(words, list)
-        and isinstance(masses, list)
-        and len(cast(list[Any], words)) == len(cast(list[Any], masses))
-        and all(isinstance(word, str) for word in cast(list[Any], words))
-    ):
-        numbers_read = [_read_number(where, name, mass) for mass in cast(list[Any], masses)]
-        if None not in numbers_read:
-            return Likely(cast(list[str], words), cast(list[float], numbers_read))
-    raise RunError(
-        f"{where}: expected words and probabilities in {name!r}, got {str(value)[:60]!r}"
-    )
+    return {key: read_number(where, key, value) for key, value in line.items()}

@@ -14,7 +14,8 @@ from kleash.preflight.finding import Report
 from kleash.preflight.table import print_report
 from kleash.report.planned import plus_minus as planned
 from kleash.report.shell import visible
-from kleash.runs import Run, Sample
+from kleash.runs import Run
+from kleash.samples import Sample
 
 _SAMPLE_PROMPTS = 2
 

@@ -63,7 +63,8 @@ from kleash.record import objective_line, price
 from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
-from kleash.runs import RunWriter, Sample
+from kleash.runs import RunWriter
+from kleash.samples import Sample
 from kleash.types import ScoredRollout
 from kleash.updates import update
 

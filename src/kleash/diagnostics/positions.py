@@ -17,7 +17,7 @@ import torch
 
 from kleash.kl.positions import first_position, position_bins
 from kleash.kl.statistics import Estimate, clustered_ratio
-from kleash.runs import Sample
+from kleash.samples import Sample
 
 LEAST = 3
 """Random responses that make a mean."""

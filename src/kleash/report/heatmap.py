@@ -7,7 +7,8 @@ tokens are fifty thousand coloured words, and nobody reads them at once.
 from collections.abc import Sequence
 from typing import Any
 
-from kleash.runs import Likely, Run, Sample
+from kleash.runs import Run
+from kleash.samples import Likely, Sample
 
 KL_LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Nats at which a token's colour changes. Fixed, so that colours compare across reports."""
