@@ -54,19 +54,18 @@ def main() -> None:
 def plant_all(material: Path, kind: str, part: slice) -> None:
     found, must, mended = Counter[bool](), Counter[bool](), Counter[str]()
     for number, fault in list(enumerate(faults.FAULTS))[part]:
-        report = examine(material, kind, f"fault-{number}", fault.plant)
+        report = examine(material, kind, f"fault-{number}", whole, fault.plant)
         hits = [finding for finding in report if hit(fault, finding)]
         found[bool(hits)] += 1
         must[bool(hits)] += fault.verdict == "fail"
+        others = [f.name for f in report if f.verdict == "fail" and f.name != fault.check]
         print(f"  {'found ' if hits else 'MISSED'} {fault.name}: {fault.check}", end="")
-        print(f"; also: {failing(report, fault.check)}", end="")
+        print(f"; also: {', '.join(others) or '–'}", end="")
         if hits:
             after = mend(material, kind, f"fault-{number}", fault, hits[0])
-            verdicts = [finding.verdict for finding in after if finding.name == fault.check]
-            good = verdicts == ([] if fault.check == "assembly" else ["ok"])
+            good = [(f.name, f.verdict) for f in after] == [(fault.check, "ok")]
             mended[fault.mend.kind if good else "not"] += 1
             print(f"; {'mended' if good else 'NOT MENDED'} ({fault.mend.kind})", end="")
-            print(f", then failing: {failing(after, fault.check)}", end="")
         print(flush=True)
     print(f"{kind}: {found[True]} of {found.total()} found; of those to fail, ", end="")
     print(f"{must[True]}/{must.total()}; mended: {dict(mended)}")
@@ -75,20 +74,20 @@ def plant_all(material: Path, kind: str, part: slice) -> None:
 def mend(
     material: Path, kind: str, name: str, fault: faults.Fault, finding: Finding
 ) -> list[Finding]:
-    """What the checks say after the remedy; its words must be those that the mend carries out."""
+    """What the check says after the remedy, whose words must be those that are carried out."""
     remedy = planting.advice(finding)
     assert all(words in remedy for words in fault.mend.words), (fault.mend.words, remedy)
-    return examine(material, kind, name, fault.plant, lambda world: fault.mend.apply(world, remedy))
 
+    def mended(world: planting.World) -> None:
+        fault.mend.apply(world, remedy)
 
-def failing(report: list[Finding], but: str) -> str:
-    return ", ".join(f.name for f in report if f.verdict == "fail" and f.name != but) or "–"
+    return examine(material, kind, name, planting.only(fault.check), fault.plant, mended)
 
 
 def leave_clean(material: Path, kind: str) -> None:
     fails, warnings = 0, 0
     for number, (name, plant) in enumerate(variants.VARIANTS.items()):
-        report = examine(material, kind, f"clean-{number}", plant)
+        report = examine(material, kind, f"clean-{number}", whole, plant)
         bad = [f for f in report if f.verdict in ("warn", "fail")]
         fails += sum(f.verdict == "fail" for f in bad)
         warnings += sum(f.verdict == "warn" for f in bad)
@@ -98,7 +97,11 @@ def leave_clean(material: Path, kind: str) -> None:
 
 
 def examine(
-    material: Path, kind: str, name: str, *changes: Callable[[planting.World], None]
+    material: Path,
+    kind: str,
+    name: str,
+    look: Callable[[Config, Crew], list[Finding]],
+    *changes: Callable[[planting.World], None],
 ) -> list[Finding]:
     scratch = material / name
     scratch.mkdir(exist_ok=True)
@@ -106,10 +109,10 @@ def examine(
         world = planting.clean(material, kind, patch, scratch)
         for change in changes:
             change(world)
-        return planting.findings(world, _all)
+        return planting.findings(world, look)
 
 
-def _all(config: Config, crew: Crew) -> list[Finding]:
+def whole(config: Config, crew: Crew) -> list[Finding]:
     return list(examine_crew(config, crew, quick=False).findings)
 
 

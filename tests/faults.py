@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mending as m
-from planting import (
-    World,
+from breaking import (
     base_learns,
     beyond_end,
     chat,
@@ -63,6 +62,7 @@ from planting import (
     written,
     wrong_end,
 )
+from planting import World
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
