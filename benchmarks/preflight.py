@@ -3,12 +3,13 @@
     python benchmarks/preflight.py                       faults and clean variants
     python benchmarks/preflight.py gpt2 --clean          the clean variants of one architecture
     python benchmarks/preflight.py gpt2 --faults 0:20    the first twenty faults on it
+    python benchmarks/preflight.py gpt2 --whole          and what the other checks say of each
 
 A fault is found if the check that is responsible for it gives the verdict expected and its cause
-names what was planted; beside it stands what else failed. It is mended if that check says ok once
-its remedy is carried out in a set-up with the same fault: a setting or file as named, or the code
-asked for, written anew. "Restored" are defects of code that the text only places: there the fault
-is taken out again. Of a clean variant nothing may fail. Tiny random models; minutes on one core.
+names what was planted. It is mended if that check says ok once its remedy is carried out in a
+set-up with the same fault: a setting or file as named, or the code asked for, written anew.
+"Restored" are defects that the text can only place: there the fault is taken out again. Of a clean
+variant nothing may fail. Tiny random models; minutes on one core.
 """
 
 import argparse
@@ -32,12 +33,14 @@ from kleash.assembly import Crew
 from kleash.config import Config
 from kleash.preflight.finding import Finding
 from kleash.preflight.runner import examine_crew
+from kleash.preflight.trial import WHOLE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kinds", nargs="*", help="architectures; all if none is named")
     parser.add_argument("--clean", action="store_true", help="only the clean variants")
+    parser.add_argument("--whole", action="store_true", help="with all other checks too")
     parser.add_argument("--faults", metavar="FIRST:END", help="only these faults, by number")
     arguments = parser.parse_args()
     part = slice(*(int(end) for end in (arguments.faults or f"0:{len(faults.FAULTS)}").split(":")))
@@ -46,15 +49,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             material = planting.material(Path(folder), kind)
             if not arguments.clean:
-                plant_all(material, kind, part)
+                plant_all(material, kind, part, whole=arguments.whole)
             if arguments.clean or not arguments.faults:
                 leave_clean(material, kind)
 
 
-def plant_all(material: Path, kind: str, part: slice) -> None:
+def plant_all(material: Path, kind: str, part: slice, *, whole: bool) -> None:
     found, must, mended = Counter[bool](), Counter[bool](), Counter[str]()
     for number, fault in list(enumerate(faults.FAULTS))[part]:
-        report = examine(material, kind, f"fault-{number}", whole, fault.plant)
+        look = everything if whole else planting.only(fault.check, WHOLE)
+        report = examine(material, kind, f"fault-{number}", look, fault.plant)
         hits = [finding for finding in report if hit(fault, finding)]
         found[bool(hits)] += 1
         must[bool(hits)] += fault.verdict == "fail"
@@ -81,13 +85,13 @@ def mend(
     def mended(world: planting.World) -> None:
         fault.mend.apply(world, remedy)
 
-    return examine(material, kind, name, planting.only(fault.check), fault.plant, mended)
+    return examine(material, kind, name, planting.only(fault.check, WHOLE), fault.plant, mended)
 
 
 def leave_clean(material: Path, kind: str) -> None:
     fails, warnings = 0, 0
     for number, (name, plant) in enumerate(variants.VARIANTS.items()):
-        report = examine(material, kind, f"clean-{number}", whole, plant)
+        report = examine(material, kind, f"clean-{number}", everything, plant)
         bad = [f for f in report if f.verdict in ("warn", "fail")]
         fails += sum(f.verdict == "fail" for f in bad)
         warnings += sum(f.verdict == "warn" for f in bad)
@@ -112,7 +116,7 @@ def examine(
         return planting.findings(world, look)
 
 
-def whole(config: Config, crew: Crew) -> list[Finding]:
+def everything(config: Config, crew: Crew) -> list[Finding]:
     return list(examine_crew(config, crew, quick=False).findings)
 
 

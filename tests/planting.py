@@ -150,7 +150,7 @@ def findings(world: World, examine: Callable[[Config, Crew], list[Finding]]) -> 
     return examine(config, crew)
 
 
-def only(name: str) -> Callable[[Config, Crew], list[Finding]]:
+def only(name: str, size: Size | None = None) -> Callable[[Config, Crew], list[Finding]]:
     """The one check of that name; for `assembly`, to come so far is to pass."""
 
     def examine(config: Config, crew: Crew) -> list[Finding]:
@@ -160,7 +160,7 @@ def only(name: str) -> Callable[[Config, Crew], list[Finding]]:
             return [runner.reference.vocabulary(crew)]
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            trial = draw(config, crew, MANY if name == "sampling.law" else FEW)
+            trial = draw(config, crew, size or (MANY if name == "sampling.law" else FEW))
             if name == "resources.memory":
                 return resources.examine(trial)[:1]
             checks = [*runner.QUICK_CHECKS, runner.reward.probes]
