@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mending as m
-from planting import (
-    World,
+from breaking import (
     base_learns,
     beyond_end,
     chat,
@@ -63,6 +62,7 @@ from planting import (
     written,
     wrong_end,
 )
+from planting import World
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -280,7 +280,7 @@ FAULTS: tuple[Fault, ...] = (
         "sampling.ratio",
         "another model",
         written(stale),
-        m.code("the policy's present weights", m.anew("kleash.evaluation.generate", m.generated)),
+        m.code("the policy's present weights", m.anew("kleash.rollout.generate", m.generated)),
     ),
     Fault(
         "the sampler at temperature 1",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from planting import World, on_crew, patch, settings, written
+from breaking import on_crew, patch, settings, written
+from planting import World
 from torch import Tensor
 
 from kleash.assembly import Crew
@@ -160,9 +161,9 @@ def pad_as_told(content: dict[str, Any], text: str) -> None:
     content["pad_token_id"] = value_of("pad_token_id", text)
 
 
-def new_checkpoint(words: str, save: Callable[[World], object]) -> Mend:
+def new_checkpoint(words: str, save: Callable[[World], None]) -> Mend:
     """Put a checkpoint as the text wants it where the broken one was."""
-    return Mend("file", (words,), lambda world, text: save(world) and None)
+    return Mend("file", (words,), lambda world, text: save(world))
 
 
 def mark_out_of_template(world: World, text: str) -> None:
@@ -272,8 +273,9 @@ def _table(model: Any, *text: Tensor) -> Tensor:
     return apply_head(model.head, states)[:, : model.head.words].double()
 
 
-def drawn(weights: Tensor) -> tuple[Tensor, Tensor]:
+def drawn(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The library's own draw from the whole distribution."""
+    del uniform
     weights = weights.double()
     return torch.multinomial(weights, 1), weights.sum(-1, keepdim=True)
 

@@ -178,13 +178,15 @@ def test_every_option_that_does_nothing(trial: Trial) -> None:
     ]
 
 
-@pytest.mark.parametrize(("tokens", "verdict"), [(15, "ok"), (30, "warn")])
+@pytest.mark.parametrize(("tokens", "verdict"), [(15, "ok"), (25, "warn")])
 def test_a_tenth_of_a_nat_is_meant_per_token_if_responses_are_long(
     trial: Trial, tokens: int, verdict: str
 ) -> None:
     tree = trial.config.model_dump()
     tree["leash"] = {"target_kl": 0.1}
-    mask = torch.ones(4, tokens, dtype=torch.bool)
+    mask = (torch.arange(trial.rollout.response_mask.shape[1]) < tokens).expand_as(
+        trial.rollout.response_mask
+    )
     long = replace(trial.written, rollout=replace(trial.rollout, response_mask=mask))
     found = leash.target(replace(trial, written=long, config=type(trial.config)(**tree)))
     assert found.verdict == verdict

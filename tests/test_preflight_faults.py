@@ -10,42 +10,14 @@ from pathlib import Path
 import faults
 import planting
 import pytest
-import torch
 
-from kleash.assembly import Crew
-from kleash.config import Config
-from kleash.preflight import resources, runner
 from kleash.preflight.finding import Finding
-from kleash.preflight.trial import Size, draw
-
-FEW = Size(prompts=8, responses_per_prompt=2, texts=2)
-# The faults in the words of a sampler need more words to be told apart.
-MANY = Size(prompts=26, responses_per_prompt=3, texts=1)
 
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("worlds")
     return {kind: planting.material(folder / kind, kind) for kind in planting.KINDS}
-
-
-def only(name: str) -> Callable[[Config, Crew], list[Finding]]:
-    """The one check of that name; for `assembly`, to come so far is to pass."""
-
-    def examine(config: Config, crew: Crew) -> list[Finding]:
-        if name == "assembly":
-            return [Finding(name, "ok", "assembled", "no error")]
-        if name == "reference.vocabulary":
-            return [runner.reference.vocabulary(crew)]
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            trial = draw(config, crew, MANY if name == "sampling.law" else FEW)
-            if name == "resources.memory":
-                return resources.examine(trial)[:1]
-            checks = [*runner.QUICK_CHECKS, runner.reward.probes]
-            return runner.run_checks([c for c in checks if runner.name_of(c) == name], trial)
-
-    return examine
 
 
 TURNS: tuple[planting.Kind, ...] = ("gpt2", "llama", "gpt2", "llama", "gemma2")
@@ -73,7 +45,7 @@ def test_a_planted_fault_is_named_and_its_remedy_mends_it(
             world = planting.clean(materials[kind], kind, patch, tmp_path)
             for change in changes:
                 change(world)
-            (finding,) = planting.findings(world, only(fault.check))
+            (finding,) = planting.findings(world, planting.only(fault.check))
         return finding
 
     seen = look(fault.plant)

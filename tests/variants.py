@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tiny
-from planting import World, chat, reward_by, save_policy, set_key, several
+from breaking import chat, reward_by, set_key, several
+from planting import World, save_policy
 
 
 def other_tokenizer(**settings: Any) -> Callable[[World], None]:

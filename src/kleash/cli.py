@@ -7,6 +7,7 @@ with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupt
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -167,7 +168,8 @@ def train(
     quiet_libraries()
     if not leads():
         return lend_a_hand()
-    config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+    with saying("train", Console()) as say:
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
     directory = run(config, argv=sys.argv, preflight=None if no_check else checked)
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
@@ -221,9 +223,9 @@ def check(
 
         path, overrides = split_overrides(arguments)
         quiet_libraries()
-        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
-        given = read_pairs(pairs) if pairs else ()
         with saying("check", Console(quiet=as_json)) as say:
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+            given = read_pairs(pairs) if pairs else ()
             report = examine(config, quick=quick, pairs=given, say=say)
     if as_json:
         print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
@@ -233,9 +235,10 @@ def check(
         raise SystemExit(5)
 
 
-def _build_world(config: "Config") -> "Config":
+def _build_world(config: "Config", say: Callable[[str], object]) -> "Config":
     if config.world is None:
         return config
+    say("building the embedded world")
     from kleash.config import with_world
     from kleash.playground.build import build_world
 
@@ -290,10 +293,13 @@ def plan_command(
         betas, budgets = (numbers(text) if text else [] for text in (beta, kl))
     except ValueError as error:
         raise UsageError(str(error)) from None
+    from rich.console import Console
+
     from kleash import plan as planning
     from kleash.config import load_config
     from kleash.files import plain_json
     from kleash.frontier import frontier_json
+    from kleash.progress import saying
 
     quiet_libraries()
     if scores is not None:
@@ -302,7 +308,8 @@ def plan_command(
     else:
         sizes = {"plan.responses": responses, "plan.prompts": prompts}
         overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
-        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD))
+        with saying("plan", Console(quiet=as_json)) as say:
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
         question = planning.Question(betas, budgets, config.leash.target_kl)
         frontier = planning.plan(config, question)
     told = planning.told_by(frontier, question)

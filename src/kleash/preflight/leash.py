@@ -58,7 +58,8 @@ def score_spread(trial: Trial) -> Finding:
         measured,
         "The reward gives every response the same score: there is nothing to climb.",
         "Look at the reward on a few responses; a callable must read its second argument, a "
-        "classifier its template's {response}; a weight of 0 silences a reward.",
+        "classifier its template's {response}, with a tokenizer that knows the words; a weight of "
+        "0 silences a reward.",
     )
 
 
