@@ -83,9 +83,12 @@ def measurements(
 
 
 def leash_measures(
-    leash: LeashConfig, states: States, readings: Mapping[str, Reading]
+    leash: LeashConfig,
+    states: States,
+    readings: Mapping[str, Reading],
+    frontier: Frontier | None,
 ) -> dict[str, Number]:
-    """β in force and its target, and where there are groups, KL and score of each.
+    """β in force, its target and what was had for it; where there are groups, KL and score of each.
 
     The plain keys are means over the responses of the step.
     """
@@ -101,6 +104,7 @@ def leash_measures(
         "objective/beta": sum(share * states[group].beta for group, share in shares.items()),
         "objective/target_kl": sum(held) if held else None,
     }
+    measures |= _efficiency(frontier, states, readings)
     if not is_grouped(states):
         return measures
     for group, reading in readings.items():
@@ -114,7 +118,7 @@ def leash_measures(
     return measures
 
 
-def efficiency_measures(
+def _efficiency(
     frontier: Frontier | None, states: States, readings: Mapping[str, Reading]
 ) -> dict[str, Number]:
     """Score gained ÷ score that the plan holds possible at this KL; absent where it is silent.

@@ -63,7 +63,6 @@ from kleash.runs import RunWriter
 from kleash.scoring import checked, token_scores
 from kleash.steering import (
     controller_measures,
-    efficiency_measures,
     leash_measures,
     measurements,
     read_groups,
@@ -158,8 +157,8 @@ def _step(
         experience = ppo.prepare(scored, betas, settings)
         attempt.updating = True
         updates = update(config, crew, experience, done=state.step)
-        if step == config.steps:
-            updates |= check_last(config, crew, cursor, attempt)
+    if step == config.steps:
+        updates |= check_last(config, crew, cursor, attempt)
 
     # 6. β moves.
     readings = read_groups(experience.scored, groups)
@@ -173,8 +172,7 @@ def _step(
         **updates,
         "objective/accounting_residual": account(settings, experience, betas),
         **reward_measures(written.parts, written.raw_scores),
-        **leash_measures(config.leash, state.betas, readings),
-        **efficiency_measures(crew.frontier, state.betas, readings),
+        **leash_measures(config.leash, state.betas, readings, crew.frontier),
         **controller_measures(leash, state.betas, told, states),
     }
     after = replace(
