@@ -201,6 +201,6 @@ def test_groups_start_each_from_a_target_of_its_own(trial: Trial) -> None:
     grouped = replace(trial, config=trial.config.model_copy(update={"leash": section}))
     states = leash.starting_states(grouped)
     assert states["near"].beta == pytest.approx(2 * states["far"].beta)
-    assert "follows from" in leash.strength(grouped).measured
-    assert "a target of its own" in leash.target(grouped).measured
+    assert "follows from" in leash.strength(grouped).cause
+    assert "a target of its own" in leash.target(grouped).cause
     assert "4 nats per response of far (β from" in leash.objective(grouped).measured

@@ -202,9 +202,9 @@ def test_what_a_controller_read_and_decided_is_written_down(material: Path, tmp_
     state = controller.init()
     for line in run.metrics[1:]:
         assert line["objective/beta"] == state.beta
-        error, responses = line["controller/kl_se"], line["controller/responses"]
+        error, responses = line["controller/kl_ref_se"], line["controller/responses"]
         told = Measurement(
-            response_kl=line["controller/kl"],  # pyright: ignore[reportArgumentType]
+            response_kl=line["controller/kl_ref"],  # pyright: ignore[reportArgumentType]
             standard_error=math.nan if error is None else error,
             responses=responses,  # pyright: ignore[reportArgumentType]
             score_variance=line["controller/score_variance"],

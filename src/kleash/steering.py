@@ -156,8 +156,8 @@ def controller_measures(
 def _told(measurement: Measurement) -> dict[str, Number]:
     error = measurement.standard_error
     return {
-        "kl": measurement.response_kl,
-        "kl_se": None if isnan(error) else error,
+        "kl_ref": measurement.response_kl,
+        "kl_ref_se": None if isnan(error) else error,
         "responses": measurement.responses,
         "score_variance": measurement.score_variance,
     }

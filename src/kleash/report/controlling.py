@@ -4,7 +4,7 @@ from kleash.report.metric import Metric
 
 CONTROLLER: tuple[Metric, ...] = (
     Metric(
-        "controller/kl",
+        "controller/kl_ref",
         "KL as read",
         "What the controller of β was told: objective/kl_ref, under a target per token that of a "
         "response as long as the reference's. Controller metrics are there where β follows a "
@@ -14,7 +14,7 @@ CONTROLLER: tuple[Metric, ...] = (
         "near the target",
     ),
     Metric(
-        "controller/kl_se",
+        "controller/kl_ref_se",
         "Its standard error",
         "The noise that the controller allows for; none with a single prompt.",
         "clustered by prompt",
