@@ -210,7 +210,9 @@ def frontier_of(
     """
     rows = rows_by_group(drawn.groups)
     grouped = is_grouped(rows)
-    if not grouped:
+    if grouped:
+        about = {**about, "groups": dict(targets)}
+    else:
         budgets = [*budgets, *(target for target in targets.values() if target not in budgets)]
     whole = make_frontier(
         drawn.scores, prompts=drawn.prompts, about=about, betas=betas, budgets=budgets

@@ -23,7 +23,6 @@ from kleash.files import replace_file
 from kleash.frontier import PLAN_FILE, Frontier, make_frontier, read_frontier, write_frontier
 from kleash.report.planned import (
     HEADERS,
-    budget_of,
     plan_page,
     plus_minus,
     start_sentence,
@@ -155,6 +154,19 @@ def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | No
         console.print(sentence, markup=False)
 
 
+def _told_of_groups(frontier: Frontier) -> list[str]:
+    told: list[str] = []
+    for name, target in frontier.about.get("groups", {}).items():
+        asked = f"leash.{'target_kl' if name == OTHERS else f'groups.{name}'} {target:g}"
+        group = frontier.groups.get(name)
+        told.append(
+            f"for {asked} nothing is planned: the group has a single prompt, a plan needs 2 or more"
+            if group is None
+            else start_sentence(asked, _start(group, target))
+        )
+    return told
+
+
 def _group_table(groups: Mapping[str, Frontier]) -> Table:
     """The budget of each group, from its own prompts."""
     table = Table(box=None, pad_edge=False)
@@ -196,11 +208,7 @@ def told_by(frontier: Frontier, question: Question) -> list[str]:
         per_token = question.target_kl_per_token is not None
         asked = f"{target:.4g} nats" if per_token else f"leash.target_kl {target:g}"
         told.append(start_sentence(asked, _start(frontier, target)))
-    for name, group in frontier.groups.items():
-        target = budget_of(group.budgets[0])
-        key = "leash.target_kl" if name == OTHERS else f"leash.groups.{name}"
-        told.append(start_sentence(f"{key} {target:.4g}", _start(group, target)))
-    return told
+    return told + _told_of_groups(frontier)
 
 
 def _at_reference(config: Config) -> Config:

@@ -41,11 +41,6 @@ def plus_minus(interval: Interval) -> str:
     )
 
 
-def budget_of(row: PlanRow | NoRow) -> float:
-    """The budget that a row is the answer to."""
-    return row.budget if isinstance(row, NoRow) else row.kl.value
-
-
 def start_sentence(asked: str, start: Start) -> str:
     """Where β would start for what was asked, and why not by the plan if not."""
     beta = format_number(start.beta)
