@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kleash.train
 from kleash.assembly import Crew
 from kleash.beta.controllers import BudgetBeta
+from kleash.beta.groups import OTHERS
 from kleash.checkpoint import drop_directory
 from kleash.config import load_config, parse_config, with_world
 from kleash.demo import RECIPES
@@ -88,7 +89,8 @@ def shares(steps: int, folder: Path) -> None:
 def saving(millions: int, rounds: int, folder: Path) -> None:
     """A checkpoint beside writing the same bytes."""
     crew = crew_of(millions)
-    state = TrainingState(1, 1, BudgetBeta(1.0, 1.0).init(), ScoreStatistics(), PromptCursor(1, 0))
+    betas = {OTHERS: BudgetBeta(1.0, 1.0).init()}
+    state = TrainingState(1, 1, betas, ScoreStatistics(), PromptCursor(1, 0))
     identity = Identity("nowhere", "loaded", "float32", "0" * 64)
     parent = folder / "checkpoints"
     save = partial(save_run_state, parent, crew, state, identity, keep=1)

@@ -112,6 +112,53 @@ def test_a_rollback_goes_behind_the_fault_and_shortens_the_leash(
     assert ours[3]["objective/kl_ref_k1"] != numbers(whole)[3]["objective/kl_ref_k1"]
 
 
+@pytest.mark.parametrize("then", ["stop", "rollback"])
+def test_what_the_last_update_did_is_looked_at(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """A jump in the last update of all, which no later step would see."""
+    update, jumps = kleash.train.update, [0]
+
+    def leaps(config: Config, crew: Any, experience: Any, *, done: int) -> Any:
+        numbers = update(config, crew, experience, done=done)
+        if done == config.steps - 1 and jumps[0] == 0:
+            jumps[0] += 1
+            with torch.no_grad():
+                for parameter in crew.policy.parameters():
+                    parameter.mul_(1.5)
+        return numbers
+
+    def config(name: str, **wires: Any) -> Config:
+        often = {"checkpoint_every": 1, "keep": 3}
+        return settings(material, tmp_path / name, logging=often, tripwires=wires)
+
+    monkeypatch.setattr(kleash.train, "update", leaps)
+    unbound = train(config("unbound"))
+    assert "objective/kl_after" not in numbers(unbound)[-1]
+    far = numbers(unbound)[-1]["heldout/kl_ref"]
+    jumps[0] = 0
+    wires = {"stop_kl": far / 2, "then": then}
+    if then == "stop":
+        with pytest.raises(TripwireError, match=r"after the last update, .* step 4 was not made"):
+            train(config("run", **wires))
+    else:
+        train(config("run", **wires))
+    run = read_run(tmp_path / "run")
+    assert numbers(run.path)[:4] == numbers(unbound)[:4]
+    refused, then_event = run.events
+    assert (refused.step, refused.details["wire"]) == (4, "stop_kl")
+    batch = load_tensors(run.path / refused.details["evidence"] / "batch.safetensors")
+    spent = torch.where(batch["response_mask"], batch["kl"], 0).sum(-1)
+    assert float(spent.mean()) > far / 2 and int(spent.argmax()) == refused.details["response"]
+    if then == "stop":
+        assert steps(run.path)[-1] == "step-000003"
+        return
+    # The policy that wrote step 4 was within its bounds: back to it, not behind it.
+    assert (then_event.kind, then_event.details["to_step"]) == ("rolled_back", 3)
+    last = numbers(run.path)[-1]
+    assert run.status == "finished" and 0 < last["objective/kl_after"] < far / 2
+
+
 def test_rollbacks_come_to_an_end(material: Path, tmp_path: Path) -> None:
     """A bound that no β can keep: the reference is another model, and farther than that."""
     config = settings(

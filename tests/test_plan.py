@@ -11,10 +11,20 @@ import tiny
 import torch
 from rich.console import Console
 
+from kleash.beta.planning import PlanRow
 from kleash.config import Config, parse_config
 from kleash.errors import ModelError, RewardError, UsageError
 from kleash.frontier import Frontier, make_frontier, read_frontier, write_frontier
-from kleash.plan import Question, plan, print_plan, replan, starting_point, told_by, write_plan
+from kleash.plan import (
+    Question,
+    plan,
+    print_plan,
+    question_of,
+    replan,
+    starting_point,
+    told_by,
+    write_plan,
+)
 
 
 def prefer_even(prompts: list[str], responses: list[str]) -> list[float]:
@@ -73,6 +83,55 @@ def test_a_plan_samples_the_reference_not_the_policy(folder: Path, planned: Fron
     differs = {"path": str(folder / "policy"), "reference_differs": True}
     config = settings(folder, policy={"path": str(folder / "other")}, reference=differs)
     assert torch.equal(plan(config, Question()).scores, planned.scores)
+
+
+def test_a_target_per_token_is_planned_in_nats_per_response(
+    folder: Path, planned: Frontier
+) -> None:
+    config = settings(folder, leash={"target_kl_per_token": 0.06})
+    asked = question_of(config.leash)
+    made = plan(config, asked)
+    length = made.about["response_length"]
+    assert 1 < length <= 6
+    (row,) = made.budgets
+    assert isinstance(row, PlanRow) and row.kl.value == pytest.approx(0.06 * length)
+    _, said, start = told_by(made, asked)
+    assert said == (
+        f"leash.target_kl_per_token 0.06 is {0.06 * length:.4g} nats per response, of "
+        f"{length:.1f} tokens as the reference writes them"
+    )
+    assert start.startswith(f"for {0.06 * length:.4g} nats: start near β = ")
+
+
+def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{i} w{i + 1}", "group": "odd" if i % 2 else "even"} for i in range(10)]
+    rows.append({"prompt": "w1"})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    leash = {"groups": {"odd": 0.1, "even": 0.3}, "target_kl": 0.2}
+    config = settings(folder, prompts={"train": str(file)}, leash=leash)
+    asked = question_of(config.leash)
+    made = plan(config, asked)
+    assert len(made.prompts) == 4 + 4 + 1 and list(made.groups) == ["odd", "even"]
+    for name, target in (("odd", 0.1), ("even", 0.3)):
+        group = made.groups[name]
+        assert all(rows[number].get("group") == name for number in group.prompts)
+        alone = make_frontier(
+            group.scores, prompts=group.prompts, about={}, budgets=[target]
+        ).budgets
+        assert group.budgets == alone
+    console = Console(file=io.StringIO(), width=80)
+    print_plan(made, told_by(made, asked), console=console)
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "for leash.groups.even 0.3: start near β =" in text
+    assert "for leash.target_kl 0.2 nothing is planned: the group has a single prompt" in (
+        " ".join(text.split())
+    )
+    page = write_plan(tmp_path / "plan", made, told_by(made, asked), title="groups")
+    again = replan(page.with_name("plan.json"), Question(betas=[1.0]))
+    assert again.groups["odd"].budgets == made.groups["odd"].budgets
+    assert told_by(again, Question()) == told_by(made, asked)
 
 
 def test_normalised_scores_are_planned_in_their_units(folder: Path, planned: Frontier) -> None:

@@ -16,6 +16,7 @@ from kleash.preflight.finding import Finding
 from kleash.preflight.trial import QUICK, Tilted, Trial, draw, own_reading, rollout_of
 from kleash.prompts import Prompt
 from kleash.reward_models import CallableReward
+from kleash.sections import LeashConfig
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +209,13 @@ def test_without_a_classifier_its_checks_are_skipped(trial: Trial) -> None:
     for one in (reward.head, reward.last_token, reward.bos, reward.template):
         assert one(changed).verdict == "skipped"
     assert reward.alone(changed).verdict == "ok"
+
+
+def test_groups_start_each_from_a_target_of_its_own(trial: Trial) -> None:
+    section = LeashConfig(groups={"near": 1.0, "far": 4.0})
+    grouped = replace(trial, config=trial.config.model_copy(update={"leash": section}))
+    states = leash.starting_states(grouped)
+    assert states["near"].beta == pytest.approx(2 * states["far"].beta)
+    assert "follows from" in leash.strength(grouped).cause
+    assert "a target of its own" in leash.target(grouped).cause
+    assert "4 nats per response of far (β from" in leash.objective(grouped).measured

@@ -245,7 +245,9 @@ def test_a_target_per_token_is_that_of_a_response_of_the_references_length(
     per_token = run.metrics[-1]["objective/kl_ref_per_token"]
     state = sorted((run.path / "checkpoints").iterdir())[-1] / "state.json"
     # What the controller read: the KL per token, of a response as long as the reference's.
-    assert json.loads(state.read_text())["beta"]["kl"] == pytest.approx(per_token * length)
+    assert json.loads(state.read_text())["betas"]["others"]["kl"] == pytest.approx(
+        per_token * length
+    )
 
 
 def score_charts(run: Run) -> list[list[str]]:

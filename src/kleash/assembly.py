@@ -4,6 +4,7 @@ Everything that can be wrong with paths, models, prompts and reward models is fo
 run directory exists. Left out: anything that happens more than once.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,9 +23,10 @@ from kleash.beta.controllers import (
     FixedBeta,
     ScheduledBeta,
 )
+from kleash.beta.groups import OTHERS, Leash, group_of
 from kleash.beta.starting import Start
-from kleash.config import Config, LeashConfig, OptimizerConfig, RewardConfig
-from kleash.errors import ConfigError
+from kleash.config import Config, OptimizerConfig, RewardConfig
+from kleash.errors import ConfigError, PromptError
 from kleash.frontier import Frontier
 from kleash.models import (
     Policy,
@@ -45,7 +47,9 @@ from kleash.reward_models import (
 )
 from kleash.rollout import SamplingSpec
 from kleash.scoring.tiles import Tiles, default_tiles
+from kleash.sections import LeashConfig
 from kleash.team import Team, own_gpu, several
+from kleash.types import Rollout
 from kleash.values import ValueFunction, ValueHead, load_value_model
 
 
@@ -65,6 +69,9 @@ class Crew:
     """A second opinion on held-out responses; nobody is ever trained on it."""
     prompts: list[Prompt]
     heldout: list[Prompt]
+    groups: Sequence[str]
+    """Whose leash each of the prompts is on, by its number in the file."""
+    heldout_groups: Sequence[str]
     pretraining: PretrainingMix | None
     sampling: SamplingSpec
     settings: Settings
@@ -76,6 +83,11 @@ class Crew:
     """What the reference's responses hold possible, where they were asked."""
     team: Team | None = None
     """The other processes that lend a hand; None: there are none."""
+
+    def groups_of(self, rollout: Rollout) -> list[str]:
+        """Whose leash each response to training prompts is on."""
+        numbers = cast("list[int]", rollout.prompt_index.tolist())
+        return [self.groups[number] for number in numbers]
 
 
 def assemble(config: Config) -> Crew:
@@ -93,6 +105,7 @@ def assemble(config: Config) -> Crew:
     )
     prompts = _prompts(config.prompts.train, policy, sampling)
     heldout = _prompts(config.prompts.heldout, policy, sampling) if config.prompts.heldout else []
+    _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
         name: (_reward(reward, device), reward.weight)
         for name, reward in config.reward_models.items()
@@ -109,6 +122,8 @@ def assemble(config: Config) -> Crew:
         gold=gold,
         prompts=prompts,
         heldout=heldout,
+        groups=_groups(prompts, config.leash, config.prompts.train),
+        heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
         pretraining=_pretraining(config, policy),
         sampling=sampling,
         settings=_settings(config),
@@ -152,6 +167,20 @@ def target_per_response(leash: LeashConfig, response_length: float | None) -> fl
         return leash.target_kl
     assert response_length is not None
     return leash.target_kl_per_token * response_length
+
+
+def make_leash(
+    leash: LeashConfig, *, starts: Mapping[str, Start], responses_per_step: int
+) -> Leash:
+    """A controller for each group that has a target, or the one for all; see `make_controller`."""
+    return Leash(
+        {
+            name: make_controller(
+                own, start=starts.get(name), responses_per_step=responses_per_step
+            )
+            for name, own in leash.each().items()
+        }
+    )
 
 
 def make_controller(
@@ -236,6 +265,51 @@ def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
     )
+
+
+def _groups(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> list[str]:
+    """Whose leash each prompt is on.
+
+    Raises:
+        PromptError: a group has no target.
+    """
+    leashes = leash.each()
+    groups = [group_of(prompt.group, leashes) for prompt in prompts]
+    without = sorted(
+        {
+            "without a group" if prompt.group is None else f"of {prompt.group!r}"
+            for prompt, group in zip(prompts, groups, strict=True)
+            if group not in leashes
+        }
+    )
+    if without:
+        raise PromptError(
+            f"expected a target for every prompt in {path!r}, got none for those "
+            f"{', '.join(without)}: name each group in leash.groups, or give leash.target_kl for "
+            "all others"
+        )
+    return groups
+
+
+def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> None:
+    """Every target is some prompt's.
+
+    Raises:
+        PromptError: one is nobody's.
+    """
+    leashes = leash.each()
+    unused = sorted(leashes.keys() - {group_of(prompt.group, leashes) for prompt in prompts})
+    if unused == [OTHERS]:
+        raise PromptError(
+            f"expected prompts in {path!r} for leash.target_kl, got only such as have a target in "
+            "leash.groups: leave target_kl out"
+        )
+    if unused:
+        known = sorted({prompt.group for prompt in prompts if prompt.group is not None})
+        raise PromptError(
+            f"expected prompts of every group of leash.groups in {path!r}, got none of {unused}: "
+            f"the groups there are {known}"
+        )
 
 
 def _reward(config: RewardConfig, device: torch.device) -> RewardModel:

@@ -310,7 +310,7 @@ def plan_command(
         overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
         with saying("plan", Console(quiet=as_json)) as say:
             config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
-        question = planning.Question(betas, budgets, config.leash.target_kl)
+        question = planning.question_of(config.leash, betas=betas, budgets=budgets)
         frontier = planning.plan(config, question)
     told = planning.told_by(frontier, question)
     if as_json:

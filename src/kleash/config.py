@@ -21,10 +21,15 @@ from pydantic import (
     model_validator,
 )
 
-from kleash.beta.controllers import ScheduledBeta
 from kleash.errors import ConfigError, UsageError
-from kleash.kl.placements import Placement
-from kleash.sections import ReferenceConfig, Section, TripwiresConfig
+from kleash.sections import (
+    MOVING,
+    WAYS,
+    LeashConfig,
+    ReferenceConfig,
+    Section,
+    TripwiresConfig,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -119,59 +124,6 @@ class RolloutConfig(Section):
                 "`missing_eos_penalty` goes with `truncated: penalise` and with nothing else, got "
                 f"truncated: {self.truncated}, missing_eos_penalty: {self.missing_eos_penalty}"
             )
-        return self
-
-
-_WAYS = ("beta", "target_kl", "target_kl_per_token", "schedule")
-"""Kinds of leash; a run has one."""
-_MOVING = {"controller", "initial_beta", "horizon"}
-"""What goes with a β that follows a target."""
-
-
-class LeashConfig(Section):
-    """How tight, measured how, charged where."""
-
-    beta: NonNegativeFloat | None = None
-    """Fixed β, in score per nat. 0 lets go of the leash and still measures."""
-    target_kl: PositiveFloat | None = None
-    """KL to hold, in nats per response; β then moves by itself."""
-    target_kl_per_token: PositiveFloat | None = None
-    """KL to hold, in nats per token: a longer response may then go further."""
-    schedule: list[tuple[NonNegativeInt, NonNegativeFloat]] | None = None
-    """β along straight lines between points [steps done, β], constant beyond the ends."""
-    controller: Literal["budget", "ziegler_paper", "ziegler_code"] | None = None
-    """How β moves towards `target_kl`; budget unless said."""
-    initial_beta: PositiveFloat | None = None
-    """Where a moving β starts; none: from the spread of the reference's scores."""
-    horizon: PositiveInt | None = None
-    """Responses over which Ziegler's code moves β; 10,000 unless said."""
-    placement: Placement = "reward_k1"
-    """Where the KL is charged, and by which estimator."""
-    allow_biased: bool = False
-    """Permit a placement whose gradient is known to be wrong."""
-    reanchor_every: PositiveInt | None = None
-    """Steps after which the leash is tied to the policy as it then is; none: to the reference for
-    good. The KL to the original reference stays a series of its own, `objective/kl_original`."""
-
-    @model_validator(mode="after")
-    def _fixed_or_moving(self) -> "LeashConfig":
-        given = [name for name in _WAYS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "give exactly one of `beta` (fixed), `target_kl` (adaptive), "
-                f"`target_kl_per_token` and `schedule`, got {', '.join(given) or 'none of them'}"
-            )
-        moving = _MOVING & self.model_fields_set
-        if moving and given[0] in ("beta", "schedule"):
-            raise ValueError(
-                f"{sorted(moving)} do nothing with a fixed `{given[0]}`: leave them out"
-            )
-        if self.schedule is not None:
-            ScheduledBeta(tuple(self.schedule))  # says itself what is wrong with its points
-        if self.horizon is not None and self.controller != "ziegler_code":
-            raise ValueError("`horizon` is for `controller: ziegler_code` alone")
-        if self.placement == "measure" and self.beta != 0:
-            raise ValueError("`placement: measure` charges nothing: give `beta: 0` with it")
         return self
 
 
@@ -385,8 +337,9 @@ class Config(Section):
                 "`reference.kind: cached` keeps what one reference says, and "
                 "`leash.reanchor_every` moves it: take one of them"
             )
-        stop, target = self.tripwires.stop_kl, self.leash.target_kl
-        if stop is not None and target is not None and stop <= target:
+        stop = self.tripwires.stop_kl
+        target = min(leash.target_kl or 0.0 for leash in self.leash.each().values())
+        if stop is not None and stop <= target:
             raise ValueError(f"`tripwires.stop_kl: {stop:g}` is within the target of {target:g}")
         if self.tripwires.then == "rollback":
             if not self.logging.checkpoint_every:
@@ -427,10 +380,14 @@ def load_config(path: Path | None, overrides: dict[str, str], *, base: Path) -> 
 def _give_way(tree: dict[str, Any], named: set[str]) -> None:
     """Drop from the file what an override puts another in place of: there is one kind of leash."""
     leash = tree.get("leash")
-    told = {way for way in _WAYS if f"leash.{way}" in named}
+    together = {"target_kl", "groups"}
+    told = {dotted.split(".")[1] for dotted in named if dotted.startswith("leash.")}
+    told &= {*WAYS, *together}
     if not told or not isinstance(leash, dict):
         return
-    gone = {*_WAYS, *(() if told & {"target_kl", "target_kl_per_token"} else _MOVING)}
+    gone = {*WAYS, "groups", *(() if told & {"target_kl_per_token", *together} else MOVING)}
+    if told <= together:
+        gone -= together
     tree["leash"] = {key: value for key, value in leash.items() if key not in gone}
 
 

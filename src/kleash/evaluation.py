@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash import sharing
+from kleash.algorithms import choice
 from kleash.assembly import Crew
+from kleash.beta.groups import States, betas_of
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.likeliest import ROWS, Wanted, distributions, likeliest, text_of_id
 from kleash.measures import Number, objective_measures
@@ -102,13 +104,22 @@ def evaluate_heldout(
     crew: Crew,
     *,
     step: int,
-    beta: float | None,
+    betas: States,
     responses_per_prompt: int,
     microbatch: int,
     samples: int,
     who: Who,
 ) -> tuple[dict[str, Number], list[Sample]]:
     """Answer every held-out prompt and say how good and how far the answers are.
+
+    Args:
+        crew: whose held-out prompts.
+        step: the step after which it happens.
+        betas: the leash of each group, which prices the KL.
+        responses_per_prompt: to each prompt.
+        microbatch: responses written at once.
+        samples: how many prompts' responses to keep.
+        who: whose answers they are, for the samples.
 
     Returns:
         Metrics under `heldout/`, scores as the reward models give them; and samples of the first
@@ -120,9 +131,11 @@ def evaluate_heldout(
     scored = sharing.score(
         crew, written.rollout, written.raw_scores, microbatch=microbatch, critic=False
     )
+    groups = [group for group in crew.heldout_groups for _ in range(responses_per_prompt)]
+    price = choice.price(betas_of(betas, groups), crew.settings)
     metrics = {
         key.replace("objective/", "heldout/"): value
-        for key, value in objective_measures(scored, beta=beta).items()
+        for key, value in objective_measures(scored, beta=price).items()
     }
     metrics["heldout/responses"] = len(written.responses)
     metrics["heldout/distinct_2"] = distinct_n(written.responses, 2)
@@ -264,27 +277,24 @@ def _token_texts(crew: Crew, ids: Tensor) -> list[str]:
 
 
 def reference_scores(
-    crew: Crew, *, prompts: int, responses: int, seed: int, microbatch: int
-) -> tuple[list[int], Float[Tensor, "prompt sample"], float]:
+    crew: Crew, prompts: Sequence[int], *, responses: int, microbatch: int
+) -> tuple[Float[Tensor, "prompt sample"], float]:
     """Scores of responses written before the first update, several to each of some prompts.
 
     Args:
         crew: whose policy is the reference still.
-        prompts: how many of the training prompts, drawn by `seed`; all, if there are fewer.
+        prompts: numbers of training prompts.
         responses: to each of them.
-        seed: of the choice of prompts.
         microbatch: responses written at once.
 
     Returns:
-        Which prompts, their scores before normalisation, and the mean length of a response.
+        Their scores before normalisation, and the mean length of a response.
     """
-    order = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(crew.prompts), generator=order)[:prompts].tolist()
     written = write_responses(
         crew,
-        [crew.prompts[index] for index in chosen],
+        [crew.prompts[index] for index in prompts],
         responses_per_prompt=responses,
         microbatch=microbatch,
     )
     length = float(written.rollout.response_mask.sum(-1).double().mean())
-    return chosen, written.raw_scores.view(len(chosen), responses), length
+    return written.raw_scores.view(len(prompts), responses), length

@@ -5,6 +5,7 @@
     prompts    numbers of the prompts in their file; scores[i][j]: j-th response to prompts[i]
     rows       one per β: beta, kl, score, gain and objective, each {value, low, high}; …
     budgets    one per budget; {budget, known: false, reason} where no β spends it
+    groups     where groups of prompts have budgets: the same for each, from its prompts alone
 
 Everything else in it can be had again from the scores. Left out: drawing them.
 """
@@ -13,7 +14,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,8 @@ class Frontier:
     scores: Float[Tensor, "prompt sample"]
     rows: Sequence[PlanRow]
     budgets: Sequence[PlanRow | NoRow]
+    groups: Mapping[str, "Frontier"] = field(default_factory=dict[str, "Frontier"])
+    """Of the prompts of each group that has a budget of its own; a single prompt plans nothing."""
 
     @property
     def mean_score(self) -> float:
@@ -104,11 +107,19 @@ def make_frontier(
 
 def frontier_json(frontier: Frontier) -> dict[str, Any]:
     """The content of plan.json."""
+    groups = {name: _content(group) for name, group in frontier.groups.items()}
     return {
         "schema": SCHEMA,
         "units": {"kl": "nats per response", "beta": "score per nat"},
         "about": dict(frontier.about),
         "confidence": CONFIDENCE,
+        **_content(frontier),
+        **({"groups": groups} if groups else {}),
+    }
+
+
+def _content(frontier: Frontier) -> dict[str, Any]:
+    return {
         "mean_score": frontier.mean_score,
         "spread": spread(frontier.scores),
         "rows": [asdict(row) for row in frontier.rows],
@@ -145,13 +156,7 @@ def read_frontier(file: Path) -> Frontier:
                 f"expected a plan of schema {SCHEMA} in {str(file)!r}, got {tree['schema']!r}: "
                 "plan again"
             )
-        return Frontier(
-            about=tree["about"],
-            prompts=tree["prompts"],
-            scores=torch.tensor(tree["scores"], dtype=torch.float64),
-            rows=[_row(row) for row in tree["rows"]],
-            budgets=[NoRow(**row) if "budget" in row else _row(row) for row in tree["budgets"]],
-        )
+        return _frontier(tree)
     except RunError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -159,6 +164,17 @@ def read_frontier(file: Path) -> Frontier:
             f"expected a plan in {str(file)!r}, got a file that cannot be read as one "
             f"({type(error).__name__}: {error}): plan again"
         ) from error
+
+
+def _frontier(tree: Mapping[str, Any]) -> Frontier:
+    return Frontier(
+        about=tree.get("about", {}),
+        prompts=tree["prompts"],
+        scores=torch.tensor(tree["scores"], dtype=torch.float64),
+        rows=[_row(row) for row in tree["rows"]],
+        budgets=[NoRow(**row) if "budget" in row else _row(row) for row in tree["budgets"]],
+        groups={name: _frontier(group) for name, group in tree.get("groups", {}).items()},
+    )
 
 
 def _row(tree: Mapping[str, Any]) -> PlanRow:

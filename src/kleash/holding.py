@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kleash.assembly import Crew, learning
-from kleash.beta.controllers import raise_beta
+from kleash.beta.groups import key_of, raise_betas
 from kleash.checkpoint import (
     drop_directory,
     list_checkpoints,
@@ -22,12 +22,19 @@ from kleash.checkpoint import (
     write_directory,
 )
 from kleash.config import Config
-from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError
-from kleash.evaluation import Answers
+from kleash.errors import (
+    NonFiniteScoreError,
+    ReferenceChangedError,
+    RefusedError,
+    TripwireError,
+)
+from kleash.evaluation import Answers, write_answers
 from kleash.events import new_event
 from kleash.files import plain_json
-from kleash.measures import Number
+from kleash.kl.statistics import clustered_mean, response_kl
+from kleash.measures import Number, with_error
 from kleash.models import Identity
+from kleash.prompts import PromptCursor
 from kleash.references import FrozenReference, anchor_at
 from kleash.resume import (
     TrainingState,
@@ -41,6 +48,7 @@ from kleash.resume import (
     weights_are_finite,
 )
 from kleash.reward_models import text_of
+from kleash.rollout import score
 from kleash.runs import RunWriter
 from kleash.tripwires import check_entropy, check_kl
 from kleash.types import ScoredRollout
@@ -154,6 +162,48 @@ def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> 
         check_entropy(scored.entropy, mask, min_entropy=config.tripwires.min_entropy)
 
 
+def check_last(
+    config: Config, crew: Crew, cursor: PromptCursor, attempt: Attempt
+) -> dict[str, Number]:
+    """After the last update of a run: the policy it leaves keeps the bounds too.
+
+    No later rollout would show it, so one is written to the prompts that come next, of which
+    nothing is learnt. Its answers take the place of the attempt's: they are the evidence.
+
+    Returns:
+        What was measured; nothing where there is no bound.
+
+    Raises:
+        TripwireError: a bound was passed, by the policy as the last update left it.
+    """
+    if config.tripwires.stop_kl is None and config.tripwires.min_entropy is None:
+        return {}
+    numbers, _ = cursor.take(config.rollout.prompts_per_step)
+    attempt.answers, attempt.scores, attempt.scored = None, None, None
+    attempt.answers = write_answers(
+        crew,
+        [crew.prompts[number] for number in numbers],
+        responses_per_prompt=config.rollout.responses_per_prompt,
+        microbatch=config.responses_per_step,
+    )
+    rollout = attempt.answers.rollout
+    attempt.scored = score(
+        rollout,
+        policy=crew.policy,
+        reference=crew.original,
+        scores=torch.zeros(len(rollout.response_ids), device=crew.policy.device),
+        temperature=crew.sampling.temperature,
+        microbatch=config.rollout.microbatch_size,
+    )
+    try:
+        check_bounds(config, attempt.scored, attempt.scored.kl)
+    except TripwireError as error:
+        error.args = (f"after the last update, {error}",)
+        raise
+    spent = response_kl(attempt.scored.kl, rollout.response_mask)
+    return with_error("objective/kl_after", clustered_mean(spent, rollout.prompt_index))
+
+
 def save_if_due(
     config: Config,
     crew: Crew,
@@ -261,19 +311,19 @@ def _roll_back(
     rollbacks = state.rollbacks + 1
     restored = restore_run_state(checkpoint, crew, sealed.original)
     crew = restore_anchor(checkpoint, crew, restored)
-    beta = raise_beta(restored.beta, config.tripwires.beta_factor or BETA_FACTOR)
-    after = replace(restored, beta=beta, rollbacks=rollbacks)
+    factor = config.tripwires.beta_factor or BETA_FACTOR
+    raised = raise_betas(restored.betas, factor)
+    after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
     run.append_event(
         new_event(
             refused,
             "rolled_back",
-            f"from step {refused} back to step {after.step}, β from {restored.beta.beta:.4g} to "
-            f"{beta.beta:.4g} (rollback {rollbacks} of "
-            f"{config.tripwires.max_rollbacks or MAX_ROLLBACKS})",
+            f"from step {refused} back to step {after.step}, {_moves(restored, after)} (rollback "
+            f"{rollbacks} of {config.tripwires.max_rollbacks or MAX_ROLLBACKS})",
             to_step=after.step,
-            beta_before=restored.beta.beta,
-            beta=beta.beta,
+            **{key_of("beta_before", g, raised): s.beta for g, s in restored.betas.items()},
+            **{key_of("beta", g, raised): s.beta for g, s in raised.items()},
         )
     )
     # The newest go first: the last one left is always one that a run can resume from.
@@ -283,6 +333,14 @@ def _roll_back(
     save_run_state(run.checkpoints, crew, after, sealed.original, keep=config.logging.keep)
     run.rewind(after.step)
     return crew, after, seal(crew)
+
+
+def _moves(before: TrainingState, after: TrainingState) -> str:
+    """From which β to which, in words."""
+    return ", ".join(
+        f"{key_of('β', group, after.betas)} from {state.beta:.4g} to {after.betas[group].beta:.4g}"
+        for group, state in before.betas.items()
+    )
 
 
 def _stop(

@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.algorithms import choice
@@ -17,13 +18,13 @@ from kleash.algorithms.advantages import gae
 from kleash.algorithms.choice import Settings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.errors import ScoringError
-from kleash.frontier import Frontier
 from kleash.kl.mixing import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.masked import masked_mean
+from kleash.rewards import beta_of_each
 from kleash.texts import distinct_n
-from kleash.types import Experience, ScoredRollout
+from kleash.types import Beta, Experience, ScoredRollout
 
 Number = float | int | None
 
@@ -31,7 +32,7 @@ _ACCOUNTING_TOLERANCE = 1e-5
 """How far the accounting identity may be off, relative to the size of its terms."""
 
 
-def objective_measures(scored: ScoredRollout, *, beta: float | None) -> dict[str, Number]:
+def objective_measures(scored: ScoredRollout, *, beta: Beta | None) -> dict[str, Number]:
     """KL, entropy, score and objective of a rollout, per response, with standard errors.
 
     Standard errors are clustered by prompt; None where there is only one prompt. `beta` is None
@@ -39,7 +40,8 @@ def objective_measures(scored: ScoredRollout, *, beta: float | None) -> dict[str
     """
     rollout = scored.rollout
     mask, clusters = rollout.response_mask, rollout.prompt_index
-    exact = clustered_mean(response_kl(scored.kl, mask), clusters)
+    spent = response_kl(scored.kl, mask).double()
+    exact = clustered_mean(spent, clusters)
     k1 = clustered_mean(response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask), clusters)
     scores = clustered_mean(scored.scores, clusters)
     measures: dict[str, Number] = {
@@ -50,8 +52,9 @@ def objective_measures(scored: ScoredRollout, *, beta: float | None) -> dict[str
         "objective/entropy": float(masked_mean(scored.entropy, mask)),
     }
     if beta is not None:
-        measures["objective/non_score_reward"] = -beta * exact.mean
-        measures["objective/rlhf_reward"] = scores.mean - beta * exact.mean
+        price = float((beta_of_each(beta, spent) * spent).mean())
+        measures["objective/non_score_reward"] = -price
+        measures["objective/rlhf_reward"] = scores.mean - price
     return measures
 
 
@@ -71,17 +74,18 @@ def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[st
 
 
 def accounting_residual(
-    experience: Experience, scores: Tensor, charge: Tensor, *, beta: float
+    experience: Experience, scores: Tensor, charge: Tensor, *, beta: Beta
 ) -> float:
-    """|mean(Σ_t rewards_t) − (mean(score) − β · mean(Σ_t charge_t))|: zero but for rounding.
+    """|mean(Σ_t rewards_t) − (mean(score) − mean(β · Σ_t charge_t))|: zero but for rounding.
 
     `scores` are those the algorithm trains on, `charge` is what the placement says is penalised
     per token; both computed apart from the rewards.
     """
     kept = experience.mask.any(-1)
     rewards = response_kl(experience.rewards, experience.mask)[kept].double()
-    penalised = response_kl(charge, experience.mask)[kept].double()
-    objective = scores[kept].double() - beta * penalised
+    penalised = response_kl(charge, experience.mask).double()
+    penalised = (beta_of_each(beta, penalised) * penalised)[kept]
+    objective = scores[kept].double() - penalised
     return float((rewards.mean() - objective.mean()).abs())
 
 
@@ -98,8 +102,15 @@ def first_ratio_error(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) 
 
 def score_variance(scored: ScoredRollout) -> float | None:
     """Variance of the scores, within prompts where there are several responses to each."""
-    prompts, index = scored.rollout.prompt_index.unique(return_inverse=True)
-    scores, count = scored.scores.double(), len(scored.scores)
+    return variance_of(scored.scores, scored.rollout.prompt_index)
+
+
+def variance_of(
+    scores: Float[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
+) -> float | None:
+    """Variance of scores, within prompts where there are several to each; None for a single one."""
+    prompts, index = prompt_index.unique(return_inverse=True)
+    scores, count = scores.double(), len(scores)
     within = count > len(prompts)
     groups = index if within else torch.zeros_like(index)
     sums = scores.new_zeros(len(prompts)).index_add(0, groups, scores)
@@ -111,11 +122,11 @@ def score_variance(scored: ScoredRollout) -> float | None:
     return float((scores - means[groups]).square().sum()) / freedom
 
 
-def account(settings: Settings, experience: Experience, beta: float) -> float:
+def account(settings: Settings, experience: Experience, beta: Beta) -> float:
     """The accounting identity, from the placement's charges computed apart from the rewards."""
     scored = experience.scored
     mask = scored.rollout.response_mask
-    if beta == 0:
+    if not beta_of_each(beta, scored.scores).any():
         charge = torch.zeros_like(scored.kl)
     else:
         charge = charges(
@@ -143,7 +154,7 @@ several updates to a rollout the charges stay what they were while the different
 negative weight, moves, and would drive the policy away (`benchmarks/learning.py`)."""
 
 
-def next_mixing(settings: Settings, experience: Experience, beta: float) -> float | None:
+def next_mixing(settings: Settings, experience: Experience, beta: Beta) -> float | None:
     """c of the next step's `mixed`, from this step's responses: independent of those it mixes."""
     if not isinstance(settings, PPOSettings) or settings.mixing is None:
         return None
@@ -151,6 +162,7 @@ def next_mixing(settings: Settings, experience: Experience, beta: float) -> floa
     excess = kl_excess(
         scored.rollout_logprobs, scored.ref_logprobs, scored.kl, mask, decay=settings.lam
     )
+    excess = beta_of_each(beta, excess)[:, None] * excess  # in score: each response at its price
     # The advantages of c = 0, before whitening: those in use less what c added to them.
     assert scored.values is not None
     plain, _ = gae(
@@ -160,19 +172,14 @@ def next_mixing(settings: Settings, experience: Experience, beta: float) -> floa
         gamma=settings.gamma,
         lam=settings.lam,
     )
-    best = mixing_coefficient(plain - settings.mixing * beta * excess, excess, mask, beta=beta)
+    best = mixing_coefficient(plain - settings.mixing * excess, excess, mask, beta=1.0)
     return min(max(best, -LARGEST_MIXING), LARGEST_MIXING)
 
 
-def efficiency_measure(
-    frontier: Frontier | None, metrics: Mapping[str, Number]
-) -> dict[str, Number]:
-    """Score gained ÷ score that the plan holds possible at this KL; absent where it is silent."""
-    score, kl = metrics["objective/scores"], metrics["objective/kl_ref"]
-    if frontier is None or score is None or kl is None:
-        return {}
-    share = frontier.efficiency(score=score, kl=kl)
-    return {} if share is None else {"objective/kl_efficiency": share}
+def reward_measures(parts: Mapping[str, Tensor], total: Tensor) -> dict[str, Number]:
+    """Each reward model's mean score, and that of their weighted sum, before normalisation."""
+    means = {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
+    return {**means, "reward/total": float(total.mean())}
 
 
 class Clock:

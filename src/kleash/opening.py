@@ -3,16 +3,16 @@
 Nothing is written before everything that can be wrong at the start has been looked at.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from kleash.assembly import Crew, assemble, make_controller
+from kleash.assembly import Crew, assemble, make_leash
 from kleash.beginning import begin
-from kleash.beta.controllers import BetaController
+from kleash.beta.groups import Leash
 from kleash.beta.starting import Start
 from kleash.config import Config, dump_config, parse_config
 from kleash.errors import RunError
@@ -36,7 +36,7 @@ class Opened:
     """A run that is ready for its next step."""
 
     crew: Crew
-    controller: BetaController
+    leash: Leash
     state: TrainingState
     run: RunWriter
     trackers: Trackers
@@ -88,7 +88,7 @@ def open_run(
         write_frontier(path / PLAN_FILE, frontier)
     return Opened(
         crew=replace(crew, frontier=frontier),
-        controller=_controller(config, state.start),
+        leash=_leash(config, state.starts),
         state=state,
         run=run,
         trackers=trackers,
@@ -106,7 +106,7 @@ def _create(
     argv: Sequence[str],
     warnings: list[str],
 ) -> RunWriter:
-    meta = run_meta(config, crew, reference, argv, beta=state.beta.beta, start=state.start)
+    meta = run_meta(config, crew, reference, argv, betas=state.betas, starts=state.starts)
     tree = yaml.safe_load(dump_config(config))
     return RunWriter.create(Path(config.output), config=tree, meta={**meta, "warnings": warnings})
 
@@ -118,16 +118,16 @@ def _begin(config: Config, crew: Crew) -> tuple[Frontier | None, TrainingState]:
     return begun.frontier, TrainingState(
         step=0,
         episodes=0,
-        beta=_controller(config, begun.start).init(),
+        betas=_leash(config, begun.starts).init(),
         scores=begun.statistics if initial else ScoreStatistics(),
         cursor=PromptCursor(size=len(crew.prompts), seed=config.seed),
         mixing=crew.settings.mixing,
-        start=begun.start,
+        starts=begun.starts,
     )
 
 
-def _controller(config: Config, start: Start | None) -> BetaController:
-    return make_controller(config.leash, start=start, responses_per_step=config.responses_per_step)
+def _leash(config: Config, starts: Mapping[str, Start]) -> Leash:
+    return make_leash(config.leash, starts=starts, responses_per_step=config.responses_per_step)
 
 
 def _require_same_run(config: Config, run: Run) -> None:

@@ -5,25 +5,30 @@ drawn is kept in plan.json, so that other questions can be asked of it without d
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from kleash.assembly import assemble
-from kleash.beginning import about, draw
+from kleash.beginning import about, draw, frontier_of, group_targets
+from kleash.beta.groups import OTHERS
 from kleash.beta.starting import Start, starting_beta
 from kleash.config import Config, ReferenceConfig
 from kleash.errors import RewardError, UsageError
 from kleash.files import replace_file
 from kleash.frontier import PLAN_FILE, Frontier, make_frontier, read_frontier, write_frontier
-from kleash.report.planned import HEADERS, plan_page, plus_minus, sentences, table_rows
+from kleash.report.planned import (
+    HEADERS,
+    plan_page,
+    plus_minus,
+    start_sentence,
+    table_rows,
+)
+from kleash.sections import LeashConfig
 
 PAGE_FILE = "plan.html"
 
@@ -35,12 +40,29 @@ class Question:
     Attributes:
         betas: in score per nat; empty: a ladder of them.
         budgets: KL in nats per response.
-        target_kl: the budget of the run that is planned for, if it has one.
+        target_kl: the budget of the run that is planned for, in nats per response.
+        target_kl_per_token: the same in nats per token.
     """
 
     betas: Sequence[float] = ()
     budgets: Sequence[float] = ()
     target_kl: float | None = None
+    target_kl_per_token: float | None = None
+
+    def target(self, frontier: Frontier) -> float | None:
+        """The budget in nats per response: per token, of a response as long as the reference's."""
+        if self.target_kl_per_token is None:
+            return self.target_kl
+        return self.target_kl_per_token * frontier.about["response_length"]
+
+
+def question_of(
+    leash: LeashConfig, *, betas: Sequence[float] = (), budgets: Sequence[float] = ()
+) -> Question:
+    """What a run with this leash would ask of a plan; groups are always answered for themselves."""
+    if leash.groups is not None:
+        return Question(betas, budgets)
+    return Question(betas, budgets, leash.target_kl, leash.target_kl_per_token)
 
 
 def plan(config: Config, question: Question) -> Frontier:
@@ -58,7 +80,16 @@ def plan(config: Config, question: Question) -> Frontier:
     torch.manual_seed(config.seed)
     crew = assemble(config)
     drawn = draw(config, crew)
-    return _answer(drawn.scores, drawn.prompts, about(config, crew), question)
+    try:
+        return frontier_of(
+            drawn,
+            about=about(config, crew, drawn),
+            targets=group_targets(config.leash, drawn.length),
+            betas=question.betas,
+            budgets=question.budgets,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def replan(file: Path, question: Question) -> Frontier:
@@ -68,7 +99,17 @@ def replan(file: Path, question: Question) -> Frontier:
         KleashError: the file is no plan, or the question cannot be asked.
     """
     earlier = read_frontier(file)
-    return _answer(earlier.scores, earlier.prompts, earlier.about, question)
+    try:
+        again = make_frontier(
+            earlier.scores,
+            prompts=earlier.prompts,
+            about=earlier.about,
+            betas=question.betas,
+            budgets=question.budgets,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return replace(again, groups=earlier.groups)
 
 
 def starting_point(frontier: Frontier, question: Question) -> Start | None:
@@ -77,10 +118,13 @@ def starting_point(frontier: Frontier, question: Question) -> Start | None:
     Raises:
         RewardError: scores do not vary within any prompt.
     """
-    if question.target_kl is None:
-        return None
+    target = question.target(frontier)
+    return None if target is None else _start(frontier, target)
+
+
+def _start(frontier: Frontier, target: float) -> Start:
     try:
-        return starting_beta(frontier.scores, question.target_kl)
+        return starting_beta(frontier.scores, target)
     except ValueError as error:
         raise RewardError(str(error)) from error
 
@@ -95,6 +139,8 @@ def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | No
     for row, cells in rows:
         table.add_row(*(Text(cell) for cell in cells[:-1]), style="" if row.known else "dim")
     console.print(table)
+    if frontier.groups:
+        console.print(_group_table(frontier.groups))
     for row, cells in rows:
         if not row.known:
             console.print(f"not known, KL {cells[1]}: {row.reason}", markup=False, style="dim")
@@ -106,6 +152,31 @@ def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | No
     )
     for sentence in told:
         console.print(sentence, markup=False)
+
+
+def _told_of_groups(frontier: Frontier) -> list[str]:
+    told: list[str] = []
+    for name, target in frontier.about.get("groups", {}).items():
+        asked = f"leash.{'target_kl' if name == OTHERS else f'groups.{name}'} {target:g}"
+        group = frontier.groups.get(name)
+        told.append(
+            f"for {asked} nothing is planned: the group has a single prompt, a plan needs 2 or more"
+            if group is None
+            else start_sentence(asked, _start(group, target))
+        )
+    return told
+
+
+def _group_table(groups: Mapping[str, Frontier]) -> Table:
+    """The budget of each group, from its own prompts."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("group", "prompts", *HEADERS[:5]):
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    for name, group in groups.items():
+        row, cells = table_rows(replace(group, rows=[]), plus_minus)[0]
+        texts = (name, str(len(group.prompts)), *cells[:5])
+        table.add_row(*map(Text, texts), style="" if row.known else "dim")
+    return table
 
 
 def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: str) -> Path:
@@ -124,25 +195,20 @@ def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: 
 
 
 def told_by(frontier: Frontier, question: Question) -> list[str]:
-    """The sentences under the table."""
-    return sentences(frontier, question.target_kl, starting_point(frontier, question))
-
-
-def _answer(
-    scores: Float[Tensor, "prompt sample"],
-    prompts: Sequence[int],
-    what: Mapping[str, Any],
-    question: Question,
-) -> Frontier:
-    budgets = list(question.budgets)
-    if question.target_kl is not None and question.target_kl not in budgets:
-        budgets.append(question.target_kl)
-    try:
-        return make_frontier(
-            scores, prompts=prompts, about=what, betas=question.betas, budgets=budgets
+    """The sentences under the table: the reference, and where β starts for what is asked."""
+    told = [f"the reference scores {frontier.mean_score:.3f} on average"]
+    target = question.target(frontier)
+    if question.target_kl_per_token is not None:
+        told.append(
+            f"leash.target_kl_per_token {question.target_kl_per_token:g} is {target:.4g} nats per "
+            f"response, of {frontier.about['response_length']:.1f} tokens as the reference writes "
+            "them"
         )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    if target is not None:
+        per_token = question.target_kl_per_token is not None
+        asked = f"{target:.4g} nats" if per_token else f"leash.target_kl {target:g}"
+        told.append(start_sentence(asked, _start(frontier, target)))
+    return told + _told_of_groups(frontier)
 
 
 def _at_reference(config: Config) -> Config:

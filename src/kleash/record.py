@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import accelerate
@@ -11,19 +11,16 @@ import transformers
 
 from kleash import __version__
 from kleash.assembly import Crew
+from kleash.beta.groups import OTHERS, States, is_grouped
 from kleash.beta.starting import Start
 from kleash.config import Config
 from kleash.generation import overridden_settings
 from kleash.models import Identity
 
 
-def price(config: Config, beta: float) -> float | None:
-    """β in score per nat; None for GRPO, whose β is in spreads of a group per nat."""
-    return None if config.algorithm == "grpo" else beta
-
-
-def objective_line(config: Config, beta: float) -> str:
+def objective_line(config: Config, betas: States) -> str:
     """The objective actually optimised, with its numbers."""
+    beta = next(iter(betas.values())).beta
     score_text = " + ".join(
         name if reward.weight == 1 else f"{reward.weight:g}·{name}"
         for name, reward in config.reward_models.items()
@@ -35,7 +32,13 @@ def objective_line(config: Config, beta: float) -> str:
     leash = config.leash
     if leash.placement == "measure" or leash.beta == 0:
         return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"
-    if leash.target_kl is not None:
+    if is_grouped(betas):
+        held = ", ".join(
+            f"{own.target_kl:g} nats per response of {name} (β from {betas[name].beta:.4g})"
+            for name, own in leash.each().items()
+        )
+        moves = f"β moved in each group to hold {held}"
+    elif leash.target_kl is not None:
         moves = f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
     elif leash.target_kl_per_token is not None:
         moves = f"β from {beta:.4g}, moved to hold {leash.target_kl_per_token:g} nats per token"
@@ -52,16 +55,16 @@ def run_meta(
     reference: Identity,
     argv: Sequence[str],
     *,
-    beta: float,
-    start: Start | None,
+    betas: States,
+    starts: Mapping[str, Start],
 ) -> dict[str, Any]:
     """The contents of run.json: who, with what, from which seed."""
     return {
         "argv": list(argv),
         "seed": config.seed,
         "device": str(crew.policy.device),
-        "objective": objective_line(config, beta),
-        "start": None if start is None else dataclasses.asdict(start),
+        "objective": objective_line(config, betas),
+        "start": _starts(starts),
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(crew.policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.
@@ -74,3 +77,10 @@ def run_meta(
             "accelerate": accelerate.__version__,
         },
     }
+
+
+def _starts(starts: Mapping[str, Start]) -> dict[str, Any] | None:
+    """Where β started, or that of each group by its name; None where it was told."""
+    if is_grouped(starts):
+        return {name: dataclasses.asdict(start) for name, start in starts.items()} or None
+    return dataclasses.asdict(starts[OTHERS])

@@ -4,7 +4,7 @@
     value.safetensors   the critic, where there is one
     optimizer.pt        moments of the optimiser; read with `weights_only`
     random.safetensors  the random generators
-    state.json          step, episodes, β state, score statistics, place in the prompts, reference
+    state.json          step, episodes, β states, score statistics, place in the prompts, reference
     anchor.safetensors  the policy that the leash was moved to, if it was moved
 
 The reference itself is not stored: it is loaded as before, and its identity must be the same.
@@ -13,7 +13,7 @@ For the length of one step the same is kept in main memory, so that the step can
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kleash.assembly import Crew, learning
 from kleash.beta.controllers import BetaState
+from kleash.beta.groups import States
 from kleash.beta.starting import Start
 from kleash.checkpoint import (
     list_checkpoints,
@@ -48,7 +49,8 @@ class TrainingState:
 
     step: int
     episodes: int
-    beta: BetaState
+    betas: States
+    """What the controller of each group remembers; of the one for all, without groups."""
     scores: ScoreStatistics
     cursor: PromptCursor
     seconds: float = 0.0
@@ -62,8 +64,9 @@ class TrainingState:
     best_step: int | None = None
     """The checkpoint with the best held-out objective so far."""
     best_objective: float | None = None
-    start: Start | None = None
-    """Where a moving β started, which its controller goes on building on; None if it was told."""
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    """Where the moving β of each group started, which its controller goes on building on; empty if
+    it was told."""
 
 
 def save_run_state(
@@ -123,7 +126,7 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
     return TrainingState(
         step=record["step"],
         episodes=record["episodes"],
-        beta=BetaState(**record["beta"]),
+        betas={name: BetaState(**state) for name, state in record["betas"].items()},
         scores=ScoreStatistics(**record["scores"]),
         cursor=PromptCursor(**record["cursor"]),
         seconds=record["seconds"],
@@ -132,7 +135,7 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
         anchored=record["anchored"],
         best_step=record["best_step"],
         best_objective=record["best_objective"],
-        start=None if record["start"] is None else Start(**record["start"]),
+        starts={name: Start(**start) for name, start in record["starts"].items()},
     )
 
 

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kleash.types import Beta
+
 
 def kl_shaped_rewards(
     scores: Float[Tensor, " batch"],
     charge: Float[Tensor, "batch token"],
-    beta: float,
+    beta: Beta,
     mask: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, "batch token"]:
     r"""Spread a response's KL-regularised score over its tokens.
@@ -32,8 +34,8 @@ def kl_shaped_rewards(
     Args:
         scores: score of each response.
         charge: KL charged at each token, in nats, positive when the policy has drifted.
-        beta: strength of the penalty, in score per nat. At 0 nothing is charged, so that even
-            a NaN in `charge` goes nowhere.
+        beta: strength of the penalty, in score per nat, for all responses or for each. At 0
+            nothing is charged, so that even a NaN in `charge` goes nowhere.
         mask: True on the tokens the policy wrote, end-of-sequence included.
 
     Returns:
@@ -56,8 +58,7 @@ def kl_shaped_rewards(
         Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, eq. 2,
         https://arxiv.org/abs/1909.08593
     """
-    if not 0 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and not negative, got {beta}: β = 0 charges nothing")
+    dtype = torch.promote_types(torch.promote_types(scores.dtype, charge.dtype), torch.float32)
     has_token = mask.any(-1)
     if not has_token.all():
         empty = (~has_token).nonzero().flatten().tolist()
@@ -65,13 +66,28 @@ def kl_shaped_rewards(
             f"every response needs a token for its score to land on, got empty responses {empty}: "
             "leave them out of the rollout"
         )
-    dtype = torch.promote_types(torch.promote_types(scores.dtype, charge.dtype), torch.float32)
     score, charged = scores.detach().to(dtype), charge.detach().to(dtype)
-    zero = torch.zeros_like(charged)
-    penalty = zero if beta == 0 else torch.where(mask, -beta * charged, zero)
+    betas = beta_of_each(beta, charged)[:, None]
+    penalty = torch.where(mask & (betas > 0), -betas * charged, 0.0)
     # argmax takes the first of equals: the last token kept, wherever the mask begins.
     last = mask.cumsum(-1).argmax(-1, keepdim=True)
     return penalty.scatter_add(-1, last, score[:, None])
+
+
+def beta_of_each(beta: Beta, like: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """β of every response, in score per nat, in the type and on the device of other numbers.
+
+    Raises:
+        ValueError: if a β is negative or not finite.
+
+    Example:
+        >>> beta_of_each(0.5, torch.tensor([3.0, 4.0]))
+        tensor([0.5000, 0.5000])
+    """
+    betas = torch.as_tensor(beta, dtype=torch.float64)
+    if not ((betas >= 0) & betas.isfinite()).all():
+        raise ValueError(f"beta must be finite and not negative, got {beta}: β = 0 charges nothing")
+    return betas.to(like).expand(len(like))
 
 
 def missing_eos_penalty(

@@ -13,16 +13,14 @@ Where a launcher started several processes, this one leads and the others lend a
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
 from kleash import sharing
 from kleash.algorithms import choice
-from kleash.assembly import Crew, target_per_response
-from kleash.beginning import start_line
-from kleash.beta.controllers import BetaController, Measurement
-from kleash.beta.starting import Start
+from kleash.assembly import Crew
+from kleash.beginning import start_lines
+from kleash.beta.groups import Leash, betas_of, is_grouped
 from kleash.config import Config
 from kleash.errors import ModelError, RefusedError
 from kleash.evaluation import (
@@ -36,6 +34,7 @@ from kleash.holding import (
     Attempt,
     attempt_step,
     check_bounds,
+    check_last,
     reanchor_if_due,
     refuse,
     require_unchanged,
@@ -49,22 +48,27 @@ from kleash.measures import (
     Clock,
     Number,
     account,
-    efficiency_measure,
     next_mixing,
     objective_measures,
+    reward_measures,
     rollout_measures,
-    score_variance,
     with_error,
 )
 from kleash.opening import Opened, Preflight, open_run
 from kleash.preflight import doctor
 from kleash.progress import TrainingDisplay
-from kleash.record import objective_line, price
+from kleash.record import objective_line
 from kleash.resume import TrainingState
 from kleash.rewards import ScoreStatistics
 from kleash.rollout import score
 from kleash.runs import RunWriter
 from kleash.samples import Sample
+from kleash.steering import (
+    controller_measures,
+    leash_measures,
+    measurements,
+    read_groups,
+)
 from kleash.types import ScoredRollout
 from kleash.updates import update
 
@@ -101,14 +105,17 @@ def _run(config: Config, opened: Opened) -> Path:
     """Every step that is still to be made."""
     crew, state, run, trackers = opened.crew, opened.state, opened.run, opened.trackers
     display = TrainingDisplay(
-        config.steps, title=run.path.name, target_kl=config.leash.target_kl, done=state.step
+        config.steps,
+        title=run.path.name,
+        target_kl=None if is_grouped(state.betas) else config.leash.target_kl,
+        done=state.step,
     )
     with run, trackers, display:
-        display.say(objective_line(config, state.beta.beta))
+        display.say(objective_line(config, state.betas))
         for warning in opened.warnings:
             display.say(f"warning: {warning}")
-        if state.start is not None:
-            display.say(start_line(config, state.start))
+        for line in start_lines(config, state.starts):
+            display.say(line)
         if opened.fresh and crew.heldout:
             run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
         sealed, attempt = seal(crew), None
@@ -116,7 +123,7 @@ def _run(config: Config, opened: Opened) -> Path:
             attempt = attempt_step(config, crew, state, attempt)
             try:
                 require_unchanged(crew, sealed)
-                state, metrics = _step(config, crew, opened.controller, state, run, attempt)
+                state, metrics = _step(config, crew, opened.leash, state, run, attempt)
             except RefusedError as error:
                 display.say(f"step {attempt.step} refused: {error}")
                 crew, state, sealed = refuse(error, attempt, config, crew, state, sealed, run)
@@ -131,13 +138,13 @@ def _run(config: Config, opened: Opened) -> Path:
 def _step(
     config: Config,
     crew: Crew,
-    controller: BetaController,
+    leash: Leash,
     state: TrainingState,
     run: RunWriter,
     attempt: Attempt,
 ) -> tuple[TrainingState, dict[str, Number]]:
     """One rollout and its updates; every number of it goes into the run directory."""
-    clock, beta, step = Clock(), state.beta.beta, state.step + 1
+    clock, step = Clock(), state.step + 1
 
     # 1. The policy writes; the reward models read.
     numbers, cursor = state.cursor.take(config.rollout.prompts_per_step)
@@ -145,6 +152,8 @@ def _step(
         written = _write(config, crew, numbers, attempt)
     scores, seen = _normalise(config, written.raw_scores, state.scores)
     attempt.scores = scores
+    groups = crew.groups_of(written.rollout)
+    betas = betas_of(state.betas, groups)
 
     # 2–3. Policy, reference and critic score the same tokens.
     with clock.measure("time/score"):
@@ -158,31 +167,37 @@ def _step(
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
-        experience = choice.prepare(scored, beta, settings)
+        experience = choice.prepare(scored, betas, settings)
         attempt.updating = several_updates(config)
         updates = update(config, crew, experience, done=state.step)
+        attempt.updating = True
+    if step == config.steps:
+        updates |= check_last(config, crew, cursor, attempt)
+
+    # 6. β moves.
+    trained = choice.trained_scores(experience.scored, settings)
+    readings = read_groups(experience.scored, groups, trained=trained)
+    told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta is None)
+    states = leash.update(state.betas, told)
 
     metrics = {
-        **objective_measures(experience.scored, beta=price(config, beta)),
+        **objective_measures(experience.scored, beta=choice.price(betas, settings)),
         **rollout_measures(scored, written.responses),
         **_original_measures(config, scored, original_kl),
         **updates,
-        "objective/accounting_residual": account(settings, experience, beta),
-        **_reward_measures(config, written, scored, beta=beta),
+        "objective/accounting_residual": account(settings, experience, betas),
+        **reward_measures(written.parts, written.raw_scores),
+        **leash_measures(config.leash, state.betas, readings, crew.frontier),
+        **controller_measures(leash, state.betas, told, states),
     }
-    metrics |= efficiency_measure(crew.frontier, metrics)
-
-    # 6. β moves.
-    trained = replace(scored, scores=choice.trained_scores(experience.scored, settings))
-    reading = _measurement(config, metrics, trained, start=state.start)
     after = replace(
         state,
         step=step,
         episodes=state.episodes + len(written.responses),
-        beta=controller.update(state.beta, reading),
+        betas=states,
         scores=seen,
         cursor=cursor,
-        mixing=next_mixing(settings, experience, beta),
+        mixing=next_mixing(settings, experience, betas),
         seconds=state.seconds + clock.total,
     )
     metrics |= _progress(clock, scored, after)
@@ -276,29 +291,6 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
         )
 
 
-def _measurement(
-    config: Config,
-    metrics: dict[str, Number],
-    scored: ScoredRollout,
-    *,
-    start: Start | None,
-) -> Measurement:
-    """What the controller reads. A starting β that was given is taken at its word; only one that
-    came from the spread of the scores goes on following it. Under a target per token the reading
-    is that of responses as long as the reference's, which is what the controller's target is of."""
-    error = metrics["objective/kl_ref_se"]
-    given = config.leash.initial_beta is not None
-    longer = 1.0
-    if start is not None and start.response_length is not None:
-        longer = start.response_length / cast(float, metrics["rollout/length"])
-    return Measurement(
-        response_kl=longer * cast(float, metrics["objective/kl_ref"]),
-        standard_error=float("nan") if error is None else longer * error,
-        responses=len(scored.scores),
-        score_variance=None if given else score_variance(scored),
-    )
-
-
 def _original_measures(
     config: Config, scored: ScoredRollout, original_kl: Tensor
 ) -> dict[str, Number]:
@@ -308,20 +300,6 @@ def _original_measures(
     mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
     estimate = clustered_mean(response_kl(original_kl, mask), clusters)
     return with_error("objective/kl_original", estimate)
-
-
-def _reward_measures(
-    config: Config, written: Written, scored: ScoredRollout, *, beta: float
-) -> dict[str, Number]:
-    """Each reward model's mean, and what the leash asks for."""
-    return {
-        **{f"reward/{name}": float(part.mean()) for name, part in written.parts.items()},
-        "reward/total": float(written.raw_scores.mean()),
-        "objective/beta": beta,
-        "objective/target_kl": target_per_response(
-            config.leash, float(scored.rollout.response_mask.sum(-1).double().mean())
-        ),
-    }
 
 
 def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
@@ -360,7 +338,7 @@ def _evaluate(
     metrics, samples = evaluate_heldout(
         crew,
         step=state.step,
-        beta=price(config, state.beta.beta),
+        betas=state.betas,
         responses_per_prompt=config.heldout.responses_per_prompt,
         microbatch=max(256, config.rollout.microbatch_size),
         samples=_HELDOUT_SAMPLES,

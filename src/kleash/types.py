@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Beta = float | Float[Tensor, " batch"]
+"""β in score per nat: one for all responses, or one for each."""
+
 
 @dataclass(frozen=True)
 class Head:

@@ -8,12 +8,12 @@ from kleash.algorithms.advantages import group_relative
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
-from kleash.types import Experience, Fresh, Loss, ScoredRollout
+from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 
 Settings = PPOSettings | GRPOSettings | RLOOSettings
 
 
-def prepare(scored: ScoredRollout, beta: float, settings: Settings) -> Experience:
+def prepare(scored: ScoredRollout, beta: Beta, settings: Settings) -> Experience:
     """Rewards and advantages of a rollout: `ppo.prepare`, `grpo.prepare` or `rloo.prepare`.
 
     Raises:
@@ -52,3 +52,8 @@ def trained_scores(scored: ScoredRollout, settings: Settings) -> Float[Tensor, "
         prompts = scored.rollout.prompt_index
         return group_relative(scored.scores, prompts, epsilon=settings.epsilon)
     return scored.scores
+
+
+def price(beta: Beta, settings: Settings) -> Beta | None:
+    """β in score per nat; None for GRPO, whose β is in standard deviations of a group per nat."""
+    return None if isinstance(settings, GRPOSettings) else beta

@@ -24,8 +24,8 @@ from kleash.kl.placements import (
     loss_weights,
 )
 from kleash.masked import masked_sum
-from kleash.rewards import kl_shaped_rewards, missing_eos_penalty
-from kleash.types import Experience, Fresh, Loss, Rollout, ScoredRollout
+from kleash.rewards import beta_of_each, kl_shaped_rewards, missing_eos_penalty
+from kleash.types import Beta, Experience, Fresh, Loss, Rollout, ScoredRollout
 
 Truncated = Literal["score", "penalise", "drop", "bootstrap"]
 """A response cut by the length limit: score it as it stands, subtract a penalty from the score,
@@ -96,7 +96,7 @@ def settle_truncated(
 def leash(
     scored: ScoredRollout,
     scores: Float[Tensor, " batch"],
-    beta: float,
+    beta: Beta,
     placement: Placement,
     *,
     mixing: float | None,
@@ -119,9 +119,10 @@ def leash(
     )
     rewards = kl_shaped_rewards(scores, charge, beta, mask)
     weight = loss_weights(placement, mask=mask, mixing=mixing, dtype=rewards.dtype)
-    if weight is None or beta == 0:
+    betas = beta_of_each(beta, rewards)
+    if weight is None or not betas.any():
         return rewards, None
-    return rewards, beta * weight
+    return rewards, betas[:, None] * weight
 
 
 def policy_losses(

@@ -26,7 +26,7 @@ from kleash.algorithms.experience import (
 )
 from kleash.kl.placements import Placement
 from kleash.masked import masked_sum
-from kleash.types import Experience, Fresh, Loss, ScoredRollout
+from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class GRPOSettings:
         check_critic_free(self.truncated, self.missing_eos_penalty)
 
 
-def prepare(scored: ScoredRollout, beta: float, settings: GRPOSettings) -> Experience:
+def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experience:
     r"""Rewards and advantages of a rollout.
 
         ŝ_i = (score_i − mean) / (sd + ε)        K_i = Σ_t charge_t
@@ -64,7 +64,8 @@ def prepare(scored: ScoredRollout, beta: float, settings: GRPOSettings) -> Exper
 
     Args:
         scored: the rollout, at least two responses to each prompt.
-        beta: strength of the leash, in group standard deviations per nat. At 0 no KL is looked at.
+        beta: strength of the leash, in group standard deviations per nat, for all responses or for
+            each. At 0 no KL is looked at.
         settings: the numbers of GRPO.
 
     Returns:

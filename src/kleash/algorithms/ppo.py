@@ -26,7 +26,7 @@ from kleash.algorithms.experience import (
 from kleash.algorithms.losses import clipped_value_loss
 from kleash.kl.placements import Placement
 from kleash.masked import WHITENING_EPSILON, masked_variance, whiten
-from kleash.types import Experience, Fresh, Loss, ScoredRollout
+from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 
 __all__ = ["PPOSettings", "kept_rows", "loss", "prepare", "select"]
 
@@ -63,7 +63,7 @@ class PPOSettings:
         check_truncated(self.truncated, self.missing_eos_penalty)
 
 
-def prepare(scored: ScoredRollout, beta: float, settings: PPOSettings) -> Experience:
+def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experience:
     r"""Rewards, advantages and returns of a rollout.
 
         r_t = −β · charge_t + score · 1[t last]        A = GAE(r, V)        R = A + V
@@ -74,7 +74,8 @@ def prepare(scored: ScoredRollout, beta: float, settings: PPOSettings) -> Experi
 
     Args:
         scored: the rollout, with values.
-        beta: strength of the leash, in score per nat. At 0 no KL is looked at.
+        beta: strength of the leash, in score per nat, for all responses or for each. At 0 no KL is
+            looked at.
         settings: the numbers of PPO.
 
     Returns:

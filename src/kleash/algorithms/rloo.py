@@ -22,7 +22,7 @@ from kleash.algorithms.experience import (
 )
 from kleash.kl.placements import Placement
 from kleash.masked import masked_sum
-from kleash.types import Experience, Fresh, Loss, ScoredRollout
+from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class RLOOSettings:
         check_critic_free(self.truncated, self.missing_eos_penalty)
 
 
-def prepare(scored: ScoredRollout, beta: float, settings: RLOOSettings) -> Experience:
+def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experience:
     r"""Rewards and advantages of a rollout.
 
         R_i = score_i − β · Σ_t charge_t        A_i = R_i − 1/(n−1) Σ_{j≠i} R_j
@@ -57,7 +57,8 @@ def prepare(scored: ScoredRollout, beta: float, settings: RLOOSettings) -> Exper
 
     Args:
         scored: the rollout, at least two responses to each prompt.
-        beta: strength of the leash, in score per nat. At 0 no KL is looked at.
+        beta: strength of the leash, in score per nat, for all responses or for each. At 0 no KL is
+            looked at.
         settings: the numbers of RLOO.
 
     Returns:

@@ -129,9 +129,10 @@ class BudgetBeta:
         seen = self._observe(counted, measurement)
         if measurement.response_kl == 0:
             return seen
-        error = self._error(seen, measurement)
+        error, quiet = self._error(seen, measurement)
         gain = self._gain(seen, measurement.response_kl)
-        return self._move(replace(seen, error=error, gain=gain), measurement.response_kl)
+        told = replace(seen, error=error, quiet=quiet, gain=gain)
+        return self._move(told, measurement.response_kl)
 
     def _observe(self, state: BetaState, measurement: Measurement) -> BetaState:
         """Speed, variance, the tilt of the path so far and the β it leads to."""
@@ -153,15 +154,16 @@ class BudgetBeta:
             state, kl=kl, speed=speed, variance=variance, tilt=tilt, feedforward=feedforward
         )
 
-    def _error(self, state: BetaState, measurement: Measurement) -> float:
-        """ln(KL_ahead/target): today's error, and the drift to come beyond the noise."""
+    def _error(self, state: BetaState, measurement: Measurement) -> tuple[float, bool]:
+        """ln(KL_ahead/target): today's error, and the drift to come beyond the noise, if any is."""
         kl, noise = measurement.response_kl, measurement.noise
         now = math.log(kl / self.target_kl) + noise**2 / 2
         ahead = max(_NEAREST, 1 + self.look_ahead * state.speed / math.sqrt(kl))
         drift = 2 * math.log(ahead)
         # ln KL has the standard error `noise`: smoothed and extrapolated, it looks like this drift.
         band = noise * _SPEED_WEIGHT * self.look_ahead
-        return clip(now + math.copysign(max(0.0, abs(drift) - band), drift), self.error_max)
+        beyond = math.copysign(max(0.0, abs(drift) - band), drift)
+        return clip(now + beyond, self.error_max), beyond == 0 != drift
 
     def _gain(self, state: BetaState, kl: float) -> float:
         """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt.
@@ -184,12 +186,15 @@ class BudgetBeta:
         base, old = math.log(state.feedforward), math.log(state.beta)
         if abs(gap := base + state.trim - old) > self.rate_max and gap * push > 0:
             push = 0.0  # the rate limit withholds it: integrating on would overshoot
-        log_beta = old + clip(base + state.trim + push - old, self.rate_max)
+        wanted = base + state.trim + push - old
+        log_beta = old + clip(wanted, self.rate_max)
         beta = min(self.beta_max, max(self.beta_min, math.exp(log_beta)))
         trim = state.trim + push
-        if beta in (self.beta_min, self.beta_max):
+        bounded = beta in (self.beta_min, self.beta_max)
+        if bounded:
             trim = math.log(beta) - base
-        return replace(state, beta=beta, trim=trim)
+        limited = abs(wanted) > self.rate_max
+        return replace(state, beta=beta, trim=trim, limited=limited, bounded=bounded)
 
 
 def initial_beta(target_kl: float, score_sd: float) -> float:

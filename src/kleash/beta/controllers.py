@@ -182,6 +182,8 @@ class AdaptiveBeta:
                 f"responses must be fewer than 5 × horizon = {5 * self.horizon} or beta could "
                 f"reach zero, got {measurement.responses}: raise the horizon"
             )
-        error = clip(measurement.response_kl / self.target_kl - 1, 0.2)
+        off = measurement.response_kl / self.target_kl - 1
+        error = clip(off, 0.2)
         beta = min(self.beta_max, max(self.beta_min, state.beta * (1 + gain * error)))
-        return replace(counted, beta=beta, error=error)
+        bounded = beta in (self.beta_min, self.beta_max)
+        return replace(counted, beta=beta, error=error, limited=off != error, bounded=bounded)

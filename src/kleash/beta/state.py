@@ -63,6 +63,9 @@ class BetaState:
         tilt: 1/(2β²) of the optimum that spends `kl`, along the path travelled.
         feedforward: β that the closed form holds right for the target; None until known.
         trim: what feedback has added to ln β on top of it.
+        quiet: whether the dead band took all of the last reading's drift for noise.
+        limited: whether the last step of β was cut to the largest allowed.
+        bounded: whether β stands at one of its hard bounds.
     """
 
     beta: float
@@ -77,6 +80,9 @@ class BetaState:
     tilt: float = 0.0
     feedforward: float | None = None
     trim: float = 0.0
+    quiet: bool = False
+    limited: bool = False
+    bounded: bool = False
 
 
 @runtime_checkable
@@ -100,6 +106,8 @@ def count(state: BetaState, measurement: Measurement) -> BetaState:
         ignored=state.ignored + (not measurement.usable),
         responses=state.responses + measurement.responses,
         error=0.0,
+        quiet=False,
+        limited=False,
     )
 
 

@@ -2,8 +2,9 @@
 
 import math
 
-from kleash.assembly import make_controller, target_per_response
+from kleash.assembly import make_leash, target_per_response
 from kleash.beta.controllers import initial_beta
+from kleash.beta.groups import States
 from kleash.beta.starting import Start
 from kleash.config import Config
 from kleash.kl.placements import gradient_of
@@ -24,7 +25,7 @@ _PER_TOKEN = 2.0
 
 def objective(trial: Trial) -> Finding:
     """The objective actually optimised, in one line with its numbers."""
-    line = objective_line(trial.config, starting_beta(trial))
+    line = objective_line(trial.config, starting_states(trial))
     return Finding("leash.objective", "ok", line, "what you meant to optimise")
 
 
@@ -108,6 +109,8 @@ def target(trial: Trial) -> Finding:
         f"{_PER_TOKEN:g} per token",
     )
     goal = trial.config.leash.target_kl
+    if trial.config.leash.groups is not None:
+        return ask.skip("Each group of prompts has a target of its own.")
     if goal is None:
         return ask.skip("β does not move: there is no target per response.")
     length = float(trial.rollout.response_mask.sum(-1).double().mean())
@@ -183,14 +186,20 @@ def _unit(trial: Trial, deviation: float) -> float:
 
 
 def starting_beta(trial: Trial) -> float:
-    """β of the first step, from this trial's few responses where a plan would ask for more."""
-    leash, start = trial.config.leash, None
+    """β of the first step; where there are groups, of the first of them."""
+    return next(iter(starting_states(trial).values())).beta
+
+
+def starting_states(trial: Trial) -> States:
+    """The first step's β, from this trial's few responses where a plan would ask for more."""
+    leash, starts = trial.config.leash, dict[str, Start]()
     length = float(trial.scored.rollout.response_mask.sum(-1).float().mean())
-    target = target_per_response(leash, length)
-    if target is not None:
-        deviation = score_deviation(trial) or 1.0
-        unit = _unit(trial, deviation)
-        beta = leash.initial_beta or initial_beta(target, unit)
-        start = Start(beta, "spread", response_length=length)
+    deviation = score_deviation(trial) or 1.0
+    unit = _unit(trial, deviation)
+    for name, own in leash.each().items():
+        target = target_per_response(own, length)
+        if target is not None:
+            beta = leash.initial_beta or initial_beta(target, unit)
+            starts[name] = Start(beta, "spread", response_length=length)
     responses = trial.config.responses_per_step
-    return make_controller(leash, start=start, responses_per_step=responses).init().beta
+    return make_leash(leash, starts=starts, responses_per_step=responses).init()

@@ -3,21 +3,8 @@
 `docs/metrics.md` is this table, written by `python -m kleash.report.glossary > docs/metrics.md`.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The definition of one key of metrics.jsonl."""
-
-    key: str
-    """As in metrics.jsonl; `<name>` stands for the name of a reward model."""
-    title: str
-    meaning: str
-    formula: str
-    unit: str
-    healthy: str
-
+from kleash.report.controlling import CONTROLLER
+from kleash.report.metric import Metric
 
 GLOSSARY: tuple[Metric, ...] = (
     Metric(
@@ -157,6 +144,25 @@ GLOSSARY: tuple[Metric, ...] = (
         "score",
         "below 1e-5",
     ),
+    Metric(
+        "objective/kl_after",
+        "KL after the last update",
+        "Where there are tripwires, the policy that a run leaves is measured once more, on "
+        "responses that nothing is learnt from: no later step would show what the last update "
+        "did. To the original reference.",
+        "mean_y Σ_t KL(π(·|y<t) ‖ π_original(·|y<t)), y ~ π after the last update",
+        "nats per response",
+        "below tripwires.stop_kl, or the last step is refused",
+    ),
+    Metric(
+        "objective/kl_after_se",
+        "Standard error of the KL after",
+        "Sampling error of objective/kl_after.",
+        "clustered by prompt",
+        "nats per response",
+        "below a tenth of the KL",
+    ),
+    *CONTROLLER,
     Metric(
         "policy/approx_kl",
         "KL of the update",
@@ -394,9 +400,12 @@ def define(key: str) -> Metric | None:
         'KL to the reference'
         >>> define("reward/helpful").title
         'One reward'
+        >>> define("objective/beta/code").title
+        'β'
     """
-    if key in _BY_KEY:
-        return _BY_KEY[key]
+    of_group = "/".join(key.split("/")[:2])
+    if key in _BY_KEY or of_group in _BY_KEY:
+        return _BY_KEY.get(key) or _BY_KEY[of_group]
     if key.startswith("reward/"):
         return _BY_KEY["reward/<name>"]
     if key.startswith("heldout/"):

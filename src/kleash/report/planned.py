@@ -41,26 +41,22 @@ def plus_minus(interval: Interval) -> str:
     )
 
 
-def sentences(frontier: Frontier, target_kl: float | None, start: Start | None) -> list[str]:
-    """What the plan comes to: the mean of the reference, and β for the budget asked for."""
-    told = [f"the reference scores {frontier.mean_score:.3f} on average"]
-    if target_kl is None or start is None:
-        return told
-    asked = f"for leash.target_kl {target_kl:g}"
+def start_sentence(asked: str, start: Start) -> str:
+    """Where β would start for what was asked, and why not by the plan if not."""
+    beta = format_number(start.beta)
     match start.source:
         case "plan":
-            told.append(f"{asked}: start near β = {format_number(start.beta)}")
+            return f"for {asked}: start near β = {beta}"
         case "edge":
-            told.append(
-                f"{asked} the plan does not know β: {start.reason}; carried on from the last row "
-                f"known, a run would start near {format_number(start.beta)}"
+            return (
+                f"for {asked} the plan does not know β: {start.reason}; carried on from the last "
+                f"row known, a run would start near {beta}"
             )
         case _:
-            told.append(
-                f"{asked} the plan does not know β: {start.reason}; from the spread of the scores, "
-                f"a run would start near {format_number(start.beta)}"
+            return (
+                f"for {asked} the plan does not know β: {start.reason}; from the spread of the "
+                f"scores, a run would start near {beta}"
             )
-    return told
 
 
 def frontier_chart(frontier: Frontier) -> Chart | None:
