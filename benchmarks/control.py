@@ -61,11 +61,11 @@ def main() -> None:
     model = oracles.fixed_point_model()
     exact = {t: model.world.beta_for_kl(model.reference, model.scores, t) for t in TARGETS}
     runs = [
-        Run(*run)
-        for run in itertools.product(
-            CONTROLLERS, arguments.starts, TARGETS, SCALES, range(arguments.seeds)
-        )
-        if run[0] != "fixed β*" or run[1] == arguments.starts[0]
+        Run(controller, start, target, scale, seed)
+        for controller in CONTROLLERS
+        for start in arguments.starts
+        for target, scale, seed in itertools.product(TARGETS, SCALES, range(arguments.seeds))
+        if controller != "fixed β*" or start == arguments.starts[0]
     ]
     for name in arguments.plants:
         began = time.perf_counter()
