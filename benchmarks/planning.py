@@ -1,16 +1,18 @@
 """A plan beside what training made of it: `python benchmarks/planning.py recipes/stories.yaml`.
 
-For each target a run that starts β from its plan and, with --spread, one that starts from the
-spread of the scores, sd/√(2·target), as any run could. Printed: the first step within 20 % of the
-target, the peak, and over the last third the KL, the score gained over the first step, and what
-the plan of `--responses` responses to each prompt holds possible at that KL. A run that is already
-there is read, not repeated.
+For each target, seed and start a run: `plan` starts β from its plan, `spread` from the spread of
+the scores, sd/√(2·target), as any run could, and a number is a β that is taken at its word.
+Printed: the first step within 20 % of the target, the first from which the mean of five stays
+there, the peak, and over the last third the KL, the score gained over the first step, and what the
+plan of `--responses` responses to each prompt holds possible at that KL. A run that is already
+there is read, not repeated; `--world` names the world of recipes/embedded-world.yaml.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
+from kleash.beta.controllers import initial_beta
 from kleash.beta.planning import PlanRow, plan_for_budgets
 from kleash.beta.tilting import spread
 from kleash.cli import _build_world  # pyright: ignore[reportPrivateUsage]
@@ -30,20 +32,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--responses", type=int, default=128, help="of the plan of the last column")
-    parser.add_argument("--spread", action="store_true", help="also from the spread of the scores")
+    parser.add_argument("--starts", nargs="+", default=["plan"], help="plan, spread, or a β")
+    parser.add_argument("--world", type=int, help="of the embedded world")
     parser.add_argument("--output", type=Path, default=Path("runs/planning-benchmark"))
     arguments = parser.parse_args()
     large = _large_plan(arguments)
     print(
-        "| target | seed | start | first β | within 20 % at step | peak | KL, last third | gained "
-        "| plan at that KL | its effective samples |\n|" + "---|" * 10,
+        "| target | seed | start | first β | within 20 % at step | to stay from | peak "
+        "| KL, last third | gained | plan at that KL | its effective samples |\n|" + "---|" * 11,
         flush=True,
     )
     for target in arguments.targets:
         for seed in arguments.seeds:
-            for start in ("plan", "spread") if arguments.spread else ("plan",):
+            for start in arguments.starts:
                 run = _run(arguments, target, seed, start, large)
-                print(_line(run, target, seed, large), flush=True)
+                print(_line(run, target, seed, start, large), flush=True)
 
 
 def _large_plan(arguments: argparse.Namespace) -> Frontier:
@@ -52,13 +55,15 @@ def _large_plan(arguments: argparse.Namespace) -> Frontier:
     if not file.exists():
         sizes = {"plan.responses": arguments.responses, "plan.prompts": arguments.prompts}
         arguments.output.mkdir(parents=True, exist_ok=True)
-        write_frontier(file, plan(_config(arguments.recipe, sizes), Question()))
+        write_frontier(file, plan(_config(arguments, sizes), Question()))
     return read_frontier(file)
 
 
-def _config(recipe: Path, overrides: dict[str, object]) -> Config:
+def _config(arguments: argparse.Namespace, overrides: dict[str, object]) -> Config:
     texts = {key: str(value) for key, value in overrides.items()}
-    return _build_world(load_config(recipe, texts, base=recipe))
+    if arguments.world is not None:
+        texts["world"] = str(arguments.world)
+    return _build_world(load_config(arguments.recipe, texts, base=arguments.recipe))
 
 
 def _run(
@@ -68,9 +73,11 @@ def _run(
     if not (holds_run(output) and read_run(output).status == "finished"):
         leash: dict[str, object] = {"target_kl": target}
         if start == "spread":
-            leash["initial_beta"] = spread(large.scores) / (2 * target) ** 0.5
+            leash["initial_beta"] = initial_beta(target, spread(large.scores))
+        elif start != "plan":
+            leash["initial_beta"] = float(start)
         config = _config(
-            arguments.recipe,
+            arguments,
             {
                 "leash": leash,
                 "seed": seed,
@@ -83,7 +90,8 @@ def _run(
     return read_run(output)
 
 
-def _line(run: Run, target: float, seed: int, large: Frontier) -> str:
+def _line(run: Run, target: float, seed: int, start: str, large: Frontier) -> str:
+    told = run.meta["start"]
     steps = [line for line in run.metrics if "objective/scores" in line]
     third = steps[-len(steps) // 3 :]
     distances = [float(line["objective/kl_ref"] or 0) for line in steps]
@@ -91,18 +99,28 @@ def _line(run: Run, target: float, seed: int, large: Frontier) -> str:
     gain = statistics.mean(float(line["objective/scores"] or 0) for line in third)
     gain -= float(steps[0]["objective/scores"] or 0)
     close = [i + 1 for i, kl in enumerate(distances) if abs(kl / target - 1) <= 0.2]
+    means = [statistics.mean(distances[i : i + 5]) for i in range(len(distances) - 4)]
+    astray = [i + 1 for i, mean in enumerate(means) if abs(mean / target - 1) > 0.2]
+    stays = astray[-1] + 1 if astray else 1
     row = plan_for_budgets(large.scores, [held])[0]
     said, samples = "not known", "–"
     if isinstance(row, PlanRow):
         said = f"{row.gain.value:.2f}" + ("" if row.known else ", not known")
         samples = f"{row.effective_samples:.1f}"
-    start = run.meta["start"]
-    return (
-        f"| {target:g} | {seed} | {'spread, told' if start is None else start['source']} "
-        f"| {float(steps[0]['objective/beta'] or 0):.3g} | {close[0] if close else '–'} "
-        f"| {max(distances) / target:.2f} × | {held:.2f} ({held / target - 1:+.1%}) | {gain:+.2f} "
-        f"| {said} | {samples} |"
-    )
+    cells = [
+        f"{target:g}",
+        f"{seed}",
+        start if told is None else told["source"],
+        f"{float(steps[0]['objective/beta'] or 0):.3g}",
+        f"{close[0]}" if close else "–",
+        f"{stays}" if stays <= len(means) else "–",
+        f"{max(distances) / target:.2f} ×",
+        f"{held:.2f} ({held / target - 1:+.1%})",
+        f"{gain:+.2f}",
+        said,
+        samples,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

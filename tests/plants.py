@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kleash.algorithms import ppo
 from kleash.algorithms.experience import select
-from kleash.beta.controllers import BetaController, Measurement
+from kleash.beta.controllers import BetaController, BetaState, BudgetBeta, Measurement
 from kleash.types import Experience, Fresh
 
 
@@ -253,6 +253,29 @@ def score_sd(model: ScoredModel) -> float:
     return float(variance_under(p, model.scores).sqrt())
 
 
+def reference_scores(
+    model: ScoredModel, lane: Lane, *, prompts: int = 32, responses: int = 32
+) -> Float[Tensor, "prompt sample"]:
+    """Scores of strings drawn from the reference, as a run draws them before its first update."""
+    generator = torch.Generator().manual_seed(1000 + lane.seed)
+    p = model.world.probabilities(model.reference)
+    rows = torch.multinomial(p, prompts * responses, replacement=True, generator=generator)
+    return lane.scale * model.scores[rows].view(prompts, responses)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A budget whose starting β was given: nobody measures the variance of the scores for it."""
+
+    budget: BudgetBeta
+
+    def init(self) -> BetaState:
+        return self.budget.init()
+
+    def update(self, state: BetaState, measurement: Measurement) -> BetaState:
+        return self.budget.update(state, replace(measurement, score_variance=None))
+
+
 @dataclass(frozen=True)
 class Course:
     """What a run did, relative to its target; every figure is of the true KL."""
@@ -267,6 +290,8 @@ class Course:
     """Mean after the first third over target, less 1."""
     beta: float
     """Mean β of the last third over the exact β*, less 1."""
+    last_beta: float
+    """The last β over the exact β*, less 1."""
 
 
 def course(
@@ -285,4 +310,5 @@ def course(
         end=float(kl[-10:].mean()) / target - 1,
         after_third=float(kl[n // 3 :].mean()) / target - 1,
         beta=float(beta[-n // 3 :].mean()) / exact_beta - 1,
+        last_beta=float(beta[-1]) / exact_beta - 1,
     )

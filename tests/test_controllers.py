@@ -247,6 +247,32 @@ def test_noise_does_not_bias_the_integral():
     # Without the correction −0.02 · 1000/(2 · 5) = −2; terms of fourth order leave +0.3.
 
 
+@pytest.mark.parametrize("many", [2, 5])
+def test_a_noisy_reading_counts_as_the_responses_it_is_of(many: int):
+    """As many readings as the variance of one is larger move β as far as a single clear one."""
+    controller, noise = BudgetBeta(1.0, 1.0), 0.06 * math.sqrt(many)
+    known = BetaState(1.0, kl=1.02)
+    clear = read(controller, 1.02, state=known)
+    noisy = read(controller, *[1.02] * many, state=known, standard_error=1.02 * noise)
+    assert clear.trim == pytest.approx(math.log(1.02) / (2 * 8))
+    assert noisy.trim == pytest.approx((math.log(1.02) + noise**2 / 2) / (2 * 8))
+
+
+def test_an_error_that_noise_cannot_explain_is_worked_off_at_once():
+    """Twice the target for 40 readings: a fifth of the error, and all that is beyond the noise."""
+    controller, noise = BudgetBeta(1.0, 1.0), 0.24
+    state = read(controller, *[2.0] * 40, state=BetaState(1.0, kl=2.0), standard_error=2 * noise)
+    error = math.log(2) + noise**2 / 2
+    assert state.offset == pytest.approx(error, rel=1e-3)
+    assert state.error == pytest.approx(0.2 * error + 0.8 * (error - noise), rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01, 0.06])
+def test_a_clear_reading_has_its_whole_weight(error: float):
+    state = read(BudgetBeta(1.0, 1.0, look_ahead=0.0), 2.0, standard_error=2 * error)
+    assert state.trim == pytest.approx((math.log(2) + error**2 / 2) / (2 * 8))
+
+
 def test_the_batch_size_does_not_matter():
     kls = (0.1, 0.5, 0.9, 1.4, 1.2)
     small = read(BudgetBeta(1.0, 1.0), *kls, responses=8, score_variance=1.0)
@@ -366,6 +392,29 @@ def test_the_budget_is_held_on_a_lagging_plant(rate: float, delay: int):
     lanes = [Lane(1.0, seed) for seed in range(4)]
     plant = Lagging(MODEL, lanes, rate=rate, noise=0.025, delay=delay)
     assert_held(plant, SPREAD_START, targets, 120)
+
+
+def test_little_of_the_noise_of_a_small_batch_gets_into_the_policy():
+    """Readings of 32 responses, off by 16 %: an integral over 8 of them would pass on 16/√(2·8)."""
+    targets = torch.tensor([0.1, 0.5, 1.0, 2.0] * 2, dtype=torch.float64)
+    plant = Lagging(MODEL, [Lane(1.0, seed) for seed in range(8)], rate=0.1, noise=0.16)
+    controllers = [BudgetBeta(t, SPREAD_START[t]) for t in targets.tolist()]
+    history = closed_loop(plant, controllers, 300)
+    off = (history.kl[100:] / targets).log()
+    assert float(off.square().mean().sqrt()) < 0.16 / math.sqrt(2 * 8)
+    assert off.mean(0).abs().max() < 0.05
+    exact = torch.tensor([EXACT_BETA[t] for t in targets.tolist()])
+    assert (history.beta[-100:].mean(0) / exact - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("wrong", [0.7, 1.4])
+def test_noise_does_not_hide_a_plan_that_is_wrong(wrong: float):
+    """β off by two fifths, the KL by twice that: mended within a third of the iterations."""
+    targets = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64)
+    plant = Lagging(MODEL, [Lane(1.0, seed) for seed in range(4)], rate=0.1, noise=0.16)
+    controllers = [BudgetBeta(t, wrong * EXACT_BETA[t], plant_gain=2.0) for t in targets.tolist()]
+    history = closed_loop(plant, controllers, 200)
+    assert (history.kl[67:].mean(0) / targets - 1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("wrong", [0.2, 5.0])

@@ -16,9 +16,17 @@ SMALL_TILT_GAIN = 2.0
 _GAIN_RANGE = (0.5, 4.0)
 """Measured gains believed; beyond, they say more about the noise of a variance than the plant."""
 _SPEED_WEIGHT = 0.5
-"""Weight of the newest change in the running speed."""
+"""Weight of the newest change in the running speed, of a clear reading."""
 _VARIANCE_WEIGHT = 0.3
-"""Weight of the newest variance in its running (geometric) mean."""
+"""Weight of the newest variance in its running (geometric) mean, of a clear reading."""
+_NOISE_WEIGHT = 0.1
+"""Weight of the newest standard error in its running mean square."""
+_CLEAR = 0.06
+"""Standard error of ln KL up to which a reading is clear; 2 to 4 % with 100 to 500 responses."""
+_LEAST_TRUST = 0.2
+"""Of a noisier reading: memories become at most five times longer."""
+_OFFSET_WEIGHT = 0.2
+"""Weight of the newest error in the running one, whose noise is then a third of a reading's."""
 _LEAST_WEIGHT, _WEIGHT_SLOPE = 0.2, 1.5
 """Weight of the feedback: while next to nothing of the budget is spent, and per share of it spent.
 
@@ -61,6 +69,16 @@ class BudgetBeta:
     (s.e./KL)²/2 of a noisy number's logarithm. The weight w grows with the share of the budget
     in use: far below it the closed form is the better guide. Nothing is integrated that the rate
     limit or a bound would withhold.
+
+    **Noise.** A reading is clear up to a standard error of 6 % of the KL. A noisier one has
+
+        trust = max(0.2, (0.06/noise)²)
+        e ← trust · e + (1 − trust) · (what of the running mean of e is beyond its noise)
+
+    and speed and variance move by so much less, while the look-ahead reaches so much further.
+    noise² falls with the number of responses, so that memories then hold as many responses, not
+    iterations. An error that goes on beyond three standard errors of its mean is no noise, and is
+    not waited for. A clear reading is untouched by all this.
 
     The batch size enters through the standard error only. A reading that is NaN, infinite or
     negative changes nothing but its count; one of exactly 0 only says that training has not
@@ -130,15 +148,23 @@ class BudgetBeta:
         if measurement.response_kl == 0:
             return seen
         error, quiet = self._error(seen, measurement)
+        offset = seen.offset + _OFFSET_WEIGHT * (error - seen.offset)
+        # The share that is not trusted goes by what of the running error noise cannot explain: what
+        # is beyond three of its own standard errors, one of a reading's.
+        trust = _trust(seen.noise)
+        error = trust * error + (1 - trust) * _beyond(offset, seen.noise or 0.0)
         gain = self._gain(seen, measurement.response_kl)
-        told = replace(seen, error=error, quiet=quiet, gain=gain)
+        told = replace(seen, error=error, quiet=quiet, offset=offset, gain=gain)
         return self._move(told, measurement.response_kl)
 
     def _observe(self, state: BetaState, measurement: Measurement) -> BetaState:
         """Speed, variance, the tilt of the path so far and the β it leads to."""
-        kl, variance = measurement.response_kl, state.variance
+        kl, noise, variance = measurement.response_kl, state.noise, state.variance
+        if kl > 0:
+            noise = _mean_square(noise, measurement.noise)
+        trust = _trust(noise)
         if measurement.variance is not None:
-            variance = _smoothed(variance, measurement.variance)
+            variance = _smoothed(variance, measurement.variance, trust * _VARIANCE_WEIGHT)
         tilt, feedforward = state.tilt, self.initial
         if self.plant_gain is None and variance is not None:
             # A first variance that comes late finds the path so far a straight one.
@@ -149,21 +175,29 @@ class BudgetBeta:
         speed = 0.0
         if state.kl is not None:
             change = math.sqrt(kl) - math.sqrt(state.kl)
-            speed = state.speed + _SPEED_WEIGHT * (change - state.speed)
+            speed = state.speed + trust * _SPEED_WEIGHT * (change - state.speed)
         return replace(
-            state, kl=kl, speed=speed, variance=variance, tilt=tilt, feedforward=feedforward
+            state,
+            kl=kl,
+            noise=noise,
+            speed=speed,
+            variance=variance,
+            tilt=tilt,
+            feedforward=feedforward,
         )
 
     def _error(self, state: BetaState, measurement: Measurement) -> tuple[float, bool]:
         """ln(KL_ahead/target): today's error, and the drift to come beyond the noise, if any is."""
         kl, noise = measurement.response_kl, measurement.noise
         now = math.log(kl / self.target_kl) + noise**2 / 2
-        ahead = max(_NEAREST, 1 + self.look_ahead * state.speed / math.sqrt(kl))
-        drift = 2 * math.log(ahead)
-        # ln KL has the standard error `noise`: smoothed and extrapolated, it looks like this drift.
-        band = noise * _SPEED_WEIGHT * self.look_ahead
-        beyond = math.copysign(max(0.0, abs(drift) - band), drift)
-        return clip(now + beyond, self.error_max), beyond == 0 != drift
+        ahead = self.look_ahead / _trust(state.noise) * state.speed / math.sqrt(kl)
+        # ln KL has the standard error `noise`: smoothed and extrapolated, it looks like drift. More
+        # of it than a clear reading has goes first: the logarithm's curvature would turn it into
+        # a drift of one sign.
+        lead = _SPEED_WEIGHT * self.look_ahead
+        clear = _beyond(ahead, lead * max(0.0, noise - _CLEAR) / 2)
+        drift = _beyond(2 * math.log(max(_NEAREST, 1 + clear)), lead * min(noise, _CLEAR))
+        return clip(now + drift, self.error_max), drift == 0 != ahead
 
     def _gain(self, state: BetaState, kl: float) -> float:
         """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt.
@@ -176,7 +210,10 @@ class BudgetBeta:
         if state.variance is None:
             return SMALL_TILT_GAIN
         low, high = _GAIN_RANGE
-        return min(high, max(low, state.variance / (state.beta**2 * kl)))
+        now = min(high, max(low, state.variance / (state.beta**2 * kl)))
+        # Smoothed, since a reading that is low by chance would make for a high gain: 1/g of its
+        # own error, whose mean is not 0.
+        return _smoothed(state.gain, now, _trust(state.noise))
 
     def _move(self, state: BetaState, kl: float) -> BetaState:
         """β towards feed-forward and trim, within the rate limit and the bounds."""
@@ -228,12 +265,34 @@ def initial_beta(target_kl: float, score_sd: float) -> float:
     return score_sd / math.sqrt(2 * target_kl)
 
 
-def _smoothed(variance: float | None, newest: float) -> float:
+def _beyond(value: float, band: float) -> float:
+    """What of `value` lies outside ±`band`."""
+    return math.copysign(max(0.0, abs(value) - band), value)
+
+
+def _trust(noise: float | None) -> float:
+    """Share of its usual weight that a reading gets: 1 if it is clear, else (clear/noise)².
+
+    The square of a standard error falls with the number of responses, so that a memory made
+    longer by 1/trust holds the same number of them, however many come at once.
+    """
+    if noise is None or noise <= _CLEAR:
+        return 1.0
+    return max(_LEAST_TRUST, (_CLEAR / noise) ** 2)
+
+
+def _mean_square(noise: float | None, newest: float) -> float:
+    """Running root mean square: one reading's standard error is high where its KL is low."""
+    if noise is None:
+        return newest
+    return math.sqrt((1 - _NOISE_WEIGHT) * noise**2 + _NOISE_WEIGHT * newest**2)
+
+
+def _smoothed(variance: float | None, newest: float, weight: float) -> float:
     """Running geometric mean: a variance is noisy in proportion to itself."""
     if variance is None:
         return newest
-    logs = (1 - _VARIANCE_WEIGHT) * math.log(variance) + _VARIANCE_WEIGHT * math.log(newest)
-    return math.exp(logs)
+    return math.exp((1 - weight) * math.log(variance) + weight * math.log(newest))
 
 
 def _tilt_at(kl_there: float, *, tilt: float, kl: float, variance: float) -> float:

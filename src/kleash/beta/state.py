@@ -58,10 +58,12 @@ class BetaState:
         error: what the last reading was off its target, as acted upon; 0 if it was not.
         gain: −d ln KL*/d ln β as believed at the last reading; None where none is used.
         kl: the last usable reading, in nats; None before the first.
+        noise: standard error of ln KL, smoothed; None before the first KL that is not 0.
         speed: smoothed change of √KL per reading.
         variance: smoothed variance of the scores; None until measured.
         tilt: 1/(2β²) of the optimum that spends `kl`, along the path travelled.
         feedforward: β that the closed form holds right for the target; None until known.
+        offset: running mean of the errors.
         trim: what feedback has added to ln β on top of it.
         quiet: whether the dead band took all of the last reading's drift for noise.
         limited: whether the last step of β was cut to the largest allowed.
@@ -75,10 +77,12 @@ class BetaState:
     error: float = 0.0
     gain: float | None = None
     kl: float | None = None
+    noise: float | None = None
     speed: float = 0.0
     variance: float | None = None
     tilt: float = 0.0
     feedforward: float | None = None
+    offset: float = 0.0
     trim: float = 0.0
     quiet: bool = False
     limited: bool = False
