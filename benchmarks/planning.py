@@ -63,7 +63,7 @@ def _config(arguments: argparse.Namespace, overrides: dict[str, object]) -> Conf
     texts = {key: str(value) for key, value in overrides.items()}
     if arguments.world is not None:
         texts["world"] = str(arguments.world)
-    return _build_world(load_config(arguments.recipe, texts, base=arguments.recipe))
+    return _build_world(load_config(arguments.recipe, texts, base=arguments.recipe), print)
 
 
 def _run(

@@ -247,6 +247,8 @@ def kleash_config(
         "ppo": {"epochs": epochs, "minibatches": 1, "microbatch_size": shape.batch},
         "value": value,
         "optimizer": {"lr": LEARNING_RATE},
+        # Of eight responses, two with the likeliest words at each token would be a quarter.
+        "logging": {"samples_per_step": 0},
         "steps": FOR_EVER,
         "device": "cpu",
         "output": tempfile.mkdtemp(prefix=f"run-{name}-", dir=folder) + "/run",
