@@ -63,7 +63,8 @@ def configuration(world: Path, output: Path, bound: float | None = None) -> Conf
         "heldout.responses_per_prompt": "1",
         "logging.checkpoint_every": "2",
     }
-    tree = with_world(load_config(path, overrides, base=path), world).model_dump()
+    config = with_world(load_config(path, overrides, base=path), world)
+    tree = config.model_dump(exclude_none=True)
     tree["leash"] |= {"beta": None, "target_kl": 2.0, "placement": "mixed"}
     tree["value"] |= {"kind": "trunk_detached", "path": None}
     if bound is not None:

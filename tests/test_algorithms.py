@@ -19,6 +19,8 @@ from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.assembly import assemble
 from kleash.beginning import draw
+from kleash.beta.controllers import BetaState
+from kleash.beta.groups import OTHERS
 from kleash.checkpoint import load_tensors
 from kleash.config import Config, parse_config
 from kleash.errors import ConfigError
@@ -131,6 +133,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("algorithm", GROUPED)
+def test_groups_of_prompts_have_budgets_of_their_own(
+    material: Path, tmp_path: Path, algorithm: str
+) -> None:
+    labels = ["near", "far"] * 4
+    rows = [{"prompt": f"w{i} w{i + 1}", "group": label} for i, label in enumerate(labels)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    config = settings(
+        material,
+        tmp_path / "run",
+        algorithm,
+        prompts={"train": str(file), "heldout": str(file)},
+        leash={"beta": None, "groups": {"near": 0.05, "far": 0.5}},
+        plan={"prompts": 4, "responses": 4},
+        steps=2,
+    )
+    for line in numbers(train(config))[1:]:
+        assert cast(float, line["objective/beta/near"]) > cast(float, line["objective/beta/far"])
+        assert cast(float, line["objective/accounting_residual"]) < 1e-5
+
+
 def test_the_plan_of_grpo_is_in_spreads_of_a_group(material: Path, tmp_path: Path) -> None:
     """scipy's z-scores of each prompt's responses are the scores that β is a price of."""
     plan = {"prompts": 4, "responses": 8}
@@ -146,7 +170,7 @@ def test_the_plan_of_grpo_is_in_spreads_of_a_group(material: Path, tmp_path: Pat
     torch.testing.assert_close(
         relative[varied].double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-3
     )
-    assert "group mean)/group sd" in objective_line(grouped, 0.1)
+    assert "group mean)/group sd" in objective_line(grouped, {OTHERS: BetaState(0.1)})
 
 
 @pytest.mark.parametrize(
