@@ -47,8 +47,8 @@ class LeashConfig(Section):
     controller: Literal["budget", "ziegler_paper", "ziegler_code"] | None = None
     """How β moves towards `target_kl`; budget unless said."""
     initial_beta: PositiveFloat | None = None
-    """Where a moving β starts; none: at the plan's, or where it cannot say, at one that follows from
-    the spread of the scores."""
+    """Where a moving β starts; none: at the plan's, or where it cannot say, at that of the
+    spread of the scores."""
     horizon: PositiveInt | None = None
     """Responses over which Ziegler's code moves β; 10,000 unless said."""
     placement: Placement = "reward_k1"
