@@ -10,8 +10,8 @@ from test_train import mark_unfinished, numbers, settings, weights
 from test_train import material as material  # the fixture
 
 import kleash.algorithms.ppo
-import kleash.sharing
 import kleash.holding
+import kleash.sharing
 import kleash.train
 from kleash.checkpoint import load_tensors, verify_checkpoint
 from kleash.config import Config
