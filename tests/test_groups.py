@@ -111,9 +111,10 @@ def test_a_group_that_was_not_read_stays_as_it_is():
 
 def test_the_groups_of_a_rollout_are_read_apart():
     data, groups = scored(batch=6, per_prompt=2), ["b", "b", "a", "a", "b", "b"]
-    readings = read_groups(data, groups)
+    readings = read_groups(data, groups, trained=data.scores)
     for group, rows in rows_by_group(groups).items():
-        alone = read_groups(select(data, torch.tensor(rows)), [OTHERS] * len(rows))[OTHERS]
+        part = select(data, torch.tensor(rows))
+        alone = read_groups(part, [OTHERS] * len(rows), trained=part.scores)[OTHERS]
         assert readings[group] == alone
     assert readings["a"].kl.standard_error is None  # a single prompt
     told = measurements(readings, {}, follow_scores=True)
@@ -205,7 +206,7 @@ def test_two_groups_come_each_to_its_own_budget_and_beta():
         kls.append(world.kl())
         betas.append([state.beta for state in states.values()])
         world.learn(ppo.prepare(seen, betas_of(states, groups), world.settings), strings)
-        told = measurements(read_groups(seen, groups), {}, follow_scores=True)
+        told = measurements(read_groups(seen, groups, trained=seen.scores), {}, follow_scores=True)
         states = leash.update(states, told)
     last = slice(-ITERATIONS // 3, None)
     for i, (name, target) in enumerate(TARGETS.items()):

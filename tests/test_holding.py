@@ -10,6 +10,7 @@ from test_train import mark_unfinished, numbers, settings, weights
 from test_train import material as material  # the fixture
 
 import kleash.algorithms.ppo
+import kleash.holding
 import kleash.sharing
 import kleash.train
 from kleash.checkpoint import load_tensors, verify_checkpoint
@@ -98,6 +99,7 @@ def test_a_rollback_goes_behind_the_fault_and_shortens_the_leash(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.train, "check_bounds", once)
+        patch.setattr(kleash.holding, "check_bounds", once)
         path = train(settings(material, tmp_path / "run", **fast, tripwires=wires))
     run = read_run(path)
     assert run.status == "finished"
