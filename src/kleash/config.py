@@ -311,7 +311,9 @@ class Config(Section):
         if name == "grpo" and self.score_normalisation != "none":
             idle.append("score_normalisation (each group is normalised by itself)")
         if idle:
-            raise ValueError(f"with `algorithm: {name}` these do nothing: {', '.join(idle)}")
+            raise ValueError(
+                f"with `algorithm: {name}` these do nothing: {', '.join(idle)}; leave them out"
+            )
         if self.rollout.responses_per_prompt < 2:
             raise ValueError(
                 f"`algorithm: {name}` compares the responses to one prompt: give "
