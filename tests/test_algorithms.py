@@ -167,7 +167,10 @@ def test_the_preflight_finds_nothing(material: Path, tmp_path: Path, algorithm: 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"ppo": {"lam": 0.9, "value_coef": 1.0}}, "do nothing: ppo.value_coef, ppo.lam"),
+        (
+            {"ppo": {"lam": 0.9, "value_coef": 1.0}},
+            r"^the test: with `.*` these do nothing: ppo.value_coef, ppo.lam; leave",
+        ),
         ({"value": {"kind": "trunk"}}, "do nothing: value"),
         ({"optimizer": {"value_lr": 1e-3}}, "do nothing: optimizer.value_lr"),
         ({"rollout": {"responses_per_prompt": 1}}, "`rollout.responses_per_prompt` of 2 or more"),

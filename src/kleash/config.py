@@ -471,7 +471,7 @@ _FREE = "reward_models"
 
 def _fault(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location) or "the configuration"
+    dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] | None = Config
         for name in location[:-1]:
@@ -481,6 +481,8 @@ def _fault(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"`{dotted}` is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if not location:  # of the whole: it names its keys itself
+        return message
     return f"`{dotted}`: {message[0].lower()}{message[1:]}" + (
         f", got {error['input']!r}" if not isinstance(error["input"], dict) else ""
     )
