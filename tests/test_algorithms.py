@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import pytest
 import scipy.stats
-import tiny
+import small_run
 import torch
+from small_run import numbers, policy_weights, save_material, two_words
 
 import kleash.train
 from kleash.algorithms.choice import Settings, trained_scores
@@ -21,8 +22,7 @@ from kleash.assembly import assemble
 from kleash.beginning import draw
 from kleash.beta.controllers import BetaState
 from kleash.beta.groups import OTHERS
-from kleash.checkpoint import load_tensors
-from kleash.config import Config, parse_config
+from kleash.config import Config
 from kleash.errors import ConfigError
 from kleash.preflight.runner import check
 from kleash.record import objective_line
@@ -32,55 +32,21 @@ from kleash.train import train
 from kleash.types import Rollout, ScoredRollout
 
 GROUPED = ("grpo", "rloo")
-TIMINGS = ("seconds", "tokens_per_second")
-
-
-def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(response.split().count("w3")) for response in responses]
+LAYER = {
+    "rollout": {"prompts_per_step": 4, "responses_per_prompt": 4},
+    "optimizer": {"lr": 3e-3},
+}
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
-    tiny.save_model(folder / "policy")
-    for name, numbers in (("prompts", range(8)), ("heldout", range(10, 13))):
-        lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in numbers]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
+    return save_material(folder, prompts=two_words(range(8)), heldout=two_words(range(10, 13)))
 
 
 def settings(material: Path, output: Path, algorithm: str, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "algorithm": algorithm,
-        "policy": {"path": str(material / "policy")},
-        "reward_models": {"w3": {"callable": "test_algorithms:prefer_w3"}},
-        "prompts": {
-            "train": str(material / "prompts.jsonl"),
-            "heldout": str(material / "heldout.jsonl"),
-        },
-        "rollout": {"prompts_per_step": 4, "responses_per_prompt": 4, "max_new_tokens": 6},
-        "leash": {"beta": 0.1},
-        "ppo": {},
-        "optimizer": {"lr": 3e-3},
-        "logging": {"checkpoint_every": 2},
-        "steps": 4,
-        "output": str(output),
-    }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
-    return parse_config(tree, where="the test")
-
-
-def numbers(path: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
-        for line in read_run(path).metrics
-    ]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((path / "checkpoints").iterdir())[-1]
-    return load_tensors(newest / "policy" / "model.safetensors")
+    """A small run with groups of four responses."""
+    return small_run.settings(material, output, {**LAYER, "algorithm": algorithm}, **changes)
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)
@@ -129,8 +95,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
             train(broken)
     resumed = train(broken)
     assert numbers(resumed) == numbers(whole)
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
+    for name, tensor in policy_weights(whole).items():
+        torch.testing.assert_close(policy_weights(resumed)[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)
@@ -201,7 +167,10 @@ def test_the_preflight_finds_nothing(material: Path, tmp_path: Path, algorithm: 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"ppo": {"lam": 0.9, "value_coef": 1.0}}, "do nothing: ppo.value_coef, ppo.lam"),
+        (
+            {"ppo": {"lam": 0.9, "value_coef": 1.0}},
+            r"^the test: with `.*` these do nothing: ppo.value_coef, ppo.lam; leave",
+        ),
         ({"value": {"kind": "trunk"}}, "do nothing: value"),
         ({"optimizer": {"value_lr": 1e-3}}, "do nothing: optimizer.value_lr"),
         ({"rollout": {"responses_per_prompt": 1}}, "`rollout.responses_per_prompt` of 2 or more"),

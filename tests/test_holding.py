@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import mark_unfinished, numbers, settings, weights
+from small_run import numbers, weights
+from test_train import mark_unfinished, settings
 from test_train import material as material  # the fixture
 
 import kleash.algorithms.ppo

@@ -189,6 +189,10 @@ def test_a_model_without_head_is_refused(llama: Path) -> None:
 def test_missing_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a model at .*nowhere"):
         load_policy(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"got: nothing there: check the path"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"got: nothing there \(it is looked for in /"):
+        load_policy("../no/such/model")
     tiny.config("llama", 10).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="expected a model at"):
         load_policy(tmp_path)

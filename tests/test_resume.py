@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import numbers
 from test_train import material as material  # the fixture
-from test_train import numbers, settings
+from test_train import settings
 
 import kleash.train
 from kleash.assembly import assemble

@@ -15,56 +15,40 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import tiny
+import small_run
 import torch
+from small_run import numbers, policy_weights, save_material
 
 from kleash import cli
-from kleash.checkpoint import load_tensors
-from kleash.config import Config, parse_config
+from kleash.config import Config
 from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
 from kleash.runs import read_run
 from kleash.sharing import _runs
 from kleash.team import Letter, _pack, _unpack, leads, several
 from kleash.train import train
 
-TIMINGS = ("seconds", "tokens_per_second")
+LAYER = {
+    "rollout": {"prompts_per_step": 7, "microbatch_size": 4},
+    "leash": {"beta": None, "target_kl": 0.3},
+    "plan": {"prompts": 4, "responses": 4},
+    "ppo": {"minibatches": 1, "microbatch_size": 3},
+    "logging": {"samples_per_step": 7},
+    "steps": 3,
+}
+"""Rows that divide evenly among nobody."""
 Together = Callable[..., Any]
-
-
-def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(response.split().count("w3")) for response in responses]
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
-    tiny.save_model(folder / "policy")
-    for name, numbers in (("prompts", range(8)), ("heldout", range(10, 13))):
-        lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in range(n + 1))}) for n in numbers]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
+    longer = [" ".join(f"w{i}" for i in range(n + 1)) for n in range(13)]
+    return save_material(folder, prompts=longer[:8], heldout=longer[10:])
 
 
 def settings(material: Path, output: Path, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "policy": {"path": str(material / "policy")},
-        "reward_models": {"w3": {"callable": "test_team:prefer_w3"}},
-        "prompts": {
-            "train": str(material / "prompts.jsonl"),
-            "heldout": str(material / "heldout.jsonl"),
-        },
-        "rollout": {"prompts_per_step": 7, "max_new_tokens": 6, "microbatch_size": 4},
-        "leash": {"target_kl": 0.3},
-        "plan": {"prompts": 4, "responses": 4},
-        "ppo": {"minibatches": 1, "microbatch_size": 3},
-        "optimizer": {"lr": 1e-3},
-        "logging": {"checkpoint_every": 2, "samples_per_step": 7},
-        "steps": 3,
-        "output": str(output),
-    }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
-    return parse_config(tree, where="the test")
+    """A small run whose prompts are all of different lengths."""
+    return small_run.settings(material, output, LAYER, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +96,8 @@ def together(hands: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
     return do
 
 
-def numbers(path: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
-        for line in read_run(path).metrics
-    ]
-
-
 def texts(path: Path) -> list[tuple[int, str]]:
     return sorted((sample.step, sample.response) for sample in read_run(path).samples)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    (file,) = (path / "checkpoints/step-000003/policy").glob("*.safetensors")
-    return load_tensors(file)
 
 
 CASES = [
@@ -155,8 +127,8 @@ def test_several_processes_are_one(
         known = {key: value for key, value in theirs.items() if value is not None}
         assert {key for key, value in ours.items() if value is None} == set(theirs) - set(known)
         assert {key: ours[key] for key in known} == pytest.approx(known, rel=2e-3, abs=2e-5)
-    for name, tensor in weights(alone).items():
-        torch.testing.assert_close(weights(shared)[name], tensor, rtol=1e-3, atol=1e-4)
+    for name, tensor in policy_weights(alone).items():
+        torch.testing.assert_close(policy_weights(shared)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -174,8 +146,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
             together(lambda: train(broken))
     resumed = together(lambda: train(broken))
     assert numbers(resumed) == numbers(whole)
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
+    for name, tensor in policy_weights(whole).items():
+        torch.testing.assert_close(policy_weights(resumed)[name], tensor, rtol=0, atol=0)
 
 
 def _at_step(step: int, then: Callable[..., None]) -> Callable[..., Any]:

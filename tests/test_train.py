@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import small_run
 import tiny
 import torch
+from small_run import numbers, save_material, two_words, weights
 
 import kleash.sharing
 import kleash.train
 from kleash.beta.planning import NoRow
-from kleash.checkpoint import load_tensors
-from kleash.config import Config, parse_config
+from kleash.config import Config
 from kleash.errors import (
     ConfigError,
     KleashError,
@@ -29,12 +30,6 @@ from kleash.report.curves import chart_groups
 from kleash.runs import Run, read_run
 from kleash.scoring import checked
 from kleash.train import train
-
-TIMINGS = ("seconds", "tokens_per_second")
-
-
-def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(response.split().count("w3")) for response in responses]
 
 
 def of_no_use(prompts: list[str], responses: list[str]) -> list[float]:
@@ -52,53 +47,16 @@ def raises(prompts: list[str], responses: list[str]) -> list[float]:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
-    tiny.save_model(folder / "policy")
+    save_material(folder, prompts=two_words(range(6)), heldout=two_words(range(3)))
     tiny.save_model(folder / "other", seed=1)
     tiny.save_classifier(folder / "reward")
-    for name, count in (("prompts", 6), ("heldout", 3)):
-        lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "texts.jsonl").write_text(json.dumps({"text": "w1 w2 w3 w4"}))
     return folder
 
 
 def settings(material: Path, output: Path, **changes: Any) -> Config:
-    """A small run; a change of a section is merged into it."""
-    tree: dict[str, Any] = {
-        "policy": {"path": str(material / "policy")},
-        "reward_models": {"w3": {"callable": "test_train:prefer_w3"}},
-        "prompts": {
-            "train": str(material / "prompts.jsonl"),
-            "heldout": str(material / "heldout.jsonl"),
-        },
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
-        "leash": {"beta": 0.1},
-        "ppo": {"minibatches": 2},
-        "optimizer": {"lr": 1e-3},
-        "heldout": {"every": 2},
-        "logging": {"checkpoint_every": 2},
-        "steps": 4,
-        "output": str(output),
-    }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
-    return parse_config(tree, where="the test")
-
-
-def numbers(path: Path) -> list[dict[str, Any]]:
-    """Metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
-        for line in read_run(path).metrics
-    ]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((path / "checkpoints").iterdir())[-1]
-    return load_tensors(newest / "policy" / "model.safetensors") | {
-        f"value.{name}": tensor
-        for name, tensor in load_tensors(newest / "value.safetensors").items()
-    }
+    """A small run that is looked at from outside every other step."""
+    return small_run.settings(material, output, {"heldout": {"every": 2}}, **changes)
 
 
 def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: Path) -> None:

@@ -1,65 +1,36 @@
 """A refused step leaves no trace: by a copy, by a checkpoint, or because nothing was made yet."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import small_run
 import torch
+from small_run import numbers, save_material, two_words
 
 import kleash.holding
 import kleash.sharing
 import kleash.train
 from kleash.assembly import assemble
-from kleash.config import Config, parse_config
+from kleash.config import Config
 from kleash.errors import NonFiniteError
 from kleash.preflight.resources import undo
 from kleash.preflight.trial import QUICK, draw
 from kleash.resume import remember
-from kleash.runs import read_run
 from kleash.train import train
 
-TIMINGS = ("seconds", "tokens_per_second")
-
-
-def prefer_w3(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(response.split().count("w3")) for response in responses]
+ONE_UPDATE = {"prompts": {"heldout": None}, "ppo": {"epochs": 1, "minibatches": 1}}
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
-    tiny.save_model(folder / "policy")
-    lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(6)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
-    return folder
+    return save_material(folder, prompts=two_words(range(6)), heldout=[])
 
 
 def settings(material: Path, output: Path, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "policy": {"path": str(material / "policy")},
-        "reward_models": {"w3": {"callable": "test_undo:prefer_w3"}},
-        "prompts": {"train": str(material / "prompts.jsonl")},
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
-        "leash": {"beta": 0.1},
-        "ppo": {"epochs": 1, "minibatches": 1},
-        "tripwires": {},
-        "optimizer": {"lr": 1e-3},
-        "logging": {"checkpoint_every": 2},
-        "steps": 4,
-        "output": str(output),
-    }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if key in tree and isinstance(value, dict) else value
-    return parse_config(tree, where="the test")
-
-
-def numbers(path: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if k not in TIMINGS and not k.startswith("time/")}
-        for line in read_run(path).metrics
-    ]
+    """A small run with a single update a step, unless a test says otherwise."""
+    return small_run.settings(material, output, ONE_UPDATE, **changes)
 
 
 def poisoned_at(call: int, patch: pytest.MonkeyPatch) -> None:

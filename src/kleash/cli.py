@@ -121,7 +121,8 @@ def kl_command(
 @app.command(
     help_epilogue="Examples:\n\n    kleash train\n\n    kleash train recipes/stories.yaml "
     "--leash.target-kl 5\n\n    kleash train --leash.beta 0 --steps 20 --output runs/free"
-    "\n\n    kleash train --resume runs/free"
+    "\n\n    kleash train --resume runs/free\n\n    kleash train recipes/stories-rloo.yaml "
+    "--algorithm grpo\n\n    torchrun --nproc-per-node 2 -m kleash train"
 )
 def train(
     *arguments: Annotated[
@@ -133,8 +134,8 @@ def train(
 ) -> None:
     """RLHF on the leash; with no CONFIG, on the embedded world.
 
-    Every key of the configuration can be overridden: `--section.key VALUE`. A comment in each
-    recipe and `docs/configuration.md` name the keys.
+    Every key of the configuration can be overridden: `--section.key VALUE`; the keys are in
+    `docs/configuration.md`. Started by torchrun, one process leads and the others share the rows.
 
     Parameters
     ----------
@@ -255,8 +256,8 @@ def plan_command(
     *arguments: Annotated[
         str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
     ],
-    beta: str = "",
-    kl: str = "",
+    beta: Annotated[str, Parameter(show_default=False)] = "",
+    kl: Annotated[str, Parameter(show_default=False)] = "",
     responses: int | None = None,
     prompts: int | None = None,
     scores: Path | None = None,

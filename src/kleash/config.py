@@ -311,7 +311,9 @@ class Config(Section):
         if name == "grpo" and self.score_normalisation != "none":
             idle.append("score_normalisation (each group is normalised by itself)")
         if idle:
-            raise ValueError(f"with `algorithm: {name}` these do nothing: {', '.join(idle)}")
+            raise ValueError(
+                f"with `algorithm: {name}` these do nothing: {', '.join(idle)}; leave them out"
+            )
         if self.rollout.responses_per_prompt < 2:
             raise ValueError(
                 f"`algorithm: {name}` compares the responses to one prompt: give "
@@ -469,7 +471,7 @@ _FREE = "reward_models"
 
 def _fault(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location) or "the configuration"
+    dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         section: type[BaseModel] | None = Config
         for name in location[:-1]:
@@ -479,6 +481,8 @@ def _fault(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"`{dotted}` is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if not location:  # of the whole: it names its keys itself
+        return message
     return f"`{dotted}`: {message[0].lower()}{message[1:]}" + (
         f", got {error['input']!r}" if not isinstance(error["input"], dict) else ""
     )

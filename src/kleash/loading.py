@@ -301,6 +301,10 @@ def _mistaken(what: str, path: Path) -> str | None:
     """What a path is instead of a model, where that can be seen; the library's words do not say."""
     if path.is_file():
         return f"a file: give the directory {str(path.parent)!r}"
+    # A hub name has one slash at most, and goes nowhere upwards.
+    if not path.exists() and (path.is_absolute() or ".." in path.parts or len(path.parts) > 2):
+        where = "" if path.is_absolute() else f" (it is looked for in {Path.cwd()})"
+        return f"nothing there{where}: check the path"
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return (
             "a LoRA adapter without the model it was trained on: give that model as path, and this "

@@ -20,7 +20,7 @@ from kleash import sharing
 from kleash.algorithms import choice
 from kleash.assembly import Crew
 from kleash.beginning import start_lines
-from kleash.beta.groups import Leash, betas_of, is_grouped
+from kleash.beta.groups import Leash, States, betas_of, is_grouped
 from kleash.config import Config
 from kleash.errors import ModelError, RefusedError
 from kleash.evaluation import (
@@ -69,7 +69,7 @@ from kleash.steering import (
     measurements,
     read_groups,
 )
-from kleash.types import ScoredRollout
+from kleash.types import Experience, ScoredRollout
 from kleash.updates import update
 
 _SAME_MODEL = 1e-4
@@ -152,8 +152,7 @@ def _step(
         written = _write(config, crew, numbers, attempt)
     scores, seen = _normalise(config, written.raw_scores, state.scores)
     attempt.scores = scores
-    groups = crew.groups_of(written.rollout)
-    betas = betas_of(state.betas, groups)
+    betas = betas_of(state.betas, crew.groups_of(written.rollout))
 
     # 2–3. Policy, reference and critic score the same tokens.
     with clock.measure("time/score"):
@@ -168,33 +167,25 @@ def _step(
     with clock.measure("time/update"):
         settings = replace(crew.settings, mixing=state.mixing)
         experience = choice.prepare(scored, betas, settings)
-        attempt.updating = several_updates(config)
-        updates = update(config, crew, experience, done=state.step)
-        attempt.updating = True
+        updates = _climb(config, crew, experience, attempt)
     if step == config.steps:
         updates |= check_last(config, crew, cursor, attempt)
 
     # 6. β moves.
-    trained = choice.trained_scores(experience.scored, settings)
-    readings = read_groups(experience.scored, groups, trained=trained)
-    told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta is None)
-    states = leash.update(state.betas, told)
+    moved, steered = _move(config, crew, leash, state, experience.scored)
 
     metrics = {
         **objective_measures(experience.scored, beta=choice.price(betas, settings)),
-        **rollout_measures(scored, written.responses),
-        **_original_measures(config, scored, original_kl),
+        **_rollout_numbers(config, written, scored, original_kl),
         **updates,
         "objective/accounting_residual": account(settings, experience, betas),
-        **reward_measures(written.parts, written.raw_scores),
-        **leash_measures(config.leash, state.betas, readings, crew.frontier),
-        **controller_measures(leash, state.betas, told, states),
+        **steered,
     }
     after = replace(
         state,
         step=step,
         episodes=state.episodes + len(written.responses),
-        betas=states,
+        betas=moved,
         scores=seen,
         cursor=cursor,
         mixing=next_mixing(settings, experience, betas),
@@ -291,15 +282,41 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
         )
 
 
-def _original_measures(
-    config: Config, scored: ScoredRollout, original_kl: Tensor
+def _climb(
+    config: Config, crew: Crew, experience: Experience, attempt: Attempt
 ) -> dict[str, Number]:
-    """The KL to the original reference, where it is not that to the anchor."""
-    if config.leash.reanchor_every is None:
-        return {}
-    mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
-    estimate = clustered_mean(response_kl(original_kl, mask), clusters)
-    return with_error("objective/kl_original", estimate)
+    """The clipped updates; the attempt knows from when on weights may have moved."""
+    attempt.updating = several_updates(config)
+    updates = update(config, crew, experience, done=attempt.step - 1)
+    attempt.updating = True
+    return updates
+
+
+def _move(
+    config: Config, crew: Crew, leash: Leash, state: TrainingState, scored: ScoredRollout
+) -> tuple[States, dict[str, Number]]:
+    """Where every β goes after this rollout, and the numbers of what was read and decided."""
+    trained = choice.trained_scores(scored, crew.settings)
+    readings = read_groups(scored, crew.groups_of(scored.rollout), trained=trained)
+    told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta is None)
+    moved = leash.update(state.betas, told)
+    return moved, {
+        **leash_measures(config.leash, state.betas, readings, crew.frontier),
+        **controller_measures(leash, state.betas, told, moved),
+    }
+
+
+def _rollout_numbers(
+    config: Config, written: Written, scored: ScoredRollout, original_kl: Tensor
+) -> dict[str, Number]:
+    """What was written and what it was given; the KL to the original, if the anchor is another."""
+    measures = rollout_measures(scored, written.responses)
+    measures |= reward_measures(written.parts, written.raw_scores)
+    if config.leash.reanchor_every is not None:
+        mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
+        estimate = clustered_mean(response_kl(original_kl, mask), clusters)
+        measures |= with_error("objective/kl_original", estimate)
+    return measures
 
 
 def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:

@@ -17,9 +17,9 @@ from kleash.algorithms.experience import select
 from kleash.assembly import Crew, learning
 from kleash.evaluation import write_responses
 from kleash.holding import copy_bytes, keeps_copy, several_updates
+from kleash.passes import loss_of
 from kleash.preflight.finding import Finding, Question, skipped
 from kleash.preflight.trial import Trial, read
-from kleash.rollout import fresh
 
 _ITERATIONS = 2
 _GIB = 2**30
@@ -139,15 +139,8 @@ def _iterate(trial: Trial) -> Cost:
     experience = choice.prepare(scored, 0.1, crew.settings)
     rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
     part = select(experience, rows)
-    now = fresh(
-        part,
-        policy=crew.policy,
-        value=crew.value,
-        reference=crew.reference,
-        temperature=crew.sampling.temperature,
-        want=("logprobs",) if part.pathwise is None else ("logprobs", "kl"),
-    )
-    choice.loss(part, now, crew.settings, tokens=int(part.mask.sum())).total.backward()
+    loss, _ = loss_of(crew, part, tokens=int(part.mask.sum()))
+    loss.total.backward()
     peak = _peak(device)
     crew.optimizer.zero_grad(set_to_none=True)
     learning = (time.perf_counter() - was_read) * responses / len(rows)

@@ -97,7 +97,7 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/non_score_reward",
         "Penalty",
-        "What the leash costs: the KL part of the reward.",
+        "What the leash costs: the KL part of the reward. Absent with GRPO.",
         "−β · mean_y Σ_t kl_t",
         "score",
         "at most a good part of the score gained",
@@ -105,7 +105,8 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/rlhf_reward",
         "Objective",
-        "What training maximises: the score less the price of the KL.",
+        "What training maximises: the score less the price of the KL. Absent with GRPO, whose β is "
+        "not in score per nat.",
         "mean(score) − β · mean_y Σ_t kl_t",
         "score",
         "rises; a fall while the score rises is a policy that overspends",
@@ -123,7 +124,8 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/beta",
         "β",
-        "The price of a nat in force during the step.",
+        "The price of a nat in force during the step; with GRPO in standard deviations of a group "
+        "per nat.",
         "β",
         "score per nat",
         "settles when KL has met its target; pinned to a bound means the target is out of reach",
