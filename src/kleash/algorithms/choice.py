@@ -24,7 +24,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: Settings) -> Experience
             return ppo.prepare(scored, beta, settings)
         case GRPOSettings():
             return grpo.prepare(scored, beta, settings)
-        case RLOOSettings():
+        case _:
             return rloo.prepare(scored, beta, settings)
 
 
@@ -39,7 +39,7 @@ def loss(experience: Experience, fresh: Fresh, settings: Settings, *, tokens: in
             return ppo.loss(experience, fresh, settings, tokens=tokens)
         case GRPOSettings():
             return grpo.loss(experience, fresh, settings, tokens=tokens)
-        case RLOOSettings():
+        case _:
             return rloo.loss(experience, fresh, settings, tokens=tokens)
 
 
