@@ -26,6 +26,7 @@ from kleash.sections import (
     MOVING,
     WAYS,
     LeashConfig,
+    PlanConfig,
     ReferenceConfig,
     Section,
     TripwiresConfig,
@@ -223,15 +224,6 @@ class HeldoutConfig(Section):
     """Responses to each held-out prompt."""
     gold: RewardConfig | None = None
     """A second opinion the policy is never trained on."""
-
-
-class PlanConfig(Section):
-    """Reference responses from which β is planned and scores are first normalised."""
-
-    prompts: int = Field(default=32, ge=2)
-    """How many of the training prompts; all, if there are fewer."""
-    responses: int = Field(default=32, ge=3)
-    """Responses to each: a plan knows nothing beyond the log of this many nats."""
 
 
 class LoggingConfig(Section):

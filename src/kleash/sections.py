@@ -1,4 +1,4 @@
-"""What every section of a configuration is, and the sections of the leash and both its ends."""
+"""What every section of a configuration is, and those of the leash, its plan and both its ends."""
 
 from typing import Literal
 
@@ -160,3 +160,12 @@ class TripwiresConfig(Section):
         if self.then == "stop" and (self.beta_factor or self.max_rollbacks):
             raise ValueError("`beta_factor` and `max_rollbacks` are for `then: rollback` alone")
         return self
+
+
+class PlanConfig(Section):
+    """Reference responses from which β is planned and scores are first normalised."""
+
+    prompts: int = Field(default=32, ge=2)
+    """How many of the training prompts; all, if there are fewer."""
+    responses: int = Field(default=32, ge=3)
+    """Responses to each: a plan knows nothing beyond the log of this many nats."""

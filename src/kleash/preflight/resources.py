@@ -50,9 +50,9 @@ def examine(trial: Trial) -> list[Finding]:
     """Memory and time of the run."""
     if trial.config.rollout.truncated == "drop" and not bool(trial.rollout.ended.any()):
         why = "No response is left to learn from, so no iteration can be tried."
-        return [skipped("resources.memory", why), skipped("resources.time", why), undo(trial)]
+        return [skipped("resources.memory", why), skipped("resources.time", why)]
     costs = [_iterate(trial) for _ in range(_ITERATIONS)]
-    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1]), undo(trial)]
+    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1])]
 
 
 def undo(trial: Trial) -> Finding:

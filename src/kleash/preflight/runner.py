@@ -81,7 +81,16 @@ LEASH: tuple[TrialCheck, ...] = (
 )
 READING: tuple[TrialCheck, ...] = (reading.duplicates, reading.leak, reading.chat_template)
 
-QUICK_CHECKS = (*SCORING, *SAMPLING, *MASKS, *REFERENCE, *REWARD, *LEASH, *READING)
+QUICK_CHECKS = (
+    *SCORING,
+    *SAMPLING,
+    *MASKS,
+    *REFERENCE,
+    *REWARD,
+    *LEASH,
+    *READING,
+    resources.undo,
+)
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
 """Those that ask nothing of a configuration: the doctor's."""
 
