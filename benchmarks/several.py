@@ -30,6 +30,12 @@ WORDS, PROMPTS, NEW_TOKENS = 50_257, 32, 64
 PHASES = ("time/generate", "time/score", "time/update")
 
 
+def even(prompts: list[str], responses: list[str]) -> list[float]:
+    """Share of words with an even number: something to learn."""
+    ends = [[word[-1] in "02468" for word in response.split()] for response in responses]
+    return [sum(words) / max(1, len(words)) for words in ends]
+
+
 def material(folder: Path) -> None:
     """A model with random weights, its tokenizer, and prompts."""
     names = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(WORDS - 3))]
@@ -60,12 +66,12 @@ def run(folder: Path, size: int, steps: int) -> list[dict[str, Any]]:
     output = folder / f"run-{size}"
     tree = {
         "policy": {"path": str(folder)},
-        "reward_models": {"length": {"callable": "kleash.playground.vader:compound"}},
+        "reward_models": {"even": {"callable": "several:even"}},
         "prompts": {"train": str(folder / "prompts.jsonl")},
         "rollout": {"prompts_per_step": PROMPTS, "max_new_tokens": NEW_TOKENS},
         "leash": {"beta": 0.1},
         "ppo": {"epochs": 2, "minibatches": 1, "microbatch_size": 16},
-        "optimizer": {"lr": 1e-5},
+        "optimizer": {"lr": 1e-3},
         "steps": steps,
         "output": str(output),
     }
@@ -80,6 +86,7 @@ def run(folder: Path, size: int, steps: int) -> list[dict[str, Any]]:
             stdout=subprocess.DEVNULL,
             env={
                 **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
                 "OMP_NUM_THREADS": "1",
                 "WORLD_SIZE": str(size),
                 "RANK": str(rank),
