@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from kleash.preflight.doctor import symptom_of
 from kleash.preflight.trial import read
 from kleash.runs import read_run
 from kleash.train import train
-from kleash.types import ScoredRollout
+from kleash.types import Rollout, ScoredRollout
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,34 @@ def test_the_noise_of_few_prompts_is_students(freedom: int) -> None:
     exact = t.isf(norm.sf(5.0), freedom)
     # The approximation errs on the side of silence, and only where prompts are few.
     assert exact * 0.99 < allowed < exact * (1.05 if freedom > 5 else 1.5)
+
+
+@pytest.mark.parametrize("rare", [1e-6, 1e-4, 1e-3, 1e-2, 0.05])
+def test_the_variance_of_rare_words_follows_from_their_entropy(rare: float) -> None:
+    """Two words, one of them nearly certain: entropy and variance of the surprise by hand."""
+    p = torch.tensor([1 - rare, rare], dtype=torch.float64)
+    entropy = -(p * p.log()).sum()
+    variance = (p * (-p.log() - entropy).square()).sum()
+    found = doctor._rare_variance(entropy.reshape(1, 1))
+    assert 0.9 <= float(found / variance) <= 2
+
+
+def test_a_batch_without_any_of_its_rare_words_is_well() -> None:
+    """Words of probability 0.3 % in 2,000 batches of 32 × 20: often none, and then no spread."""
+    torch.manual_seed(0)
+    rare, shape = 0.003, (32, 20)
+    mask, ids = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
+    rollout = Rollout(ids, mask, ids, mask, mask[:, 0], torch.arange(32))
+    entropy = -(rare * math.log(rare) + (1 - rare) * math.log(1 - rare))
+    zero, loud = torch.zeros(shape), 0
+    for _ in range(2000):
+        drawn = torch.rand(shape) < rare
+        logprobs = torch.where(drawn, math.log(rare), math.log(1 - rare))
+        scored = ScoredRollout(
+            rollout, logprobs, logprobs, zero, zero + entropy, torch.zeros(shape[0])
+        )
+        loud += symptom_of(scored, dtype=torch.float32) is not None
+    assert loud == 0
 
 
 def test_looking_leaves_the_random_numbers_alone(world: planting.World) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kleash.assembly import Crew
@@ -37,6 +38,8 @@ _NOISE = 5.0
 """Standard errors if there were endless prompts: a false alarm in some million batches."""
 _FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Nats per token that rounding alone may put between sampler and trainer."""
+_SHARP = 0.5
+"""Nats of entropy below which the next word is nearly certain."""
 _TEXTS = 4
 _MOST = 5
 """Batches of a run that are examined and kept; of later ones the log has the symptom alone."""
@@ -115,12 +118,13 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
             f"than its noise of {mean.standard_error or 0:.2g}."
         )
     surprise = response_kl(-scored.rollout_logprobs - scored.entropy, mask)
+    unseen = float(response_kl(_rare_variance(scored.entropy), mask).mean()) / len(mask)
     for what, numbers in (
         ("Sampled and exact KL", k1 - exact),
         ("The words' surprise and their entropy", surprise),
     ):
         gap = clustered_mean(numbers, clusters)
-        if abs(gap.mean) > _noise(gap, floor):
+        if abs(gap.mean) > _noise(gap, floor, unseen=unseen):
             return (
                 f"{what} differ by {gap.mean:+.3g} nats per response, by more than their noise "
                 f"of {gap.standard_error or 0:.2g}."
@@ -137,8 +141,21 @@ def diagnose(config: Config, crew: Crew, written: Written, scored: ScoredRollout
     return run_checks(OF_A_BATCH, trial)
 
 
-def _noise(estimate: Estimate, floor: float) -> float:
+def _rare_variance(entropy: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+    """Variance of the surprise where a word is nearly certain, from the entropy H alone.
+
+    There it lies in words so rare that a batch may have none of them, and its own spread then says
+    nothing of it: H ≈ p (1 − log p) for their probability p, and p log² p ≈ H (2 − log H).
+    """
+    # Rounding may leave an entropy of 0 a little below it.
+    positive = entropy.double().clamp(min=0.0)
+    return torch.where(entropy < _SHARP, 2 * positive - torch.xlogy(positive, positive), 0.0)
+
+
+def _noise(estimate: Estimate, floor: float, *, unseen: float = 0.0) -> float:
     """How far a mean may be off: Student's quantile, for few prompts say little of their spread.
+
+    `unseen` is variance of the mean that the sample cannot show.
 
     t ≈ √(ν (exp(z² (ν − 5/6)/(ν − 2/3 + 1/(10 ν))²) − 1)) for ν = prompts − 1.
 
@@ -151,7 +168,7 @@ def _noise(estimate: Estimate, floor: float) -> float:
         return math.inf
     shrunk = (freedom - 5 / 6) / (freedom - 2 / 3 + 1 / (10 * freedom)) ** 2
     quantile = math.sqrt(freedom * math.expm1(_NOISE**2 * shrunk))
-    return quantile * estimate.standard_error + floor
+    return quantile * math.sqrt(estimate.standard_error**2 + unseen) + floor
 
 
 def _keep(
