@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from kleash.auditing import audit
-from kleash.auditing.pairs import load_pair
-from kleash.auditing.sources import Source
+from kleash.auditing.inputs import Source
+from kleash.auditing.model_pair import load_pair
 
 BATCH = 8
 TEXTS = 48

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import oracles  # pyright: ignore[reportMissingImports]
 import plants  # pyright: ignore[reportMissingImports]
 
-from kleash.beta.controllers import (
+from kleash.kl.control.controllers import (
     AdaptiveBeta,
     BetaController,
     BudgetBeta,
     FixedBeta,
     initial_beta,
 )
-from kleash.beta.starting import Start, starting_beta
+from kleash.kl.planning.initial_beta import Start, starting_beta
 
 TARGETS, SCALES = (0.1, 0.5, 1.0, 2.0), (0.01, 1.0, 100.0)
 CONTROLLERS = ("budget", "ziegler paper", "ziegler code", "fixed β*")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kleash.demo import Demo, run_demo
-from kleash.loading import quiet
-from kleash.told import Row
+from kleash.cli.demo import Demo, run_demo
+from kleash.cli.demo_output import Row
+from kleash.models.loading import quiet
 
 FRESH = (100, 101, 102, 103, 104)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-import planting  # pyright: ignore[reportMissingImports]
+import fault_types  # pyright: ignore[reportMissingImports]
 
-from kleash.runs import read_run
-from kleash.train import train
+from kleash.storage.run_directory import read_run
+from kleash.training.loop import train
 
 RUNS = (
     ("llama", {"target_kl": 3.0}, 1.0),
@@ -70,8 +70,8 @@ def run(
 ) -> float:
     """One clean run; the largest KL of its steps."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        material = planting.material(Path(folder), kind)
-        world = planting.clean(material, kind, patch, Path(folder))
+        material = fault_types.material(Path(folder), kind)
+        world = fault_types.clean(material, kind, patch, Path(folder))
         world.tree |= {"steps": steps, "leash": leash, "optimizer": {"lr": 1e-3}}
         world.tree["rollout"] |= {"prompts_per_step": responses, "temperature": temperature}
         run = read_run(train(world.config()))

@@ -25,27 +25,27 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import kleash.train
-from kleash.assembly import Crew
-from kleash.beta.controllers import BudgetBeta
-from kleash.beta.groups import OTHERS
-from kleash.checkpoint import drop_directory
-from kleash.config import load_config, parse_config, with_world
-from kleash.demo import RECIPES
-from kleash.fingerprints import weights_sha256
-from kleash.loading import quiet
-from kleash.models import Identity
+import kleash.training.loop
+from kleash.algorithms.rewards import ScoreStatistics
+from kleash.cli.demo import RECIPES
+from kleash.config.loading import load_config, parse_config, with_world
+from kleash.kl.control.controllers import BudgetBeta
+from kleash.kl.control.groups import OTHERS
+from kleash.models.fingerprint import weights_sha256
+from kleash.models.loading import quiet
+from kleash.models.policy import Identity
 from kleash.playground.build import build_world
-from kleash.prompts import PromptCursor
-from kleash.resume import TrainingState, save_run_state
-from kleash.rewards import ScoreStatistics
-from kleash.runs import read_run
+from kleash.rollout.prompts import PromptCursor
+from kleash.storage.atomic_directories import drop_directory
+from kleash.storage.run_directory import read_run
+from kleash.training.components import Crew
+from kleash.training.state import TrainingState, save_run_state
 
 PARTS: dict[str, tuple[Any, str]] = {
     "controller": (BudgetBeta, "update"),
-    "identity: sum of the weights": (kleash.train, "require_unchanged"),
-    "tripwires": (kleash.train, "check_bounds"),
-    "copy to undo the step": (kleash.train, "attempt_step"),
+    "identity: sum of the weights": (kleash.training.loop, "require_unchanged"),
+    "tripwires": (kleash.training.loop, "check_bounds"),
+    "copy to undo the step": (kleash.training.loop, "attempt_step"),
 }
 
 
@@ -72,7 +72,7 @@ def shares(steps: int, folder: Path) -> None:
     spent: dict[str, list[float]] = {part: [] for part in PARTS}
     for part, (owner, name) in PARTS.items():
         timed(owner, name, spent[part])
-    run = read_run(kleash.train.train(parse_config(tree, where="the benchmark")))
+    run = read_run(kleash.training.loop.train(parse_config(tree, where="the benchmark")))
     # Wall time of a step as the run tells it, which leaves out saving and held-out evaluation.
     seconds = [cast(float, line["seconds"]) for line in run.metrics[1:]]
     whole = statistics.median(b - a for a, b in pairwise(seconds))

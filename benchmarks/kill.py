@@ -30,22 +30,23 @@ from typing import Any
 
 import torch
 
-import kleash.holding
-import kleash.sharing
-import kleash.train
-from kleash.checkpoint import load_tensors, verify_checkpoint
-from kleash.config import Config, load_config, parse_config, with_world
-from kleash.demo import RECIPES
+import kleash.training.distributed
+import kleash.training.loop
+import kleash.training.recovery
+from kleash.cli.demo import RECIPES
+from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.schema import Config
 from kleash.playground.build import build_world
-from kleash.resume import latest_checkpoint
-from kleash.runs import holds_run, read_run
+from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
+from kleash.storage.run_directory import holds_run, read_run
+from kleash.training.state import latest_checkpoint
 
 PHASES = {
-    "rollout": (kleash.train, "write_answers"),
-    "scoring": (kleash.sharing, "score"),
-    "update": (kleash.train, "update"),
-    "saving": (kleash.holding, "save_run_state"),
-    "refusing": (kleash.train, "refuse"),
+    "rollout": (kleash.training.loop, "write_answers"),
+    "scoring": (kleash.training.distributed, "score"),
+    "update": (kleash.training.loop, "update"),
+    "saving": (kleash.training.recovery, "save_run_state"),
+    "refusing": (kleash.training.loop, "refuse"),
 }
 STEPS = 6
 
@@ -174,7 +175,7 @@ def trial(number: int, config: Config, expected: dict[str, Any], took: dict[str,
 
         def fatal(phase: str = phase, visit: int = visit, delay: float = delay) -> None:
             doomed(phase, visit, delay)
-            kleash.train.train(config)
+            kleash.training.loop.train(config)
 
         status = in_child(fatal)
         done.append(f"{phase} {visit} +{1000 * delay:.0f} ms")
@@ -183,7 +184,7 @@ def trial(number: int, config: Config, expected: dict[str, Any], took: dict[str,
             break
     half = read_run(path) if holds_run(path) and (path / "run.json").exists() else None
     if half is None or half.status != "finished":
-        status = in_child(lambda: kleash.train.train(config))
+        status = in_child(lambda: kleash.training.loop.train(config))
         if status:
             return f"FAILED  {', '.join(done)}: resuming ended with {status}"
     wrong = differences(what_counts(path), expected)
@@ -194,7 +195,7 @@ def trial(number: int, config: Config, expected: dict[str, Any], took: dict[str,
 def a_bound(world: Path, folder: Path) -> float:
     """A KL that the run without a bound passes in its last steps."""
     free = configuration(world, folder / "free", bound=1e9)
-    assert in_child(lambda: kleash.train.train(free)) == 0
+    assert in_child(lambda: kleash.training.loop.train(free)) == 0
     kls = [line["objective/kl_ref"] or 0.0 for line in read_run(free.output).metrics[1:]]
     return (max(kls[:-2]) + max(kls)) / 2
 
@@ -214,7 +215,7 @@ def main() -> None:
 
         def undisturbed() -> None:
             timed(folder / "durations")
-            kleash.train.train(whole)
+            kleash.training.loop.train(whole)
 
         assert in_child(undisturbed) == 0
         expected = what_counts(folder / "whole")

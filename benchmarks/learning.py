@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from climbing import Lane, Pace, climb  # pyright: ignore[reportMissingImports]
 from oracles import fixed_point_model  # pyright: ignore[reportMissingImports]
+from tabular_ascent import Lane, Pace, climb  # pyright: ignore[reportMissingImports]
 
 from kleash.algorithms.ppo import PPOSettings, loss, prepare
-from kleash.measures import next_mixing
+from kleash.training.metrics import next_mixing
 from kleash.types import Experience, Fresh, Loss, ScoredRollout
 
 PLACEMENTS = ("reward_k1", "exact", "mixed")

@@ -75,13 +75,14 @@ def work(kind: str, folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
 
-    import kleash.train
-    from kleash.config import parse_config
-    from kleash.runs import read_run
+    import kleash.training.loop
+    import kleash.training.startup
+    from kleash.config.loading import parse_config
+    from kleash.storage.run_directory import read_run
 
     torch.set_num_threads(1)
     held: dict[str, float] = {}
-    assemble = kleash.opening.assemble
+    assemble = kleash.training.startup.assemble
 
     def measured(config: Any) -> Any:
         held["libraries"] = memory("VmRSS")
@@ -90,7 +91,7 @@ def work(kind: str, folder: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         return crew
 
-    kleash.opening.assemble = measured
+    kleash.training.startup.assemble = measured
     tree: dict[str, Any] = {
         "policy": {"path": str(folder / "model"), "lora": {"rank": 8, "alpha": 16}},
         "reference": {"kind": kind},
@@ -106,7 +107,7 @@ def work(kind: str, folder: Path) -> None:
         "output": str(folder / kind),
     }
     os.dup2(2, 1)  # the display goes elsewhere
-    path = kleash.train.train(parse_config(tree, where="the benchmark"))
+    path = kleash.training.loop.train(parse_config(tree, where="the benchmark"))
     held["training"] = memory("VmHWM")
     kls = [line["objective/kl_ref"] for line in read_run(path).metrics]
     (folder / f"{kind}.json").write_text(json.dumps({"held": held, "kls": kls}))

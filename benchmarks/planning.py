@@ -12,15 +12,16 @@ import argparse
 import statistics
 from pathlib import Path
 
-from kleash.beta.controllers import initial_beta
-from kleash.beta.planning import PlanRow, plan_for_budgets
-from kleash.beta.tilting import spread
-from kleash.cli import _build_world  # pyright: ignore[reportPrivateUsage]
-from kleash.config import Config, load_config
-from kleash.frontier import PLAN_FILE, Frontier, read_frontier, write_frontier
-from kleash.plan import Question, plan
-from kleash.runs import Run, holds_run, read_run
-from kleash.train import train
+from kleash.cli.main import _build_world  # pyright: ignore[reportPrivateUsage]
+from kleash.cli.plan import Question, plan
+from kleash.config.loading import load_config
+from kleash.config.schema import Config
+from kleash.kl.control.controllers import initial_beta
+from kleash.kl.planning.frontier import PlanRow, plan_for_budgets
+from kleash.kl.planning.tilting import spread
+from kleash.storage.plan_file import PLAN_FILE, Frontier, read_frontier, write_frontier
+from kleash.storage.run_directory import Run, holds_run, read_run
+from kleash.training.loop import train
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ The same models with random weights, the same prompts, lengths and epochs, on on
 systems in processes of their own that take turns, one iteration each, after a warm-up:
 
     trl             TRL 1.12's PPOTrainer: policy, reference, reward and value model
-    kleash-four     `kleash.train`, the same four models
-    kleash-default  `kleash.train` as it is by default: values from a head on the policy's trunk
+    kleash-four     `kleash.training.loop`, the same four models
+    kleash-default  kleash as it is by default: values from a head on the policy's trunk
 
 Every response has 64 tokens. TRL is given no stop token, kleash a stop id beyond the vocabulary.
 TRL finds padding by comparing ids, so its padding id lies beyond the vocabulary too: nothing is

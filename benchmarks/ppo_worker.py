@@ -4,7 +4,7 @@
 
 Builds the models (SYSTEM = build), or runs iterations of a system for ever, each when a line "go"
 comes in, and reports each as a line of JSON. kleash and TRL are imported by name and late: a system
-is not to carry the other's libraries. Both are driven through their own loops, `kleash.train.train`
+is not to carry the other's libraries. Both are driven through their own loops, `kleash.train`
 and `PPOTrainer.train`, with a gate at the beginning of an iteration and clocks around functions.
 """
 
@@ -180,13 +180,13 @@ def build(folder: Path, shape: Shape) -> None:
 
 
 def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool) -> None:
-    """Drive `kleash.train.train` itself; a gate stands before each of its steps."""
-    loop: Any = importlib.import_module("kleash.train")
-    opening: Any = importlib.import_module("kleash.opening")
-    updates: Any = importlib.import_module("kleash.updates")
-    rollout: Any = importlib.import_module("kleash.rollout")
-    rewards: Any = importlib.import_module("kleash.reward_models")
-    configuration: Any = importlib.import_module("kleash.config")
+    """Drive `kleash.train` itself; a gate stands before each of its steps."""
+    loop: Any = importlib.import_module("kleash.training.loop")
+    opening: Any = importlib.import_module("kleash.training.startup")
+    updates: Any = importlib.import_module("kleash.training.optimization")
+    rollout: Any = importlib.import_module("kleash.rollout.scoring_pass")
+    rewards: Any = importlib.import_module("kleash.models.reward_model")
+    configuration: Any = importlib.import_module("kleash.config.schema")
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
     assemble, step, write = opening.assemble, loop._step, rollout.generate

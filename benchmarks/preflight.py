@@ -1,4 +1,4 @@
-"""Plant every fault of `tests/faults.py` on every architecture: is it found, is it mended?
+"""Plant every fault of the tests on every architecture: is it found, and does its remedy work?
 
     python benchmarks/preflight.py                       faults and clean variants
     python benchmarks/preflight.py gpt2 --clean          the clean variants of one architecture
@@ -23,17 +23,17 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-import faults  # pyright: ignore[reportMissingImports]
-import planting  # pyright: ignore[reportMissingImports]
-import variants  # pyright: ignore[reportMissingImports]
+import fault_types  # pyright: ignore[reportMissingImports]
+import model_variants  # pyright: ignore[reportMissingImports]
+import planted_faults  # pyright: ignore[reportMissingImports]
 
-from kleash.assembly import Crew
-from kleash.config import Config
-from kleash.preflight.finding import Finding
+from kleash.config.schema import Config
+from kleash.preflight.findings import Finding
+from kleash.preflight.probe_batch import WHOLE
 from kleash.preflight.runner import examine_crew
-from kleash.preflight.trial import WHOLE
+from kleash.training.components import Crew
 
 
 def main() -> None:
@@ -43,11 +43,13 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="with all other checks too")
     parser.add_argument("--faults", metavar="FIRST:END", help="only these faults, by number")
     arguments = parser.parse_args()
-    part = slice(*(int(end) for end in (arguments.faults or f"0:{len(faults.FAULTS)}").split(":")))
+    part = slice(
+        *(int(end) for end in (arguments.faults or f"0:{len(planted_faults.FAULTS)}").split(":"))
+    )
     torch.set_num_threads(1)
-    for kind in arguments.kinds or planting.KINDS:
+    for kind in arguments.kinds or fault_types.KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            material = planting.material(Path(folder), kind)
+            material = fault_types.material(Path(folder), kind)
             if not arguments.clean:
                 plant_all(material, kind, part, whole=arguments.whole)
             if arguments.clean or not arguments.faults:
@@ -56,8 +58,8 @@ def main() -> None:
 
 def plant_all(material: Path, kind: str, part: slice, *, whole: bool) -> None:
     found, must, mended = Counter[bool](), Counter[bool](), Counter[str]()
-    for number, fault in list(enumerate(faults.FAULTS))[part]:
-        look = everything if whole else planting.only(fault.check, WHOLE)
+    for number, fault in list(enumerate(planted_faults.FAULTS))[part]:
+        look = everything if whole else fault_types.only(fault.check, WHOLE)
         report = examine(material, kind, f"fault-{number}", look, fault.plant)
         hits = [finding for finding in report if hit(fault, finding)]
         found[bool(hits)] += 1
@@ -76,28 +78,30 @@ def plant_all(material: Path, kind: str, part: slice, *, whole: bool) -> None:
 
 
 def mend(
-    material: Path, kind: str, name: str, fault: faults.Fault, finding: Finding
+    material: Path, kind: str, name: str, fault: planted_faults.Fault, finding: Finding
 ) -> list[Finding]:
     """What the check says after the remedy, whose words must be those that are carried out."""
-    remedy = planting.advice(finding)
+    remedy = fault_types.advice(finding)
     assert all(words in remedy for words in fault.mend.words), (fault.mend.words, remedy)
 
-    def mended(world: planting.World) -> None:
+    def mended(world: fault_types.World) -> None:
         fault.mend.apply(world, remedy)
 
-    return examine(material, kind, name, planting.only(fault.check, WHOLE), fault.plant, mended)
+    return examine(material, kind, name, fault_types.only(fault.check, WHOLE), fault.plant, mended)
 
 
 def leave_clean(material: Path, kind: str) -> None:
     fails, warnings = 0, 0
-    for number, (name, plant) in enumerate(variants.VARIANTS.items()):
+    for number, (name, plant) in enumerate(model_variants.VARIANTS.items()):
         report = examine(material, kind, f"clean-{number}", everything, plant)
         bad = [f for f in report if f.verdict in ("warn", "fail")]
         fails += sum(f.verdict == "fail" for f in bad)
         warnings += sum(f.verdict == "warn" for f in bad)
         said = "; ".join(f"{f.verdict} {f.name}: {f.measured}: {f.cause}" for f in bad)
         print(f"  {name}: {said or 'nothing'}", flush=True)
-    print(f"{kind}, {len(variants.VARIANTS)} clean variants: {fails} fails, {warnings} warnings")
+    print(
+        f"{kind}, {len(model_variants.VARIANTS)} clean variants: {fails} fails, {warnings} warnings"
+    )
 
 
 def examine(
@@ -105,22 +109,22 @@ def examine(
     kind: str,
     name: str,
     look: Callable[[Config, Crew], list[Finding]],
-    *changes: Callable[[planting.World], None],
+    *changes: Callable[[fault_types.World], None],
 ) -> list[Finding]:
     scratch = material / name
     scratch.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        world = planting.clean(material, kind, patch, scratch)
+        world = fault_types.clean(material, kind, patch, scratch)
         for change in changes:
             change(world)
-        return planting.findings(world, look)
+        return fault_types.findings(world, look)
 
 
 def everything(config: Config, crew: Crew) -> list[Finding]:
     return list(examine_crew(config, crew, quick=False).findings)
 
 
-def hit(fault: faults.Fault, finding: Finding) -> bool:
+def hit(fault: planted_faults.Fault, finding: Finding) -> bool:
     return (
         finding.name == fault.check
         and finding.verdict == fault.verdict

@@ -24,7 +24,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kleash.runs import read_run
+from kleash.storage.run_directory import read_run
 
 WORDS, PROMPTS, NEW_TOKENS = 50_257, 32, 64
 PHASES = ("time/generate", "time/score", "time/update")

@@ -2,7 +2,7 @@
 
     python benchmarks/starts.py --scales 1 [--seeds 20]
 
-`plan` draws 32 × 32 strings of the reference and starts where `kleash.beta.starting` says,
+`plan` draws 32 × 32 strings of the reference and starts where `initial_beta.starting_beta` says,
 `spread` starts from the spread of the same scores, sd/√(2·target), and `0.15` is a number that is
 taken at its word, as `leash.initial_beta` is. Sampled PPO with 512 responses; the KL is the
 policy's own, by enumeration. Scores are the oracle's, or squashed by tanh, which saturate.
@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import oracles  # pyright: ignore[reportMissingImports]
 import plants  # pyright: ignore[reportMissingImports]
 
-from kleash.beta.controllers import BudgetBeta, initial_beta
-from kleash.beta.starting import starting_beta
-from kleash.beta.tilting import spread
+from kleash.kl.control.controllers import BudgetBeta, initial_beta
+from kleash.kl.planning.initial_beta import starting_beta
+from kleash.kl.planning.tilting import spread
 
 STARTS, TARGETS = ("plan", "spread", "0.15"), (0.5, 1.0, 2.0)
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

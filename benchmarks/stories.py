@@ -10,9 +10,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from kleash.config import load_config
-from kleash.runs import Run, holds_run, read_run
-from kleash.train import train
+from kleash.config.loading import load_config
+from kleash.storage.run_directory import Run, holds_run, read_run
+from kleash.training.loop import train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from kleash.config import Config
+from kleash.config.schema import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration

@@ -1,5 +1,5 @@
 """`python -m kleash` is `kleash`."""
 
-from kleash.cli import main
+from kleash.cli.main import main
 
 main()

@@ -5,7 +5,7 @@ Every loss is a sum over tokens divided by `tokens`, the number of kept tokens o
 gradient does not depend on how it was split.
 
 Nothing here reads a value back from the device. A ratio that is not finite must not pass, though
-clipping can hide it from the loss and leave NaN in the gradient: `kleash.algorithms.experience.
+clipping can hide it from the loss and leave NaN in the gradient: `kleash.algorithms.common.
 policy_terms` refuses it where it reads the metrics, the one synchronisation of a microbatch.
 """
 

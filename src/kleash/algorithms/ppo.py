@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kleash.algorithms.advantages import gae
-from kleash.algorithms.experience import (
+from kleash.algorithms.common import (
     Truncated,
     check_leash,
     check_truncated,

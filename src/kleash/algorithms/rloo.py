@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kleash.algorithms.advantages import leave_one_out
-from kleash.algorithms.experience import (
+from kleash.algorithms.common import (
     Truncated,
     check_critic_free,
     check_leash,

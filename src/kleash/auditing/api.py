@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kleash.auditing.pairs import AuditDtype, Pair, check_pair, open_checkpoint
+from kleash.auditing.inputs import Source, SourceKind
+from kleash.auditing.model_pair import AuditDtype, Pair, check_pair, open_checkpoint
 from kleash.auditing.result import Audit, Per
-from kleash.auditing.run import Settings, Watch, audit_pair
-from kleash.auditing.sources import Source, SourceKind
+from kleash.auditing.runner import Settings, Watch, audit_pair
 from kleash.errors import ConfigError
-from kleash.models import Policy
+from kleash.models.policy import Policy
 
 Given = str | Path | Sequence[str]
 """A file, or texts."""

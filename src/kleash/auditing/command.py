@@ -6,15 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kleash.auditing.bytewise import audit_bytes
-from kleash.auditing.drift import Drift, drift_of, write_drift
-from kleash.auditing.page import write_audit, write_page
-from kleash.auditing.pairs import AuditDtype, Pair, check_pair, open_checkpoint
-from kleash.auditing.partfile import NAME
+from kleash.auditing.bits_per_byte import audit_bytes
+from kleash.auditing.console import AuditDisplay, print_audit
+from kleash.auditing.drift_curve import Drift, drift_of, write_drift
+from kleash.auditing.html import write_audit, write_page
+from kleash.auditing.inputs import Source
+from kleash.auditing.model_pair import AuditDtype, Pair, check_pair, open_checkpoint
+from kleash.auditing.partial_results import NAME
 from kleash.auditing.result import Audit
-from kleash.auditing.run import Settings, audit_pair
-from kleash.auditing.screen import AuditDisplay, print_audit
-from kleash.auditing.sources import Source
+from kleash.auditing.runner import Settings, audit_pair
 from kleash.errors import UsageError
 
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from kleash.auditing.intervals import Decision, Interval
-from kleash.auditing.records import By
-from kleash.auditing.standing import Standing
+from kleash.auditing.confidence_intervals import Decision, Interval
+from kleash.auditing.run_context import Standing
+from kleash.auditing.token_records import By
 from kleash.errors import RunError
-from kleash.files import NON_FINITE, plain_json
-from kleash.likeliest import Wanted
-from kleash.models import Identity
-from kleash.report.charts import format_number
+from kleash.models.policy import Identity
+from kleash.report.svg_chart import format_number
+from kleash.rollout.top_tokens import Wanted
+from kleash.storage.atomic_files import NON_FINITE, plain_json
 
 SCHEMA = "kleash.audit/1"
 

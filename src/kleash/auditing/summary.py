@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kleash.auditing.details import Closer, look_closer, noise_floor
-from kleash.auditing.intervals import Interval, Kind, tail_index
-from kleash.auditing.pairs import Pair
-from kleash.auditing.records import Record
+from kleash.auditing.accumulator import LOWEST, PER_DECADE, Tally
+from kleash.auditing.confidence_intervals import Interval, Kind, tail_index
+from kleash.auditing.model_pair import Pair
 from kleash.auditing.result import Measure, Part, Sample, Share, Tail, Verdict, WorstToken
-from kleash.auditing.tally import LOWEST, PER_DECADE, Tally
-from kleash.auditing.tokens import TOKEN_CLASSES
-from kleash.kl.positions import POSITIONS, first_position
-from kleash.likeliest import decode, text_of_id
-from kleash.report.heatmap import spaced
+from kleash.auditing.token_classes import TOKEN_CLASSES
+from kleash.auditing.token_records import Record
+from kleash.auditing.worst_responses import Closer, look_closer, noise_floor
+from kleash.kl.position_bins import POSITIONS, first_position
+from kleash.report.token_heatmap import spaced
+from kleash.rollout.top_tokens import decode, text_of_id
 
 RESOLVABLE = 3.0
 """A KL below so many times the floor is rounding."""

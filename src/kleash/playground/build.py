@@ -28,8 +28,8 @@ import transformers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from kleash.errors import RunError
-from kleash.loading import quiet
-from kleash.models import Policy, load_policy
+from kleash.models.loading import quiet
+from kleash.models.policy import Policy, load_policy
 from kleash.playground import gold, preferences
 from kleash.playground.language import (
     MAX_WORDS,
@@ -60,7 +60,7 @@ _SOURCES = (
     "learning.py",
     "preferences.py",
     "sampling.py",
-    "../generation.py",
+    "../rollout/sampling.py",
 )
 _STANDARD_REPLIES = 1024
 """Replies on which the reward model's scores are standardised."""

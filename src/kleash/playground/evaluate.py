@@ -14,14 +14,14 @@ from torch import Tensor
 
 from kleash.errors import PromptError
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
-from kleash.models import Policy, load_policy, load_reference
+from kleash.models.policy import Policy, load_policy, load_reference
+from kleash.models.reward_model import ClassifierReward
 from kleash.playground import gold
 from kleash.playground.language import MAX_WORDS
 from kleash.playground.preferences import polite_phrases
 from kleash.playground.sampling import write_replies
-from kleash.reward_models import ClassifierReward
-from kleash.rollout import score
-from kleash.texts import distinct_n
+from kleash.rollout.scoring_pass import score
+from kleash.rollout.text_metrics import distinct_n
 from kleash.types import Rollout
 
 

@@ -19,7 +19,7 @@ so that the best reply, three steps in order, one kind word, full stop, is worth
 from dataclasses import astuple, dataclass
 
 from kleash.playground.language import CONNECTIVES, POLITE, TOPICS, topic_of
-from kleash.texts import distinct_n
+from kleash.rollout.text_metrics import distinct_n
 
 _STEPS = {step: topic.name for topic in TOPICS for step in topic.steps}
 

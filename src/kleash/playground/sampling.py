@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kleash.models import Policy
-from kleash.prompts import Prompt, batch_prompts
-from kleash.rollout import SamplingSpec, generate, response_texts
+from kleash.models.policy import Policy
+from kleash.rollout.prompts import Prompt, batch_prompts
+from kleash.rollout.scoring_pass import SamplingSpec, generate, response_texts
 from kleash.types import Rollout
 
 

@@ -6,22 +6,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kleash.assembly import Crew, assemble
-from kleash.config import Config
+from kleash.config.schema import Config
 from kleash.errors import KleashError, PreflightError
-from kleash.preflight import (
-    leash,
+from kleash.preflight.checks import (
+    logprobs,
     masks,
-    reading,
+    objective,
+    prompts,
     reference,
     resources,
-    reward,
+    reward_model,
     sampling,
-    scoring,
 )
-from kleash.preflight.finding import Finding, Report
-from kleash.preflight.reward import Pair
-from kleash.preflight.trial import QUICK, WHOLE, Trial, draw
+from kleash.preflight.checks.reward_model import Pair
+from kleash.preflight.findings import Finding, Report
+from kleash.preflight.probe_batch import QUICK, WHOLE, Trial, draw
+from kleash.training.components import Crew, assemble
 
 TrialCheck = Callable[[Trial], Finding]
 Say = Callable[[str], None]
@@ -29,21 +29,21 @@ _BATCH = "batch"
 """Where nothing can be written, judged or scored; training would stop at it too."""
 
 SCORING: tuple[TrialCheck, ...] = (
-    scoring.architecture,
-    scoring.dropout,
-    scoring.self_kl,
-    scoring.start,
-    scoring.head,
-    scoring.alignment,
-    scoring.positions,
-    scoring.left_padding,
-    scoring.right_padding,
-    scoring.batching,
-    scoring.packing,
-    scoring.canary,
-    scoring.streaming,
-    scoring.temperature,
-    scoring.floor,
+    logprobs.architecture,
+    logprobs.dropout,
+    logprobs.self_kl,
+    logprobs.start,
+    logprobs.head,
+    logprobs.alignment,
+    logprobs.positions,
+    logprobs.left_padding,
+    logprobs.right_padding,
+    logprobs.batching,
+    logprobs.packing,
+    logprobs.canary,
+    logprobs.streaming,
+    logprobs.temperature,
+    logprobs.floor,
 )
 SAMPLING: tuple[TrialCheck, ...] = (
     sampling.ratio,
@@ -65,21 +65,21 @@ REFERENCE: tuple[TrialCheck, ...] = (
     reference.adapter,
 )
 REWARD: tuple[TrialCheck, ...] = (
-    reward.head,
-    reward.alone,
-    reward.last_token,
-    reward.bos,
-    reward.template,
+    reward_model.head,
+    reward_model.alone,
+    reward_model.last_token,
+    reward_model.bos,
+    reward_model.template,
 )
 LEASH: tuple[TrialCheck, ...] = (
-    leash.objective,
-    leash.gradient,
-    leash.score_spread,
-    leash.strength,
-    leash.target,
-    leash.inert,
+    objective.objective,
+    objective.gradient,
+    objective.score_spread,
+    objective.strength,
+    objective.target,
+    objective.inert,
 )
-READING: tuple[TrialCheck, ...] = (reading.duplicates, reading.leak, reading.chat_template)
+READING: tuple[TrialCheck, ...] = (prompts.duplicates, prompts.leak, prompts.chat_template)
 
 QUICK_CHECKS = (
     *SCORING,
@@ -139,7 +139,7 @@ def examine_crew(
             return Report(tuple(findings), time.perf_counter() - began)
         findings += run_checks(QUICK_CHECKS, trial, say=say)
         if not quick:
-            slow = (reference.identity, reward.probes, _preferences(pairs))
+            slow = (reference.identity, reward_model.probes, _preferences(pairs))
             findings += run_checks(slow, trial, say=say)
             say("two iterations of training, for memory and time")
             findings += resources.examine(trial)
@@ -161,9 +161,9 @@ def run_checks(checks: Sequence[TrialCheck], trial: Trial, *, say: Say = silent)
 def _preferences(pairs: Sequence[Pair]) -> TrialCheck:
     """The check of that name, on these pairs."""
 
-    @functools.wraps(reward.preferences)
+    @functools.wraps(reward_model.preferences)
     def preferences(trial: Trial) -> Finding:
-        return reward.preferences(trial, pairs)
+        return reward_model.preferences(trial, pairs)
 
     return preferences
 

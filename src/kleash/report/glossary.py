@@ -3,8 +3,8 @@
 `docs/metrics.md` is this table, written by `python -m kleash.report.glossary > docs/metrics.md`.
 """
 
-from kleash.report.controlling import CONTROLLER
-from kleash.report.metric import Metric
+from kleash.report.controller_glossary import CONTROLLER
+from kleash.report.metric_definition import Metric
 
 GLOSSARY: tuple[Metric, ...] = (
     Metric(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.scoring.forward import Summed
-from kleash.scoring.gradients import (
+from kleash.scoring.logit_gradients import (
     Rows,
     Upstream,
     policy_terms,

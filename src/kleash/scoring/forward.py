@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.scoring.api import Quantity
-from kleash.scoring.sums import GROUP, Moments, Needs, Tally, sum_names, tile_sums
+from kleash.scoring.tile_reductions import GROUP, Moments, Needs, Tally, sum_names, tile_sums
 from kleash.scoring.tiles import (
     LN2,
     Bare,

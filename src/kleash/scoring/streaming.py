@@ -30,7 +30,7 @@ from kleash.scoring.api import (
 )
 from kleash.scoring.backward import Gradient, Wanted, walk_back
 from kleash.scoring.forward import scores_of, sum_up
-from kleash.scoring.gradients import Upstream
+from kleash.scoring.logit_gradients import Upstream
 from kleash.scoring.tiles import Sides, Tiles, default_tiles, lacks, side
 from kleash.types import Head
 

@@ -19,8 +19,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.scoring.gradients import Rows
-from kleash.scoring.sums import Needs
+from kleash.scoring.logit_gradients import Rows
+from kleash.scoring.tile_reductions import Needs
 from kleash.scoring.tiles import Bare, raw_logits, softcap_slope
 
 

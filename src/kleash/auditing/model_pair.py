@@ -1,0 +1,140 @@
+"""Two checkpoints made comparable: opened, adapters put in, and checked to share their tokens.
+
+A checkpoint may be a whole model or a LoRA adapter, which is merged into its base. Widths, depths,
+dtypes and padding of the vocabulary may differ; the tokens may not.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kleash.errors import ModelError
+from kleash.models.loading import Dtype, quiet
+from kleash.models.policy import Identity, Policy, compare_tokenizers, load_policy
+
+AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A policy and the reference it is measured against. Both can write."""
+
+    policy: Policy
+    reference: Policy
+
+    @property
+    def context(self) -> int | None:
+        """Longest text that both can read; None: no limit known."""
+        known = [m.context for m in (self.policy, self.reference) if m.context is not None]
+        return min(known, default=None)
+
+
+def load_pair(
+    policy: str | Path,
+    reference: str | Path,
+    *,
+    dtype: AuditDtype = "float32",
+    device: str = "cpu",
+) -> Pair:
+    """Open both checkpoints and check that they can be compared.
+
+    Args:
+        policy: a Hugging Face directory or hub name, or the directory of a peft adapter.
+        reference: the same.
+        dtype: of parameters and arithmetic. "float32" measures the weights; "auto" takes each
+            model as it is stored, and so measures its rounding as well.
+        device: a torch device.
+
+    Raises:
+        ModelError: if a model cannot be used, or the two have different tokens.
+    """
+    pair = Pair(
+        open_checkpoint(policy, dtype=dtype, device=device),
+        open_checkpoint(reference, dtype=dtype, device=device),
+    )
+    check_pair(pair)
+    return pair
+
+
+def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
+    """Open a model, or an adapter together with the base that it names.
+
+    Raises:
+        ModelError: if either cannot be used.
+    """
+    stored: Dtype = "float32" if dtype == "float64" else dtype
+    if (Path(path) / "adapter_config.json").is_file():
+        found = _open_adapter(Path(path), dtype=stored, device=device)
+    else:
+        found = load_policy(path, dtype=stored, device=device)
+    found.model.requires_grad_(False)
+    if dtype == "float64":
+        found.model.double()
+    return found
+
+
+def check_pair(pair: Pair) -> None:
+    """Check that every token has the same id in both.
+
+    Raises:
+        ModelError: naming the first difference.
+    """
+    policy, reference = pair.policy, pair.reference
+    try:
+        compare_tokenizers(policy.tokenizer, reference.tokenizer, "reference", reference.path)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; or compare whole texts with --texts FILE --bytes, in bits per byte"
+        ) from None
+    if policy.words != reference.words:
+        raise ModelError(
+            f"expected two models of one vocabulary, got {policy.words} tokens in "
+            f"{policy.path!r} and {reference.words} in {reference.path!r}"
+        )
+
+
+def same_weights(one: Identity, other: Identity) -> bool:
+    """Whether two models are the same numbers, wherever they lie."""
+    return one.sha256 == other.sha256
+
+
+def _open_adapter(path: Path, *, dtype: Dtype, device: str) -> Policy:
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"expected an adapter_config.json that names its base in {str(path)!r}, got: {error!r}"
+        ) from error
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"expected the package peft for the adapter in {str(path)!r}, got none installed: "
+            "pip install 'kleash[lora]'"
+        ) from error
+    opened = load_policy(str(base), dtype=dtype, device=device)
+    try:
+        with quiet(), warnings.catch_warnings():
+            # peft asks transformers for a name that is on its way out: theirs to settle.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel.from_pretrained(opened.model, str(path))
+            # Merged, whatever the adapter changes (the head too) is in plain matrices.
+            merged = wrapped.merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"expected a LoRA adapter for {base!r} in {str(path)!r}, got: {reason}"
+        ) from error
+    merged.eval()
+    if any(
+        p.is_floating_point() and not bool(torch.isfinite(p).all()) for p in merged.parameters()
+    ):
+        raise ModelError(
+            f"expected finite weights after merging {str(path)!r}, got NaN or infinity"
+        )
+    return replace(opened, model=merged, path=str(path))

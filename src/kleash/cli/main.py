@@ -1,0 +1,487 @@
+"""The command line. Sub-commands import what they need when they run, so that `--help` is quick.
+
+Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 3 and 4 an audit
+with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from kleash import __version__
+from kleash.cli.console import (
+    explicit_as_json,
+    numbers,
+    print_explicit,
+    quiet_libraries,
+    split_overrides,
+)
+from kleash.errors import ConfigError, KleashError, UsageError
+from kleash.kl.discrete import explicit_kl
+
+if TYPE_CHECKING:
+    from kleash.config.schema import Config
+    from kleash.training.components import Crew
+
+_EXAMPLES = """Examples:
+
+    kleash kl 0.7,0.3 0.5,0.5
+
+    kleash demo
+
+    kleash check
+
+    kleash plan --kl 0.5,1,2
+
+    kleash train --steps 10 --leash.beta 0.2 --output runs/tight
+
+    kleash report runs/tight
+
+    kleash audit runs/tight/checkpoints/step-000010/policy models/sft --prompts prompts.jsonl"""
+
+app = App(
+    name="kleash",
+    help="Keep a language model on a KL leash: train it near a frozen reference, measure how far "
+    "it has gone, and show where.",
+    help_epilogue=_EXAMPLES,
+    version=__version__,
+    exit_on_error=False,
+    print_error=False,
+    result_action="return_value",
+)
+
+_EMBEDDED_WORLD = Path(__file__).parents[1] / "playground" / "recipes" / "leashed.yaml"
+
+_Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the `kleash` command."""
+    arguments = sys.argv[1:]
+    try:
+        app(arguments)
+    except CycloptsError as error:
+        _fail(f"{error}. See kleash --help.".replace("..", "."), 2)
+    except KleashError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"kleash: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@app.command(
+    name="kl",
+    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
+    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
+)
+def kl_command(
+    p: str,
+    q: str,
+    /,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """KL divergence of two explicit distributions: every term of the sum, both directions.
+
+    Parameters
+    ----------
+    p
+        Probabilities of the policy, separated by commas.
+    q
+        Probabilities of the reference, separated by commas.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug  # read by `main`
+    try:
+        result = explicit_kl(numbers(p), numbers(q))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if as_json:
+        print(json.dumps(explicit_as_json(result), indent=2))
+    else:
+        print_explicit(result)
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash train\n\n    kleash train recipes/stories.yaml "
+    "--leash.target-kl 5\n\n    kleash train --leash.beta 0 --steps 20 --output runs/free"
+    "\n\n    kleash train --resume runs/free\n\n    kleash train recipes/stories-rloo.yaml "
+    "--algorithm grpo\n\n    torchrun --nproc-per-node 2 -m kleash train"
+)
+def train(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    resume: Path | None = None,
+    no_check: Annotated[bool, Parameter(negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """RLHF on the leash; with no CONFIG, on the embedded world.
+
+    Every key of the configuration can be overridden: `--section.key VALUE`; the keys are in
+    `docs/configuration.md`. Started by torchrun, one process leads and the others share the rows.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys.
+    resume
+        Continue the run in this directory from its newest checkpoint. The same command as
+        before, with the same output, does it too.
+    no_check
+        Skip the quick part of `kleash check`, which otherwise runs first.
+    """
+    del debug
+    path, overrides = split_overrides(arguments)
+    if resume is not None:
+        if path is not None or overrides:
+            raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
+        path = resume / "config.yaml"
+    from rich.console import Console
+
+    from kleash.config.loading import load_config
+    from kleash.preflight.runner import require_sound
+    from kleash.training.distributed import lend_a_hand
+    from kleash.training.loop import train as run
+    from kleash.training.process_group import leads
+    from kleash.training.progress import saying
+
+    def checked(assembled: "Config", crew: "Crew") -> list[str]:
+        with saying("check", Console()) as say:
+            return require_sound(assembled, crew, say=say)
+
+    quiet_libraries()
+    if not leads():
+        return lend_a_hand()
+    with saying("train", Console()) as say:
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+    directory = run(config, argv=sys.argv, preflight=None if no_check else checked)
+    print(f"{directory}: finished. Look at it with: kleash report {directory}")
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash check recipes/stories.yaml\n\n    kleash check --quick "
+    "--leash.beta 0.2\n\n    kleash check mine.yaml --json > findings.json"
+)
+def check(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    pairs: Path | None = None,
+    framework: Literal["trl", "verl", "openrlhf"] | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Look for the fault before it costs a run: exit 0, or 5 if a check fails.
+
+    Every check is made on the very objects that training would use; nothing is trained or written.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+    quick
+        Only the checks that `kleash train` makes by itself.
+    pairs
+        JSON lines with `prompt`, `chosen` and `rejected`, to try the reward on.
+    framework
+        CONFIG is that framework's own file (or its arguments follow): say what its KL settings
+        amount to. Nothing is loaded or run.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug
+    from rich.console import Console
+
+    from kleash.preflight.console import print_report
+
+    if framework is not None:
+        from kleash.preflight.framework_configs import read_framework
+
+        report = read_framework(framework, arguments)
+    else:
+        from kleash.config.loading import load_config
+        from kleash.preflight.checks.reward_model import read_pairs
+        from kleash.preflight.runner import check as examine
+        from kleash.training.progress import saying
+
+        path, overrides = split_overrides(arguments)
+        quiet_libraries()
+        with saying("check", Console(quiet=as_json)) as say:
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+            given = read_pairs(pairs) if pairs else ()
+            report = examine(config, quick=quick, pairs=given, say=say)
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_report(report, Console(highlight=False))
+    if report.fails:
+        raise SystemExit(5)
+
+
+def _build_world(config: "Config", say: Callable[[str], object]) -> "Config":
+    if config.world is None:
+        return config
+    say("building the embedded world")
+    from kleash.config.loading import with_world
+    from kleash.playground.build import build_world
+
+    return with_world(config, build_world(config.world))
+
+
+@app.command(
+    name="plan",
+    help_epilogue="Examples:\n\n    kleash plan\n\n    kleash plan recipes/stories.yaml "
+    "--kl 0.5,1,2 --responses 128 --into runs/plan\n\n    kleash plan --scores runs/plan/plan.json "
+    "--beta 0.2,0.1",
+)
+def plan_command(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, name="CONFIG --dotted.key VALUE")
+    ],
+    beta: Annotated[str, Parameter(show_default=False)] = "",
+    kl: Annotated[str, Parameter(show_default=False)] = "",
+    responses: int | None = None,
+    prompts: int | None = None,
+    scores: Path | None = None,
+    into: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Before training: which β spends which KL for which score, from reference samples alone.
+
+    Parameters
+    ----------
+    arguments
+        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+    beta
+        βs to plan for, separated by commas; by default a ladder of them.
+    kl
+        Budgets to plan for, in nats per response, separated by commas.
+    responses
+        Reference responses to each prompt; by default `plan.responses`.
+    prompts
+        Prompts to draw them for; by default `plan.prompts`.
+    scores
+        An earlier plan.json: ask its samples instead of drawing new ones.
+    into
+        Directory for plan.json and plan.html.
+    as_json
+        Print plan.json instead of a table.
+    """
+    del debug
+    path, overrides = split_overrides(arguments)
+    if scores is not None and (path is not None or responses or prompts):
+        raise UsageError("--scores has its samples already: give no CONFIG, no --responses")
+    try:
+        betas, budgets = (numbers(text) if text else [] for text in (beta, kl))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    from rich.console import Console
+
+    from kleash.cli import plan as planning
+    from kleash.config.loading import load_config
+    from kleash.storage.atomic_files import plain_json
+    from kleash.storage.plan_file import frontier_json
+    from kleash.training.progress import saying
+
+    quiet_libraries()
+    if scores is not None:
+        question = planning.Question(betas, budgets)
+        frontier = planning.replan(scores, question)
+    else:
+        sizes = {"plan.responses": responses, "plan.prompts": prompts}
+        overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
+        with saying("plan", Console(quiet=as_json)) as say:
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+        question = planning.question_of(config.leash, betas=betas, budgets=budgets)
+        frontier = planning.plan(config, question)
+    told = planning.told_by(frontier, question)
+    if as_json:
+        print(plain_json(frontier_json(frontier)))
+    else:
+        planning.print_plan(frontier, told)
+    if into is not None:
+        title = str(path or scores or "the embedded world")
+        page = planning.write_plan(into, frontier, told, title=title)
+        print(f"{into / 'plan.json'}\n{page}", file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command(help_epilogue="Examples:\n\n    kleash demo\n\n    kleash demo --seed 3")
+def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = False) -> None:
+    """The story on the embedded world: check, plan, train on and off the leash, audit, report.
+
+    Parameters
+    ----------
+    seed
+        Which world; each has its own language of questions, raters and models.
+    output
+        Directory for the two runs, the audit and the report.
+    """
+    del debug
+    from kleash.cli.demo import run_demo
+
+    quiet_libraries()
+    run_demo(seed, output)
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash audit runs/tuned models/sft --prompts prompts.jsonl"
+    "\n\n    kleash audit quantised full --texts texts.jsonl --into audits/quantised"
+    "\n\n    kleash audit step-100 step-200 step-300 sft --prompts prompts.jsonl --into drift"
+    "\n\n    kleash audit new old --prompts prompts.jsonl --fail-above 0.05"
+)
+def audit(
+    policy: str,
+    /,
+    *others: str,
+    prompts: Path | None = None,
+    texts: Path | None = None,
+    responses: Path | None = None,
+    both: Annotated[bool, Parameter(negative="")] = False,
+    bytewise: Annotated[bool, Parameter(name="--bytes", negative="")] = False,
+    precision: float | None = None,
+    fail_above: float | None = None,
+    per: Literal["token", "response"] = "token",
+    max_new_tokens: int = 64,
+    responses_per_prompt: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    keep: int = 40,
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+    into: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """How far is POLICY from REFERENCE: exact KL, with 95 % intervals, down to the token.
+
+    The last checkpoint is the reference; several before it give a drift curve.
+
+    Parameters
+    ----------
+    policy
+        A Hugging Face directory or hub name, or the directory of a LoRA adapter.
+    others
+        More policies, and at last the reference.
+    prompts
+        A prompt file: the policy answers, both models read the answers.
+    texts
+        A .txt file, or rows of `text`: both models read them.
+    responses
+        Rows of `prompt` and `response`: both models read the responses.
+    both
+        Let the reference answer the prompts as well.
+    bytewise
+        For models of different tokens: bits per byte of whole texts instead of a KL.
+    precision
+        Sample until the interval is mean ± this many nats, or say what it would cost.
+    fail_above
+        Gate: exit 3 if the interval lies above this many nats, 0 if below, 4 if undecided.
+    per
+        What precision and gate are per.
+    max_new_tokens
+        Length limit of a response.
+    responses_per_prompt
+        Answers to each prompt.
+    temperature
+        Of sampling, and of both models' distributions.
+    seed
+        Of sampling.
+    batch_tokens
+        Most tokens read at once, padding included.
+    keep
+        Responses and tokens of each kind to look at closely.
+    dtype
+        Of parameters and arithmetic; auto: each model as it is stored.
+    device
+        A torch device.
+    into
+        Directory for audit.html, audit.json and the scored responses.
+    resume
+        Go on with the audit in that directory.
+    as_json
+        Print JSON instead of a table.
+    """
+    del debug
+    from kleash.auditing.api import one_source
+    from kleash.auditing.command import Order, run_order
+    from kleash.auditing.inputs import Source
+    from kleash.auditing.runner import Settings
+
+    if not others:
+        raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")
+    try:
+        kind, file = one_source({"prompts": prompts, "texts": texts, "responses": responses})
+    except ConfigError as error:
+        raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
+    quiet_libraries()
+    code = run_order(
+        Order(
+            policies=(policy, *others[:-1]),
+            reference=others[-1],
+            source=Source(kind, file, max_new_tokens if kind == "prompts" else 0),
+            settings=Settings(
+                both=both,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                responses_per_prompt=responses_per_prompt,
+                seed=seed,
+                batch_tokens=batch_tokens,
+                precision=precision,
+                fail_above=fail_above,
+                per=per,
+                keep=keep,
+            ),
+            dtype=dtype,
+            device=device,
+            into=into,
+            resume=resume,
+            as_json=as_json,
+            bytewise=bytewise,
+        )
+    )
+    if code:
+        raise SystemExit(code)
+
+
+@app.command(
+    help_epilogue="Examples:\n\n    kleash report runs/demo/leashed\n\n"
+    "    kleash report runs/demo/leashed runs/demo/free --output runs"
+)
+def report(run: Path, /, *others: Path, output: Path | None = None, debug: _Debug = False) -> None:
+    """One self-contained HTML page, and its JSON twin, from run directories alone.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    others
+        More runs to compare it with.
+    output
+        Directory for the page; by default the run's own, or where several lie, their parent.
+    """
+    del debug
+    from kleash.report.html import write_report
+
+    page, twin = write_report([run, *others], into=output)
+    print(f"{page}\n{twin}")

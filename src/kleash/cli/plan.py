@@ -1,0 +1,219 @@
+"""`kleash plan`: which β gives which KL and which score, before anything is trained.
+
+Reference responses to some prompts are drawn and scored; the closed form does the rest. What was
+drawn is kept in plan.json, so that other questions can be asked of it without drawing again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kleash.config.leash import LeashConfig
+from kleash.config.schema import Config, ReferenceConfig
+from kleash.errors import RewardError, UsageError
+from kleash.kl.control.groups import OTHERS
+from kleash.kl.planning.initial_beta import Start, starting_beta
+from kleash.report.plan_page import HEADERS, plan_page, plus_minus, start_sentence, table_rows
+from kleash.storage.atomic_files import replace_file
+from kleash.storage.plan_file import (
+    PLAN_FILE,
+    Frontier,
+    make_frontier,
+    read_frontier,
+    write_frontier,
+)
+from kleash.training.calibration import about, draw, frontier_of, group_targets
+from kleash.training.components import assemble
+
+PAGE_FILE = "plan.html"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a plan.
+
+    Attributes:
+        betas: in score per nat; empty: a ladder of them.
+        budgets: KL in nats per response.
+        target_kl: the budget of the run that is planned for, in nats per response.
+        target_kl_per_token: the same in nats per token.
+    """
+
+    betas: Sequence[float] = ()
+    budgets: Sequence[float] = ()
+    target_kl: float | None = None
+    target_kl_per_token: float | None = None
+
+    def target(self, frontier: Frontier) -> float | None:
+        """The budget in nats per response: per token, of a response as long as the reference's."""
+        if self.target_kl_per_token is None:
+            return self.target_kl
+        return self.target_kl_per_token * frontier.about["response_length"]
+
+
+def question_of(
+    leash: LeashConfig, *, betas: Sequence[float] = (), budgets: Sequence[float] = ()
+) -> Question:
+    """What a run with this leash would ask of a plan; groups are always answered for themselves."""
+    if leash.groups is not None:
+        return Question(betas, budgets)
+    return Question(betas, budgets, leash.target_kl, leash.target_kl_per_token)
+
+
+def plan(config: Config, question: Question) -> Frontier:
+    """Draw reference responses, score them, and plan.
+
+    Args:
+        config: of the run that is planned for; policy and leash are not looked at where a
+            reference is named.
+        question: which βs and budgets.
+
+    Raises:
+        KleashError: something the user can mend; nothing was written.
+    """
+    config = _at_reference(config)
+    torch.manual_seed(config.seed)
+    crew = assemble(config)
+    drawn = draw(config, crew)
+    try:
+        return frontier_of(
+            drawn,
+            about=about(config, crew, drawn),
+            targets=group_targets(config.leash, drawn.length),
+            betas=question.betas,
+            budgets=question.budgets,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def replan(file: Path, question: Question) -> Frontier:
+    """Ask another question of samples that an earlier plan holds.
+
+    Raises:
+        KleashError: the file is no plan, or the question cannot be asked.
+    """
+    earlier = read_frontier(file)
+    try:
+        again = make_frontier(
+            earlier.scores,
+            prompts=earlier.prompts,
+            about=earlier.about,
+            betas=question.betas,
+            budgets=question.budgets,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return replace(again, groups=earlier.groups)
+
+
+def starting_point(frontier: Frontier, question: Question) -> Start | None:
+    """Where a run with this target would start; None without a target.
+
+    Raises:
+        RewardError: scores do not vary within any prompt.
+    """
+    target = question.target(frontier)
+    return None if target is None else _start(frontier, target)
+
+
+def _start(frontier: Frontier, target: float) -> Start:
+    try:
+        return starting_beta(frontier.scores, target)
+    except ValueError as error:
+        raise RewardError(str(error)) from error
+
+
+def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | None = None) -> None:
+    """The plan as a table, and what it comes to."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for header in HEADERS[:-1]:
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    rows = table_rows(frontier, plus_minus)
+    for row, cells in rows:
+        table.add_row(*(Text(cell) for cell in cells[:-1]), style="" if row.known else "dim")
+    console.print(table)
+    if frontier.groups:
+        console.print(_group_table(frontier.groups))
+    for row, cells in rows:
+        if not row.known:
+            console.print(f"not known, KL {cells[1]}: {row.reason}", markup=False, style="dim")
+    prompts, responses = frontier.scores.shape
+    console.print(
+        f"{prompts} prompts × {responses} reference responses; ± 95 %, by bootstrap over prompts",
+        style="dim",
+        markup=False,
+    )
+    for sentence in told:
+        console.print(sentence, markup=False)
+
+
+def _told_of_groups(frontier: Frontier) -> list[str]:
+    told: list[str] = []
+    for name, target in frontier.about.get("groups", {}).items():
+        asked = f"leash.{'target_kl' if name == OTHERS else f'groups.{name}'} {target:g}"
+        group = frontier.groups.get(name)
+        told.append(
+            f"for {asked} nothing is planned: the group has a single prompt, a plan needs 2 or more"
+            if group is None
+            else start_sentence(asked, _start(group, target))
+        )
+    return told
+
+
+def _group_table(groups: Mapping[str, Frontier]) -> Table:
+    """The budget of each group, from its own prompts."""
+    table = Table(box=None, pad_edge=False)
+    for header in ("group", "prompts", *HEADERS[:5]):
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    for name, group in groups.items():
+        row, cells = table_rows(replace(group, rows=[]), plus_minus)[0]
+        texts = (name, str(len(group.prompts)), *cells[:5])
+        table.add_row(*map(Text, texts), style="" if row.known else "dim")
+    return table
+
+
+def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: str) -> Path:
+    """Write plan.json and plan.html into a directory; made if missing.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_frontier(folder / PLAN_FILE, frontier)
+    replace_file(folder / PAGE_FILE, plan_page(frontier, title=title, told=told))
+    return folder / PAGE_FILE
+
+
+def told_by(frontier: Frontier, question: Question) -> list[str]:
+    """The sentences under the table: the reference, and where β starts for what is asked."""
+    told = [f"the reference scores {frontier.mean_score:.3f} on average"]
+    target = question.target(frontier)
+    if question.target_kl_per_token is not None:
+        told.append(
+            f"leash.target_kl_per_token {question.target_kl_per_token:g} is {target:.4g} nats per "
+            f"response, of {frontier.about['response_length']:.1f} tokens as the reference writes "
+            "them"
+        )
+    if target is not None:
+        per_token = question.target_kl_per_token is not None
+        asked = f"{target:.4g} nats" if per_token else f"leash.target_kl {target:g}"
+        told.append(start_sentence(asked, _start(frontier, target)))
+    return told + _told_of_groups(frontier)
+
+
+def _at_reference(config: Config) -> Config:
+    """The same run, started from its reference: what a plan needs samples of."""
+    if config.reference.path is None:
+        return config
+    policy = config.policy.model_copy(update={"path": config.reference.path})
+    return config.model_copy(update={"policy": policy, "reference": ReferenceConfig()})

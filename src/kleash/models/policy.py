@@ -1,0 +1,402 @@
+"""The policy and its frozen reference: tokens in, hidden states and a head out, never logits.
+
+A model is used in one way only: `hidden_states` of [left-padded prompt | right-padded response],
+with explicit positions, so that a response gets the same numbers alone, padded or in a batch.
+What becomes of hidden states is the business of `scoring`. Left out: gradient checkpointing.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.errors import ModelError
+from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
+from kleash.models.lm_head import check_causal, check_head, read_head
+from kleash.models.loading import (
+    Attention,
+    Dtype,
+    load_causal_lm,
+    load_tokenizer,
+    number_of_words,
+    quiet,
+    require_special_tokens,
+    stop_ids,
+)
+from kleash.models.lora import AdapterSpec, add_adapter, merge_adapter
+from kleash.types import Head
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What scoring needs of a language model; the tests' tabular oracle is one too."""
+
+    @property
+    def head(self) -> Head:
+        """The step from hidden states to logits; its tensors are the live parameters."""
+        ...
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """State [:, t] predicts response token t; index `length` is the state after the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model exactly, for the run's record."""
+
+    path: str
+    how: str
+    """How it came to be: "loaded", "copy of the policy" or "policy with its adapter off"."""
+    dtype: str
+    sha256: str
+    """Hash of the weights; of an adapter, those that are merged into them and no others."""
+    revision: str | None = None
+    """Of a hub name."""
+    merged: str | None = None
+    """Adapter that was merged into the weights before anything else."""
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """The model that learns, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    words: int
+    """Token ids that stand for text; the rows of the head beyond have probability 0."""
+    stop_ids: tuple[int, ...]
+    """Ids that end a response."""
+    adapter: Any = None
+    """The peft model around `model`, if only an adapter is trained."""
+    revision: str | None = None
+    merged: str | None = None
+    """Directory of the adapter that was merged into the weights when they were loaded."""
+
+    @property
+    def head(self) -> Head:
+        """The head, with the live parameters."""
+        return read_head(self.model, self.words)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.head.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.head.weight.device
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt + response the model has positions for; None: no limit known."""
+        return context_length(self.model)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills a batch; never looked at, since masks come from lengths."""
+        return cast(int, self.tokenizer.pad_token_id)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """See `LanguageModel`; gradients flow."""
+        return trunk_states(
+            self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+        )
+
+    def identity(self) -> Identity:
+        """Which model this is now."""
+        return _identity(self, "loaded", base_weights(self.model))
+
+    def save(self, path: str | Path) -> None:
+        """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors."""
+        with quiet():
+            (self.model if self.adapter is None else self.adapter).save_pretrained(str(path))
+            self.tokenizer.save_pretrained(str(path))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The model that stays: no gradient, no change."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    words: int
+    how: str
+    adapter: Any = None
+    """If set, `model` is the policy's own and is read with this adapter off."""
+    revision: str | None = None
+    merged: str | None = None
+    """Directory of the adapter that was merged into the weights when they were loaded."""
+
+    @property
+    def head(self) -> Head:
+        """The head; its parameters ask for no gradient."""
+        return read_head(self.model, self.words)
+
+    def hidden_states(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        prompt_mask: Bool[Tensor, "batch prompt"],
+        response_ids: Int[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token+1 hidden"]:
+        """See `LanguageModel`; no gradient flows, whatever the caller's mode."""
+        off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
+        with off, torch.no_grad():
+            return trunk_states(
+                self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+            )
+
+    def identity(self) -> Identity:
+        """Which model this is: it must say the same at the end of a run as at its start."""
+        return _identity(self, self.how, self._weights())
+
+    def fingerprint(self) -> int:
+        """A number that is cheap to read and changes when a weight does."""
+        return weights_sum(self._weights())
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The weights it reads with."""
+        return self.model.named_parameters() if self.adapter is None else base_weights(self.model)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    attention: Attention = "auto",
+    adapter: AdapterSpec | None = None,
+    revision: str | None = None,
+    merge: str | None = None,
+) -> Policy:
+    """Open the model that will learn.
+
+    Args:
+        path: a Hugging Face directory or hub name of a causal language model, with tokenizer.
+        dtype: of the parameters; "auto" is that of the file.
+        device: a torch device.
+        attention: implementation of attention; "auto" leaves the choice to the library.
+        adapter: train only a LoRA adapter; the reference is then the model with it off.
+        revision: of a hub name.
+        merge: directory of a LoRA adapter to merge into the weights first: where supervised
+            training left an adapter, the policy begins as base + that adapter, and so does the
+            reference.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be used; see `loading` and `heads`.
+    """
+    model = _load_merged(path, merge, dtype, device, attention, revision)
+    tokenizer = load_tokenizer(path, revision=revision)
+    require_special_tokens(tokenizer, path)
+    words = _checked_words(model, tokenizer, path)
+    wrapped = None if adapter is None else add_adapter(model, adapter)
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        path=str(path),
+        words=words,
+        stop_ids=stop_ids(model, tokenizer),
+        adapter=wrapped,
+        revision=revision,
+        merged=merge,
+    )
+
+
+def load_reference(
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    attention: Attention = "auto",
+    revision: str | None = None,
+    merge: str | None = None,
+) -> Reference:
+    """Open a frozen reference of its own; the arguments are those of `load_policy`.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be used.
+    """
+    model = _load_merged(path, merge, dtype, device, attention, revision)
+    tokenizer = load_tokenizer(path, revision=revision)
+    words = _checked_words(model, tokenizer, path)
+    model.requires_grad_(False)
+    return Reference(model, tokenizer, str(path), words, "loaded", revision=revision, merged=merge)
+
+
+def freeze_copy(policy: Policy) -> Reference:
+    """Freeze the policy as it is now: a copy that shares no storage with it.
+
+    With an adapter there is nothing to copy: the reference is the same model with the adapter off.
+    """
+    if policy.adapter is not None:
+        model, how = policy.model, "policy with its adapter off"
+    else:
+        model, how = copy.deepcopy(policy.model).requires_grad_(False), "copy of the policy"
+    return Reference(
+        model,
+        policy.tokenizer,
+        policy.path,
+        policy.words,
+        how,
+        policy.adapter,
+        revision=policy.revision,
+        merged=policy.merged,
+    )
+
+
+def check_compatible(policy: Policy, reference: Reference) -> None:
+    """Check that policy and reference speak of the same tokens and that the reference is frozen.
+
+    Raises:
+        ModelError: naming the first difference of vocabulary or special tokens, or the parameter
+            that the reference shares with the policy or would train.
+    """
+    compare_tokenizers(policy.tokenizer, reference.tokenizer, "reference", reference.path)
+    if policy.words != reference.words:
+        raise ModelError(
+            f"expected policy and reference of one vocabulary, got {policy.words} tokens in "
+            f"{policy.path!r} and {reference.words} in {reference.path!r}"
+        )
+    if reference.adapter is not None:
+        return
+    learning = {p.data_ptr() for p in policy.model.parameters()}
+    for name, parameter in reference.model.named_parameters():
+        if parameter.requires_grad or parameter.data_ptr() in learning:
+            raise ModelError(
+                f"expected a frozen reference of its own, got {name!r} that learns or is shared "
+                "with the policy: make the reference with freeze_copy or load_reference"
+            )
+
+
+def compare_tokenizers(
+    ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, path: str
+) -> None:
+    """Check that two tokenizers give every token, special ones included, the same id.
+
+    Raises:
+        ModelError: naming the first token whose ids differ.
+    """
+    mine, theirs = ours.get_vocab(), other.get_vocab()
+    for token in sorted(mine.keys() | theirs.keys()):
+        if mine.get(token) != theirs.get(token):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's vocabulary, got token "
+                f"{token!r} with id {mine.get(token)} in the policy and {theirs.get(token)} in the "
+                f"{role} ({len(mine)} and {len(theirs)} tokens): take models of one tokenizer"
+            )
+    for special in ("bos_token_id", "eos_token_id"):
+        if getattr(ours, special) != getattr(other, special):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's special tokens, got "
+                f"{special} {getattr(ours, special)} in the policy and "
+                f"{getattr(other, special)} in the {role}"
+            )
+
+
+def trunk_states(
+    trunk: nn.Module,
+    prompt_ids: Int[Tensor, "batch prompt"],
+    prompt_mask: Bool[Tensor, "batch prompt"],
+    response_ids: Int[Tensor, "batch token"],
+    response_mask: Bool[Tensor, "batch token"],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "batch token+1 hidden"]:
+    """Hidden states of the response part of [left-padded prompt | right-padded response].
+
+    Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
+    far it is padded. The state that predicts response token 0 belongs to the last prompt token.
+
+    Args:
+        trunk: the model without its head.
+        prompt_ids: prompts, padded on the left.
+        prompt_mask: True on their tokens.
+        response_ids: responses, padded on the right.
+        response_mask: True on their tokens.
+        weights: parameters and buffers to read with instead of the trunk's own, by name.
+    """
+    ids = torch.cat([prompt_ids, response_ids], dim=1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    # Without padding the mask says nothing, and attention is faster not being told.
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask.long()
+    if _takes_positions(trunk):
+        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    out = trunk(**inputs) if weights is None else functional_call(trunk, dict(weights), (), inputs)
+    return out[0][:, prompt_ids.shape[1] - 1 :]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Number of positions a model has; None if its configuration names no limit."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def _takes_positions(trunk: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def _checked_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path
+) -> int:
+    rows = read_head(model, 1).weight.shape[0]
+    words = number_of_words(tokenizer, rows, path)
+    check_causal(model.base_model, path)
+    check_head(model, read_head(model, words), path)
+    return words
+
+
+def _identity(
+    owner: Policy | Reference, how: str, weights: Iterable[tuple[str, Tensor]]
+) -> Identity:
+    return Identity(
+        path=owner.path,
+        how=how,
+        dtype=str(read_head(owner.model, 1).weight.dtype).removeprefix("torch."),
+        sha256=weights_sha256(weights),
+        revision=owner.revision,
+        merged=owner.merged,
+    )
+
+
+def _load_merged(
+    path: str | Path,
+    merge: str | None,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
+    revision: str | None,
+) -> PreTrainedModel:
+    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention, revision=revision)
+    return model if merge is None else merge_adapter(model, merge)

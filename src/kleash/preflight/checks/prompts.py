@@ -1,0 +1,124 @@
+"""Room *reading*: prompts that are there twice, leak into the held-out set, or are mis-templated.
+
+Prompts longer than the context are refused while they are read: see `assembly`.
+"""
+
+from collections import Counter
+
+from kleash.models.reward_model import text_of
+from kleash.preflight.findings import Finding, Question
+from kleash.preflight.probe_batch import Trial
+from kleash.rollout.prompts import Prompt
+
+_MANY = 0.2
+"""Share of copies from which a file is no longer an honest sample."""
+
+
+def duplicates(trial: Trial) -> Finding:
+    """Prompts that are in the file more than once count as different clusters, and are not."""
+    ask = Question("prompts.duplicates", f"under {_MANY:.0%} of the prompts are copies")
+    counts = Counter(_normalised(prompt) for prompt in trial.crew.prompts)
+    total = len(trial.crew.prompts)
+    copies = total - len(counts)
+    measured = f"{copies} of {total} prompts are copies"
+    if copies <= _MANY * total:
+        return ask.ok(measured)
+    first = next(iter(counts.most_common(1)))[0]
+    answer = ask.fail if copies > 0.5 * total else ask.warn
+    return answer(
+        measured,
+        f"Prompts are duplicated ({first[:40]!r} is there {counts[first]} times): a standard error "
+        "clustered by prompt takes each copy for a new prompt and comes out too small.",
+        f"Remove the copies from {trial.config.prompts.train}, and raise "
+        "rollout.responses_per_prompt instead.",
+    )
+
+
+def leak(trial: Trial) -> Finding:
+    """Held-out prompts that are trained on."""
+    ask = Question("prompts.leak", "no held-out prompt is trained on")
+    if not trial.crew.heldout:
+        return ask.skip("There are no held-out prompts.")
+    train = {_normalised(prompt) for prompt in trial.crew.prompts}
+    held = [_normalised(prompt) for prompt in trial.crew.heldout]
+    leaked = [text for text in held if text in train]
+    measured = f"{len(leaked)} of {len(held)} held-out prompts are trained on"
+    files = trial.config.prompts
+    if not leaked:
+        return ask.ok(measured)
+    answer = ask.fail if len(leaked) > 0.05 * len(held) else ask.warn
+    return answer(
+        measured,
+        f"The held-out set leaks: {leaked[0][:40]!r} is in both files, so its score is one of "
+        "training.",
+        "Give prompts.heldout a file of its own: it is the one of prompts.train."
+        if files.heldout == files.train
+        else f"Remove the prompts of {files.heldout} from {files.train}.",
+    )
+
+
+def chat_template(trial: Trial) -> Finding:
+    """A chat model reads its template, once."""
+    ask = Question("prompts.chat_template", "messages go through the chat template, text does not")
+    tokenizer = trial.crew.policy.tokenizer
+    prompts = [*trial.crew.prompts, *trial.crew.heldout]
+    special = [str(t) for t in tokenizer.all_special_tokens if len(str(t)) > 2]
+    marks = [*_marks(tokenizer), *special]
+    doubled = [p for p in prompts if not isinstance(p.content, str) and _marked(p, marks)]
+    if doubled:
+        mark = next(m for m in marks if m in text_of(doubled[0].content))
+        return ask.fail(
+            f"{len(doubled)} of {len(prompts)} conversations have a template in their text",
+            f"The chat template is applied twice: the content of a message already has {mark!r}, "
+            "and the template writes it again.",
+            f"Remove {mark!r} from the messages in {_files(trial, doubled)}: the template adds "
+            "what belongs around their words.",
+        )
+    begin, ids = tokenizer.bos_token_id, tokenizer.eos_token_id
+    twice = [p for p in prompts if begin is not None and p.ids[:2] == (begin, begin)]
+    if twice and begin != ids:
+        return ask.fail(
+            f"{len(twice)} of {len(prompts)} prompts begin with two BOS",
+            f"Prompts begin with a doubled BOS: the text has {tokenizer.bos_token!r} and the "
+            "tokenizer adds another.",
+            f"Remove {tokenizer.bos_token!r} from the prompts in {_files(trial, twice)}.",
+        )
+    bare = [p for p in prompts if isinstance(p.content, str) and not _marked(p, marks)]
+    if tokenizer.chat_template is not None and bare:
+        return ask.warn(
+            f"{len(bare)} of {len(prompts)} prompts are bare text",
+            "The chat template is missing: the policy has one and the prompts are plain text that "
+            "does not use it.",
+            'Write prompts as messages: {"messages": [{"role": "user", "content": …}]}.',
+        )
+    return ask.ok(f"{len(prompts)} prompts")
+
+
+def _files(trial: Trial, guilty: list[Prompt]) -> str:
+    """Where these prompts stand."""
+    crew, files = trial.crew, trial.config.prompts
+    held = {id(prompt) for prompt in crew.heldout}
+    names = dict.fromkeys(files.heldout if id(p) in held else files.train for p in guilty)
+    return " and ".join(map(str, names))
+
+
+def _normalised(prompt: Prompt) -> str:
+    return " ".join(text_of(prompt.content).split()).casefold()
+
+
+def _marks(tokenizer: object) -> list[str]:
+    """What the chat template writes around a message: words that no author types by chance."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    turn = [{"role": "user", "content": "CONTENT"}]
+    written: str = tokenizer.apply_chat_template(  # pyright: ignore[reportAttributeAccessIssue]
+        turn, tokenize=False, add_generation_prompt=True
+    )
+    around = written.replace("CONTENT", " ").split()
+    return [mark for mark in around if len(mark) > 2 and not mark.isalpha()]
+
+
+def _marked(prompt: Prompt, marks: list[str]) -> bool:
+    content = prompt.content
+    texts = [content] if isinstance(content, str) else [m["content"] for m in content]
+    return any(mark in text for mark in marks for text in texts)

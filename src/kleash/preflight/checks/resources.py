@@ -1,0 +1,169 @@
+"""Room *resources*: will it fit, and how long will it take? From two measured iterations.
+
+An iteration is a step without its last act: write, score, differentiate; no weight moves. What a
+step allocates later, Adam's two moments, is added by counting. Left out: held-out evaluations.
+"""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kleash.algorithms import dispatch
+from kleash.algorithms.common import select
+from kleash.preflight.findings import Finding, Question, skipped
+from kleash.preflight.probe_batch import Trial, read
+from kleash.training.backward import loss_of
+from kleash.training.components import Crew, learning
+from kleash.training.evaluation import write_responses
+from kleash.training.recovery import copy_bytes, keeps_copy, several_updates
+
+_ITERATIONS = 2
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one measured iteration cost."""
+
+    responses: int
+    tokens: int
+    writing: float
+    """Seconds."""
+    reading: float
+    learning: float
+    before: int
+    """Bytes in use before the first iteration."""
+    peak: int
+    """Bytes at the highest point so far."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.writing + self.reading + self.learning
+
+
+def examine(trial: Trial) -> list[Finding]:
+    """Memory and time of the run."""
+    if trial.config.rollout.truncated == "drop" and not bool(trial.rollout.ended.any()):
+        why = "No response is left to learn from, so no iteration can be tried."
+        return [skipped("resources.memory", why), skipped("resources.time", why)]
+    costs = [_iterate(trial) for _ in range(_ITERATIONS)]
+    return [_memory(trial, costs[0], costs[-1]), _time(trial, costs[-1])]
+
+
+def undo(trial: Trial) -> Finding:
+    """What becomes of a step that is refused between its updates."""
+    ask = Question("resources.undo", "a refused step that costs no more than itself")
+    config, crew = trial.config, trial.crew
+    if not several_updates(config):
+        return ask.ok("one update a step: it is refused before it is made")
+    size = f"{copy_bytes(crew) / _GIB:.2g} GiB"
+    if keeps_copy(config, crew):
+        return ask.ok(f"a copy of {size} in main memory")
+    every = config.logging.checkpoint_every
+    if every:
+        return ask.ok(f"back to the last checkpoint, at most {every} steps")
+    return ask.warn(
+        "back to the beginning of the run",
+        f"No copy is kept of what learns (it would take {size}), and no checkpoint is written "
+        "before the last step: a number that is not finite would cost the whole run.",
+        "Set logging.checkpoint_every: 10 (or as often as you can lose that many steps), or "
+        "tripwires.undo: memory.",
+    )
+
+
+def adam_bytes(crew: Crew) -> int:
+    """Adam's two moments, which exist from the first update on."""
+    return sum(2 * p.numel() * p.element_size() for p in learning(crew))
+
+
+def machine_bytes(device: torch.device) -> int:
+    """Memory of the device that trains."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
+    crew, config = trial.crew, trial.config
+    has = machine_bytes(crew.policy.device)
+    rows = min(config.ppo.microbatch_size, config.responses_per_step)
+    grown = max(0, last.peak - first.before)
+    needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(crew)
+    measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
+    ask = Question("resources.memory", "at most nine tenths of the machine's memory")
+    if needs <= 0.9 * has:
+        return ask.ok(measured)
+    answer = ask.fail if needs > has else ask.warn
+    return answer(
+        measured,
+        f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
+        "will stop in the first update, or swap.",
+        f"Lower ppo.microbatch_size (now {config.ppo.microbatch_size}) and "
+        f"rollout.microbatch_size (now {config.rollout.microbatch_size}), or train an adapter "
+        "(policy.lora).",
+    )
+
+
+def _time(trial: Trial, cost: Cost) -> Finding:
+    config = trial.config
+    share = config.responses_per_step / cost.responses
+    step = share * (cost.writing + cost.reading + config.ppo.epochs * cost.learning)
+    total = step * config.steps
+    speed = cost.tokens * share / step
+    return Finding(
+        "resources.time",
+        "ok",
+        f"{_spelled(total)} for {config.steps} steps ({step:.2g} s each), {speed:.0f} tokens/s",
+        "a time you have",
+    )
+
+
+def _iterate(trial: Trial) -> Cost:
+    crew, config = trial.crew, trial.config
+    device = crew.policy.device
+    before, clock = _peak(device), time.perf_counter()
+    group = config.rollout.responses_per_prompt
+    prompts = crew.prompts[: min(config.rollout.prompts_per_step, max(1, 64 // group))]
+    written = write_responses(
+        crew, prompts, responses_per_prompt=group, microbatch=config.rollout.microbatch_size
+    )
+    responses = len(written.responses)
+    wrote = time.perf_counter()
+    scored = read(crew, written, crew.reference)
+    was_read = time.perf_counter()
+    experience = dispatch.prepare(scored, 0.1, crew.settings)
+    rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
+    part = select(experience, rows)
+    loss, _ = loss_of(crew, part, tokens=int(part.mask.sum()))
+    loss.total.backward()
+    peak = _peak(device)
+    crew.optimizer.zero_grad(set_to_none=True)
+    learning = (time.perf_counter() - was_read) * responses / len(rows)
+    return Cost(
+        responses=responses,
+        tokens=int(written.rollout.response_mask.sum()),
+        writing=wrote - clock,
+        reading=was_read - wrote,
+        learning=learning,
+        before=before,
+        peak=peak,
+    )
+
+
+def _peak(device: torch.device) -> int:
+    """Highest memory use so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _spelled(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,194 @@
+"""While training: a KL below zero by more than its noise, or a sampler that drifts, has a cause.
+
+Four numbers of a batch know whether the words came from the law that is scored:
+
+    mean Σ k1                 below 0 by more than its noise: no KL can be
+    mean Σ (k1 − KL_t)        away from 0 by more than its noise, for each term has mean 0
+    mean Σ (−log π − H_t)     the same: words are as surprising as their distributions say
+    mean Σ (sampler − π)      away from its floor: the engine wrote by another law
+
+When one of them does not, the checks of the preflight run on the very batch, which is kept beside
+their findings, and the log and an event of the run name the cause. A batch that is well costs
+four sums.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kleash.config.schema import Config
+from kleash.errors import KleashError
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.preflight.findings import Finding
+from kleash.preflight.probe_batch import examine
+from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
+from kleash.storage.atomic_directories import save_tensors
+from kleash.storage.events import Event, new_event
+from kleash.training.components import Crew
+from kleash.training.evaluation import Written
+from kleash.types import ScoredRollout
+
+_NOISE = 5.0
+"""Standard errors if there were endless prompts: a false alarm in some million batches."""
+_FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
+"""Nats per token that rounding alone may put between sampler and trainer."""
+_SHARP = 0.5
+"""Nats of entropy below which the next word is nearly certain."""
+_TEXTS = 4
+_MOST = 5
+"""Batches of a run that are examined and kept; of later ones the log has the symptom alone."""
+_LOG = logging.getLogger("kleash")
+
+
+def look(
+    config: Config,
+    crew: Crew,
+    written: Written,
+    scored: ScoredRollout,
+    *,
+    step: int,
+    folder: Path,
+    tell: Callable[[Event], None] | None = None,
+) -> list[Finding]:
+    """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
+
+    Args:
+        config: the run.
+        crew: its models, as they were when they wrote and scored the batch.
+        written: what was written.
+        scored: what everyone says of it.
+        step: number of the step.
+        folder: where to keep the batch and the findings: `doctor/step-000001.*`.
+        tell: takes the alarm as an event; None: the log alone has it.
+
+    Returns:
+        The findings that failed; the log has their causes.
+    """
+    symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
+    if symptom is None:
+        return []
+    # Earlier ones alone: a run that is resumed comes to the same alarms, each told once.
+    own = f"step-{step:06d}.json"
+    if sum(file.name < own for file in (folder / "doctor").glob("*.json")) >= _MOST:
+        _sound(step, symptom, "The first batches like it are in doctor/.", tell)
+        return []
+    devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        findings = diagnose(config, crew, written, scored)
+    causes = [finding for finding in findings if finding.verdict == "fail"]
+    named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
+    unnamed = "No check of this batch fails: look at lr and at this step's samples."
+    _sound(step, symptom, named or unnamed, tell)
+    _keep(folder / "doctor", step, symptom, findings, scored)
+    return causes
+
+
+def _sound(step: int, symptom: str, cause: str, tell: Callable[[Event], None] | None) -> None:
+    """The alarm, into the log and into the run."""
+    _LOG.warning("step %d: %s %s", step, symptom, cause)
+    if tell is not None:
+        tell(new_event(step, "alarm", f"{symptom} {cause}"))
+
+
+def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
+    """The first number of a batch that cannot be; None if all can."""
+    rollout = scored.rollout
+    mask, clusters = rollout.response_mask, rollout.prompt_index
+    floor = _FLOOR[dtype] * float(mask.sum(-1).double().mean())
+    k1 = response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask)
+    exact = response_kl(scored.kl, mask)
+    if rollout.sampler_logprobs is not None:
+        gap = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
+        found = clustered_mean(gap, clusters)
+        if abs(found.mean) > floor:
+            return (
+                f"kl_sampler is {found.mean:+.3g} nats per response, beyond the {floor:.2g} that "
+                "rounding explains."
+            )
+    mean = clustered_mean(k1, clusters)
+    if mean.mean < -_noise(mean, floor):
+        return (
+            f"The KL to the reference is {mean.mean:+.3g} nats per response (k1), below 0 by more "
+            f"than its noise of {mean.standard_error or 0:.2g}."
+        )
+    surprise = response_kl(-scored.rollout_logprobs - scored.entropy, mask)
+    unseen = float(response_kl(_rare_variance(scored.entropy), mask).mean()) / len(mask)
+    for what, numbers in (
+        ("Sampled and exact KL", k1 - exact),
+        ("The words' surprise and their entropy", surprise),
+    ):
+        gap = clustered_mean(numbers, clusters)
+        if abs(gap.mean) > _noise(gap, floor, unseen=unseen):
+            return (
+                f"{what} differ by {gap.mean:+.3g} nats per response, by more than their noise "
+                f"of {gap.standard_error or 0:.2g}."
+            )
+    return None
+
+
+def diagnose(config: Config, crew: Crew, written: Written, scored: ScoredRollout) -> list[Finding]:
+    """The preflight's checks of policy, reference and sampler, on this batch."""
+    try:
+        trial = examine(config, crew, written, scored, texts=_TEXTS, at_start=False)
+    except (KleashError, ValueError) as error:
+        return [refused("batch", error)]
+    return run_checks(OF_A_BATCH, trial)
+
+
+def _rare_variance(entropy: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+    """Variance of the surprise where a word is nearly certain, from the entropy H alone.
+
+    There it lies in words so rare that a batch may have none of them, and its own spread then says
+    nothing of it: H ≈ p (1 − log p) for their probability p, and p log² p ≈ H (2 − log H).
+    """
+    # Rounding may leave an entropy of 0 a little below it.
+    positive = entropy.double().clamp(min=0.0)
+    return torch.where(entropy < _SHARP, 2 * positive - torch.xlogy(positive, positive), 0.0)
+
+
+def _noise(estimate: Estimate, floor: float, *, unseen: float = 0.0) -> float:
+    """How far a mean may be off: Student's quantile, for few prompts say little of their spread.
+
+    `unseen` is variance of the mean that the sample cannot show.
+
+    t ≈ √(ν (exp(z² (ν − 5/6)/(ν − 2/3 + 1/(10 ν))²) − 1)) for ν = prompts − 1.
+
+    References:
+        Wallace, "Bounds on normal approximations to Student's and the chi-square distributions",
+        1959.
+    """
+    freedom = estimate.clusters - 1
+    if estimate.standard_error is None or freedom < 2:
+        return math.inf
+    shrunk = (freedom - 5 / 6) / (freedom - 2 / 3 + 1 / (10 * freedom)) ** 2
+    quantile = math.sqrt(freedom * math.expm1(_NOISE**2 * shrunk))
+    return quantile * math.sqrt(estimate.standard_error**2 + unseen) + floor
+
+
+def _keep(
+    folder: Path, step: int, symptom: str, findings: list[Finding], scored: ScoredRollout
+) -> None:
+    """The batch as tensors and the findings as JSON, for whoever looks later."""
+    folder.mkdir(exist_ok=True)
+    rollout = scored.rollout
+    tensors: dict[str, Tensor | None] = {
+        "prompt_ids": rollout.prompt_ids,
+        "prompt_mask": rollout.prompt_mask,
+        "response_ids": rollout.response_ids,
+        "response_mask": rollout.response_mask,
+        "sampler_logprobs": rollout.sampler_logprobs,
+        "rollout_logprobs": scored.rollout_logprobs,
+        "ref_logprobs": scored.ref_logprobs,
+        "kl": scored.kl,
+        "scores": scored.scores,
+    }
+    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    save_tensors(folder / f"step-{step:06d}.safetensors", kept)
+    record = {"step": step, "symptom": symptom, "findings": [vars(f) for f in findings]}
+    (folder / f"step-{step:06d}.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

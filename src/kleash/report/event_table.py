@@ -1,0 +1,50 @@
+"""The events of runs: as marks on the curves of the leash, and as rows of a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kleash.report.svg_chart import Mark
+from kleash.storage.events import EventKind
+from kleash.storage.run_directory import Run
+
+WORDS: dict[EventKind, str] = {
+    "refused": "refused",
+    "stopped": "stopped",
+    "rolled_back": "rolled back",
+    "reanchored": "anchor moved",
+    "alarm": "alarm",
+}
+SHOWN = 60
+"""Rows of the table; report.json holds all."""
+
+
+def event_marks(runs: Sequence[Run], names: Sequence[str]) -> list[Mark]:
+    """A mark for each event; of several runs in the run's colour and with its name."""
+    several = len(runs) > 1
+    return [
+        Mark(
+            x=float(event.step),
+            kind=WORDS[event.kind],
+            text=f"{name}: {event.sentence}" if several else event.sentence,
+            style=event.kind,
+            colour=colour if several else None,
+        )
+        for colour, (run, name) in enumerate(zip(runs, names, strict=True))
+        for event in run.events
+    ]
+
+
+def event_rows(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the table says: run, step, kind, sentence; run by run, in the order of happening."""
+    return [
+        {
+            "run": run_number,
+            "name": name,
+            "step": event.step,
+            "style": event.kind,
+            "kind": WORDS[event.kind],
+            "sentence": event.sentence,
+        }
+        for run_number, (run, name) in enumerate(zip(runs, names, strict=True))
+        for event in run.events
+    ]

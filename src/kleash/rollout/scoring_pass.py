@@ -1,0 +1,290 @@
+"""Reading what was written: Rollout → ScoredRollout, and the Fresh numbers of an update.
+
+Policy and reference read the same tokens at the temperature of sampling, and only the response's
+tokens reach the vocabulary. Writing is in `generation`, whose names are here too: the loop speaks
+of one thing, the rollout.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kleash.errors import NonFiniteError, ScoringError
+from kleash.models.policy import LanguageModel
+from kleash.models.value_model import ValueFunction
+from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
+from kleash.scoring import Quantity, token_scores
+from kleash.types import Experience, Fresh, Head, Rollout, ScoredRollout
+
+__all__ = [
+    "SamplingSpec",
+    "TokenScorer",
+    "fresh",
+    "generate",
+    "microbatches",
+    "overridden_settings",
+    "response_texts",
+    "score",
+]
+
+
+@runtime_checkable
+class TokenScorer(Protocol):
+    """The signature of `scoring.dense.token_scores` and of its streaming twin."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        *,
+        reference: tuple[Tensor, Head] | None = None,
+        temperature: float = 1.0,
+        want: Sequence[Quantity] = ("logprobs",),
+    ) -> Any:
+        """Score each target token against the hidden state that predicts it."""
+        ...
+
+
+@torch.no_grad()
+def score(
+    rollout: Rollout,
+    *,
+    policy: LanguageModel,
+    reference: LanguageModel,
+    scores: Float[Tensor, " batch"],
+    value: ValueFunction | None = None,
+    temperature: float = 1.0,
+    microbatch: int = 16,
+    keep_ref_hidden: bool = False,
+    scorer: TokenScorer = token_scores,
+) -> ScoredRollout:
+    """Let policy, reference and value model read what was written.
+
+    log π, log π_ref, exact KL and entropy of every response token, at one temperature; the head is
+    applied to response tokens alone, in micro-batches of similar length without idle columns.
+
+    Args:
+        rollout: what was written.
+        policy: the policy, as it was when it wrote.
+        reference: the frozen reference.
+        scores: score of each response, passed through.
+        value: value function, if there is one.
+        temperature: that of sampling.
+        microbatch: responses read at once; changes memory, not results.
+        keep_ref_hidden: keep the reference's hidden states, for a loss that needs the exact KL.
+        scorer: from hidden states to per-token numbers.
+
+    Raises:
+        NonFiniteError: if a log-probability or KL is not finite, naming response and token.
+        ScoringError: if a log-probability is above 0 or a KL below it, beyond rounding.
+    """
+    shape = rollout.response_mask.shape
+    out: dict[str, Tensor] = {}
+    for rows in microbatches(rollout, microbatch):
+        part, kept = _trim(rollout, rollout.response_mask, rows)
+        hidden = policy.hidden_states(*part)
+        ref_hidden = reference.hidden_states(*part)
+        got = scorer(
+            hidden[:, :-1][kept],
+            policy.head,
+            part[2][kept],
+            reference=(ref_hidden[:, :-1][kept], reference.head),
+            temperature=temperature,
+            want=("logprobs", "ref_logprobs", "kl", "entropy"),
+        )
+        for name in ("logprobs", "ref_logprobs", "kl", "entropy"):
+            _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
+        if value is not None:
+            states = value.state_values(*part, _states_of(part[3], hidden))
+            _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
+            last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
+            _write_rows(out, "final_values", rows, last, shape[:1])
+        if keep_ref_hidden:
+            zeroed = torch.where(kept[..., None], ref_hidden[:, :-1], 0.0)
+            _write_rows(out, "ref_hidden", rows, zeroed, (*shape, ref_hidden.shape[-1]))
+    _check(out["logprobs"], out["ref_logprobs"], out["kl"])
+    return ScoredRollout(
+        rollout=rollout,
+        rollout_logprobs=out["logprobs"],
+        ref_logprobs=out["ref_logprobs"],
+        kl=out["kl"],
+        entropy=out["entropy"],
+        scores=scores,
+        values=out.get("values"),
+        final_values=out.get("final_values"),
+        ref_hidden=out.get("ref_hidden"),
+    )
+
+
+def fresh(
+    experience: Experience,
+    *,
+    policy: LanguageModel,
+    value: ValueFunction | None = None,
+    reference: LanguageModel | None = None,
+    temperature: float = 1.0,
+    want: Sequence[Quantity] = ("logprobs",),
+    scorer: TokenScorer = token_scores,
+) -> Fresh:
+    """Read a (micro-)batch again with the models as they are now; gradients flow.
+
+    Only tokens of the losses (`experience.mask`) are computed; columns beyond the longest are not.
+
+    Args:
+        experience: the rows to read.
+        policy: the policy.
+        value: the value function, if it learns.
+        reference: needed for "kl"; its hidden states are taken from the experience if kept there
+            and computed again if not.
+        temperature: that of sampling.
+        want: "logprobs", and "kl" where the loss has a pathwise term.
+        scorer: from hidden states to per-token numbers.
+
+    Raises:
+        ValueError: if "kl" is wanted without a reference.
+        NonFiniteError: if a number is not finite, naming response and token.
+    """
+    rollout, scored = experience.scored.rollout, experience.scored
+    rows = torch.arange(len(experience.mask), device=experience.mask.device)
+    part, kept = _trim(rollout, experience.mask, rows)
+    hidden = policy.hidden_states(*part)
+    with_reference = None
+    if "kl" in want:
+        if reference is None:
+            raise ValueError("expected a reference for the exact KL, got None")
+        ref_hidden = _reference_states(scored.ref_hidden, reference, part)
+        with_reference = (ref_hidden[kept], reference.head)
+    got = scorer(
+        hidden[:, :-1][kept],
+        policy.head,
+        part[2][kept],
+        reference=with_reference,
+        temperature=temperature,
+        want=tuple(want),
+    )
+    width = experience.mask.shape[1]
+    logprobs = _pad_columns(_spread(got.logprobs, kept), width)
+    kl = None if with_reference is None else _pad_columns(_spread(got.kl, kept), width)
+    values = None
+    if value is not None:
+        states = value.state_values(*part, _states_of(part[3], hidden))[:, :-1]
+        values = _pad_columns(torch.where(kept, states, 0.0), width)
+    _check_finite(logprobs, scored.ref_logprobs, kl)
+    return Fresh(logprobs=logprobs, values=values, kl=kl)
+
+
+def microbatches(rollout: Rollout, size: int) -> list[Int[Tensor, " rows"]]:
+    """Row numbers in groups of similar length, longest first: if memory fails, it fails at once."""
+    if size < 1:
+        raise ValueError(f"expected a micro-batch of at least 1 response, got {size}")
+    length = rollout.prompt_mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
+    return list(length.argsort(descending=True, stable=True).split(size))
+
+
+def _trim(
+    rollout: Rollout, mask: Bool[Tensor, "batch token"], rows: Int[Tensor, " rows"]
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Bool[Tensor, "rows short"]]:
+    """Rows without the columns that all of them leave unused; and which tokens to compute."""
+    prompt_mask, kept = rollout.prompt_mask[rows], mask[rows]
+    first = int(prompt_mask.long().argmax(dim=1).min())
+    columns = torch.arange(1, kept.shape[1] + 1, device=kept.device)
+    width = max(1, int((kept * columns).max()))
+    part = (
+        rollout.prompt_ids[rows, first:],
+        prompt_mask[:, first:],
+        rollout.response_ids[rows, :width],
+        rollout.response_mask[rows, :width],
+    )
+    return part, kept[:, :width]
+
+
+def _reference_states(
+    stored: Tensor | None, reference: LanguageModel, part: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Float[Tensor, "batch token hidden"]:
+    if stored is not None:
+        return stored[:, : part[2].shape[1]]
+    with torch.no_grad():
+        return reference.hidden_states(*part)[:, :-1]
+
+
+def _states_of(
+    mask: Bool[Tensor, "batch token"], hidden: Float[Tensor, "batch token+1 hidden"]
+) -> Float[Tensor, "batch token+1 hidden"]:
+    """Hidden states up to the one after the last token; 0 beyond, so that nothing there matters."""
+    inside = torch.nn.functional.pad(mask, (1, 0), value=True)
+    return torch.where(inside[..., None], hidden, 0.0)
+
+
+def _spread(
+    numbers: Float[Tensor, " N"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch token"]:
+    """Put the numbers of selected tokens back in their places; 0 elsewhere."""
+    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
+
+
+def _pad_columns(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=0.0)
+
+
+def _write_rows(
+    out: dict[str, Tensor], name: str, rows: Tensor, part: Tensor, shape: tuple[int, ...]
+) -> None:
+    """Write the rows of a micro-batch into the tensor of the whole batch."""
+    if name not in out:
+        out[name] = part.new_zeros(shape)
+    if part.dim() == 1:
+        out[name][rows] = part
+    else:
+        out[name][rows, : part.shape[1]] = part
+
+
+def _check(
+    logprobs: Float[Tensor, "batch token"],
+    ref_logprobs: Float[Tensor, "batch token"],
+    kl: Float[Tensor, "batch token"],
+) -> None:
+    """Refuse numbers that no pair of distributions can have; outside a response all are 0."""
+    _check_finite(logprobs, ref_logprobs, kl)
+    faults = (
+        ("a log-probability of at most 0", logprobs > 1e-6),
+        ("a reference log-probability of at most 0", ref_logprobs > 1e-6),
+        # Rounding of two float32 log-normalisers; the exact KL is not below 0.
+        ("a KL of at least 0", kl < -1e-5),
+    )
+    for expected, fault in faults:
+        if bool(fault.any()):
+            said, row, token = _at(fault, logprobs, ref_logprobs, kl)
+            raise ScoringError(f"expected {expected}, got {said}", response=row, token=token)
+
+
+def _check_finite(
+    logprobs: Float[Tensor, "batch token"],
+    ref_logprobs: Float[Tensor, "batch token"],
+    kl: Float[Tensor, "batch token"] | None,
+) -> None:
+    fault = ~(logprobs.isfinite() & ref_logprobs.isfinite())
+    if kl is not None:
+        fault = fault | ~kl.isfinite()
+    if bool(fault.any()):
+        said, row, token = _at(fault, logprobs, ref_logprobs, kl)
+        raise NonFiniteError(
+            f"expected finite numbers, got {said}: the policy has diverged or a model gives a "
+            "token no probability; lower the learning rate, or check both models",
+            response=row,
+            token=token,
+        )
+
+
+def _at(
+    fault: Tensor, logprobs: Tensor, ref_logprobs: Tensor, kl: Tensor | None
+) -> tuple[str, int, int]:
+    """What both models say at the first place where a fault is, and that place."""
+    row, column = (int(i) for i in fault.nonzero()[0])
+    said = f"log π = {logprobs[row, column]:.6g}, log π_ref = {ref_logprobs[row, column]:.6g}"
+    if kl is not None:
+        said += f", KL = {kl[row, column]:.6g}"
+    return f"{{place}}: {said}", row, column

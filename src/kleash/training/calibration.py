@@ -1,0 +1,236 @@
+"""Before the first update: look at the reference's scores where something depends on them.
+
+Several responses to each of some prompts say how scores are to be normalised, at which β the
+optimum would spend the budget, and how much score that budget can buy at all. Where groups of
+prompts have budgets of their own, so many prompts of each group are asked, and speak for it alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kleash.algorithms.advantages import group_relative
+from kleash.algorithms.rewards import ScoreStatistics
+from kleash.config.leash import LeashConfig
+from kleash.config.schema import Config
+from kleash.errors import RewardError
+from kleash.kl.control.controllers import initial_beta
+from kleash.kl.control.groups import is_grouped, rows_by_group
+from kleash.kl.planning.initial_beta import Start, starting_beta
+from kleash.kl.planning.tilting import spread
+from kleash.storage.plan_file import Frontier, make_frontier
+from kleash.training.components import Crew, target_per_response
+from kleash.training.evaluation import reference_scores
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the reference's responses said.
+
+    Attributes:
+        statistics: of the scores, for normalisation; empty if nobody looked.
+        starts: where the moving β of each group starts; empty where it does not move, or was told.
+        frontier: the plan; None if nobody looked, or it is not in the units of training.
+    """
+
+    statistics: ScoreStatistics
+    starts: Mapping[str, Start]
+    frontier: Frontier | None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Reference responses to some prompts: which, and their scores in the units of training."""
+
+    prompts: list[int]
+    scores: Float[Tensor, "prompt sample"]
+    statistics: ScoreStatistics
+    """Of the scores before normalisation."""
+    length: float
+    """Mean tokens of a response."""
+    groups: list[str]
+    """Whose leash each prompt is on."""
+
+    def scores_of(self, group: str) -> Float[Tensor, "prompt sample"]:
+        """Scores of the prompts of one group."""
+        return self.scores[rows_by_group(self.groups)[group]]
+
+
+def draw(config: Config, crew: Crew) -> Drawn:
+    """Let the policy answer before its first update, and the reward models read the answers.
+
+    Raises:
+        RewardError: every response has the same score.
+    """
+    prompts = _chosen(crew.groups, config.plan.prompts, config.seed)
+    groups = [crew.groups[prompt] for prompt in prompts]
+    raw, length = reference_scores(
+        crew,
+        prompts,
+        responses=config.plan.responses,
+        microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
+    )
+    statistics = ScoreStatistics().update(raw.flatten())
+    if config.algorithm == "grpo":
+        rows = torch.arange(len(raw)).repeat_interleave(raw.shape[1])
+        relative = group_relative(raw.flatten(), rows)
+        return Drawn(prompts, relative.view_as(raw), statistics, length, groups)
+    if config.score_normalisation == "none":
+        return Drawn(prompts, raw, statistics, length, groups)
+    try:
+        # Where statistics run, those of the first step are close to these.
+        scores = statistics.normalise(raw.flatten()).view_as(raw)
+        return Drawn(prompts, scores, statistics, length, groups)
+    except ValueError as error:
+        raise RewardError(f"before the first update: {error}") from error
+
+
+def _chosen(groups: Sequence[str], count: int, seed: int) -> list[int]:
+    """Numbers of `count` prompts of each group, drawn by `seed`; all of it, if there are fewer."""
+    chosen: list[int] = []
+    for members in rows_by_group(groups).values():
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+        chosen += [members[place] for place in order[:count].tolist()]
+    return chosen
+
+
+def begin(config: Config, crew: Crew) -> Beginning:
+    """Draw reference responses if normalisation or a starting β needs them.
+
+    Raises:
+        RewardError: the scores say nothing because they do not vary.
+    """
+    leash = config.leash
+    moves = leash.beta is None and leash.schedule is None
+    planned = moves and leash.initial_beta is None
+    if not (planned or leash.target_kl_per_token or config.score_normalisation == "initial"):
+        return Beginning(ScoreStatistics(), {}, None)
+    drawn = draw(config, crew)
+    length = None if leash.target_kl_per_token is None else drawn.length
+    targets = group_targets(leash, length)
+    starts = {
+        name: replace(_start(config, drawn.scores_of(name), target), response_length=length)
+        for name, target in targets.items()
+    }
+    return Beginning(drawn.statistics, starts, _frontier(config, crew, drawn, targets))
+
+
+def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str, float]:
+    """The budget of each group in nats per response; empty where β holds none."""
+    targets = {
+        name: target_per_response(own, response_length) for name, own in leash.each().items()
+    }
+    return {name: target for name, target in targets.items() if target is not None}
+
+
+def _start(config: Config, scores: Float[Tensor, "prompt sample"], target: float) -> Start:
+    if config.leash.initial_beta is not None:
+        return Start(config.leash.initial_beta, "given")
+    try:
+        if config.reference.reference_differs:
+            sd = spread(scores.double())
+            reason = "the policy does not start at the reference"
+            return Start(initial_beta(target, sd), "spread", reason=reason)
+        return starting_beta(scores, target)
+    except ValueError as error:
+        raise RewardError(f"before the first update: {error}") from error
+
+
+def start_lines(config: Config, starts: Mapping[str, Start]) -> list[str]:
+    """Where the β of each group starts and why, in sentences for the run's log."""
+    leashes = config.leash.each()
+    return [
+        f"{f'{name}: ' if is_grouped(leashes) else ''}{_start_line(leashes[name], start)}"
+        for name, start in starts.items()
+    ]
+
+
+def _start_line(leash: LeashConfig, start: Start) -> str:
+    match start.source:
+        case "given":
+            how = "as it was told"
+        case "plan":
+            target = target_per_response(leash, start.response_length)
+            how = f"the plan's for {target:.4g} nats"
+        case "edge":
+            how = f"carried on from the last β that the plan knows, because {start.reason}"
+        case _:
+            how = f"from the spread of the reference's scores, because {start.reason}"
+    return f"β starts near {start.beta:.4g}: {how}"
+
+
+def about(config: Config, crew: Crew, drawn: Drawn) -> dict[str, Any]:
+    """What a plan was made for."""
+    return {
+        "reference": asdict(crew.reference.identity()),
+        "reward_models": {
+            name: reward.model_dump(mode="json", exclude_none=True)
+            for name, reward in config.reward_models.items()
+        },
+        "score_normalisation": config.score_normalisation,
+        "prompts": config.prompts.train,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "temperature": config.rollout.temperature,
+        "response_length": drawn.length,
+        "seed": config.seed,
+    }
+
+
+def _frontier(
+    config: Config, crew: Crew, drawn: Drawn, targets: Mapping[str, float]
+) -> Frontier | None:
+    """The plan in the units of training; where those are not the score's own, there is none.
+
+    A policy that does not start at the reference wrote samples that plan nothing either.
+    """
+    moving = config.score_normalisation == "running" or config.algorithm == "grpo"
+    moving = moving or config.reference.reference_differs
+    if moving or len(drawn.prompts) < 2:
+        return None
+    return frontier_of(drawn, about=about(config, crew, drawn), targets=targets)
+
+
+def frontier_of(
+    drawn: Drawn,
+    *,
+    about: Mapping[str, Any],
+    targets: Mapping[str, float],
+    betas: Sequence[float] = (),
+    budgets: Sequence[float] = (),
+) -> Frontier:
+    """The plan of what was drawn: of all prompts, and of each group where there are groups.
+
+    Args:
+        drawn: scores in the units that β is wanted in.
+        about: what it is made for.
+        targets: budget of each group, as far as they have one.
+        betas: to plan for; a ladder of them unless given.
+        budgets: to plan for besides the target.
+
+    Raises:
+        ValueError: as `make_frontier` does.
+    """
+    rows = rows_by_group(drawn.groups)
+    grouped = is_grouped(rows)
+    if grouped:
+        about = {**about, "groups": dict(targets)}
+    else:
+        budgets = [*budgets, *(target for target in targets.values() if target not in budgets)]
+    whole = make_frontier(
+        drawn.scores, prompts=drawn.prompts, about=about, betas=betas, budgets=budgets
+    )
+    groups = {
+        name: make_frontier(
+            drawn.scores[rows[name]],
+            prompts=[drawn.prompts[row] for row in rows[name]],
+            about={},
+            budgets=[target],
+        )
+        for name, target in targets.items()
+        if grouped and len(rows[name]) > 1
+    }
+    return replace(whole, groups=groups)

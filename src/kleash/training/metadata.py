@@ -1,0 +1,86 @@
+"""What a run says about itself before it begins: its objective in one line, and its identity."""
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+from kleash import __version__
+from kleash.config.schema import Config
+from kleash.kl.control.groups import OTHERS, States, is_grouped
+from kleash.kl.planning.initial_beta import Start
+from kleash.models.policy import Identity
+from kleash.rollout.sampling import overridden_settings
+from kleash.training.components import Crew
+
+
+def objective_line(config: Config, betas: States) -> str:
+    """The objective actually optimised, with its numbers."""
+    beta = next(iter(betas.values())).beta
+    score_text = " + ".join(
+        name if reward.weight == 1 else f"{reward.weight:g}·{name}"
+        for name, reward in config.reward_models.items()
+    )
+    if config.score_normalisation != "none":
+        score_text = f"({score_text} − mean)/sd"
+    if config.algorithm == "grpo":
+        score_text = f"({score_text} − group mean)/group sd"
+    leash = config.leash
+    if leash.placement == "measure" or leash.beta == 0:
+        return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"
+    if is_grouped(betas):
+        held = ", ".join(
+            f"{own.target_kl:g} nats per response of {name} (β from {betas[name].beta:.4g})"
+            for name, own in leash.each().items()
+        )
+        moves = f"β moved in each group to hold {held}"
+    elif leash.target_kl is not None:
+        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
+    elif leash.target_kl_per_token is not None:
+        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl_per_token:g} nats per token"
+    elif leash.schedule is not None:
+        moves = f"β from {beta:.4g}, along its schedule"
+    else:
+        moves = f"β = {beta:.4g} fixed"
+    return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
+
+
+def run_meta(
+    config: Config,
+    crew: Crew,
+    reference: Identity,
+    argv: Sequence[str],
+    *,
+    betas: States,
+    starts: Mapping[str, Start],
+) -> dict[str, Any]:
+    """The contents of run.json: who, with what, from which seed."""
+    return {
+        "argv": list(argv),
+        "seed": config.seed,
+        "device": str(crew.policy.device),
+        "objective": objective_line(config, betas),
+        "start": _starts(starts),
+        "reference": dataclasses.asdict(reference),
+        "policy": dataclasses.asdict(crew.policy.identity()),
+        # Settings of the model's own generation_config.json that were put aside.
+        "sampling_put_aside": overridden_settings(crew.policy),
+        "versions": {
+            "kleash": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def _starts(starts: Mapping[str, Start]) -> dict[str, Any] | None:
+    """Where β started, or that of each group by its name; None where it was told."""
+    if is_grouped(starts):
+        return {name: dataclasses.asdict(start) for name, start in starts.items()} or None
+    return dataclasses.asdict(starts[OTHERS])

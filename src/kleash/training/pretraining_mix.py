@@ -1,0 +1,91 @@
+"""InstructGPT's pretraining mix: keep predicting ordinary text while the reward is climbed.
+
+    loss += −γ · mean over tokens of log π(x_t | x_<t)
+
+The mean is per token, so γ does not depend on how long the texts are.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kleash.errors import PromptError
+from kleash.models.policy import LanguageModel
+from kleash.scoring import token_scores
+
+
+@dataclass(frozen=True)
+class PretrainingMix:
+    """Texts, how many of them join each optimiser step, and their weight."""
+
+    texts: list[list[int]]
+    """Token ids; each text has at least two."""
+    coefficient: float
+    """γ."""
+    texts_per_minibatch: int
+
+    def draw(self) -> list[list[int]]:
+        """Texts for one optimiser step, drawn from torch's global generator."""
+        rows = torch.randint(len(self.texts), (self.texts_per_minibatch,))
+        return [self.texts[row] for row in rows.tolist()]
+
+
+def read_texts(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int
+) -> list[list[int]]:
+    """Read a JSONL file of `text`; each is tokenised and cut to `max_tokens`.
+
+    Raises:
+        PromptError: the file is missing or empty, a line is not JSON or has no `text` of two
+            tokens or more; the message names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"expected pretraining texts at {path!r}, got: {error}") from None
+    texts: list[list[int]] = []
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {path!r}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise PromptError(f"expected JSON on {where}, got {line[:60]!r}") from None
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise PromptError(f"expected an object with the key 'text' on {where}")
+        ids = cast("list[int]", tokenizer(text)["input_ids"])[:max_tokens]
+        if len(ids) < 2:
+            raise PromptError(f"expected a text of at least two tokens on {where}, got {text!r}")
+        texts.append(ids)
+    if not texts:
+        raise PromptError(f"expected pretraining texts in {path!r}, got an empty file")
+    return texts
+
+
+def pretraining_loss(
+    model: LanguageModel, texts: list[list[int]], *, pad_id: int, device: torch.device
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per token, in nats; the first token of a text is given.
+
+    Args:
+        model: the policy.
+        texts: token ids of each text.
+        pad_id: any id; it is never looked at.
+        device: where the model is.
+    """
+    width = max(len(ids) for ids in texts)
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in texts], device=device)
+    lengths = torch.tensor([len(row) for row in texts], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    given, rest = slice(0, 1), slice(1, None)
+    hidden = model.hidden_states(ids[:, given], mask[:, given], ids[:, rest], mask[:, rest])
+    kept = mask[:, rest]
+    scores = token_scores(hidden[:, :-1][kept], model.head, ids[:, rest][kept])
+    assert scores.logprobs is not None
+    return -scores.logprobs.mean()

@@ -1,0 +1,71 @@
+"""A copy of everything a step may change, so that a refused step can be undone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kleash.training.components import Crew, learning
+from kleash.training.random_state import random_states, restore_random_states
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What a step needs in order to be undone."""
+
+    random: Mapping[str, Tensor]
+    weights: Sequence[Tensor] | None
+    """In main memory, in the order of the optimiser's parameters; None: not kept."""
+    moments: Sequence[Mapping[str, Tensor]] = ()
+
+
+def remember(crew: Crew, *, weights: bool, reuse: Undo | None = None) -> Undo:
+    """The random generators before a step and, if wanted, all that learns.
+
+    Args:
+        crew: whose step it is.
+        weights: also keep the parameters and the optimiser's moments, in main memory.
+        reuse: what was remembered before and is needed no more: its memory is written over.
+    """
+    if not weights:
+        return Undo(random_states(), None)
+    parameters = learning(crew)
+    old = Undo({}, None) if reuse is None else reuse
+    places = old.weights or [None] * len(parameters)
+    moments = [
+        {
+            name: _kept(tensor, into.get(name))
+            for name, tensor in crew.optimizer.state.get(p, {}).items()
+        }
+        for p, into in zip(parameters, old.moments or [{}] * len(parameters), strict=True)
+    ]
+    copies = [_kept(p, into) for p, into in zip(parameters, places, strict=True)]
+    return Undo(random_states(), copies, moments)
+
+
+@torch.no_grad()
+def put_back(crew: Crew, undo: Undo) -> None:
+    """Everything as it was when it was remembered; gradients are dropped."""
+    restore_random_states(undo.random)
+    crew.optimizer.zero_grad(set_to_none=True)
+    if undo.weights is None:
+        return
+    crew.optimizer.state.clear()
+    for parameter, weights, moments in zip(learning(crew), undo.weights, undo.moments, strict=True):
+        parameter.copy_(weights)
+        if moments:
+            crew.optimizer.state[parameter] = {
+                name: tensor.to(parameter.device, copy=True) for name, tensor in moments.items()
+            }
+
+
+def weights_are_finite(crew: Crew) -> bool:
+    """Whether no weight that learns is NaN or infinite."""
+    return all(bool(parameter.isfinite().all()) for parameter in learning(crew))
+
+
+def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:
+    if into is None:
+        return tensor.detach().to("cpu", copy=True)
+    return into.copy_(tensor.detach())

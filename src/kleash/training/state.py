@@ -1,0 +1,187 @@
+"""Everything that decides the future of a run, put away and taken out again.
+
+    policy/             Hugging Face format, with its tokenizer
+    value.safetensors   the critic, where there is one
+    optimizer.pt        moments of the optimiser; read with `weights_only`
+    random.safetensors  the random generators
+    state.json          step, episodes, β states, score statistics, place in the prompts, reference
+    anchor.safetensors  the policy that the leash was moved to, if it was moved
+
+The reference itself is not stored: it is loaded as before, and its identity must be the same.
+For the length of one step the same is kept in main memory, so that the step can be undone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kleash.algorithms.rewards import ScoreStatistics
+from kleash.errors import RunError
+from kleash.kl.control.controllers import BetaState
+from kleash.kl.control.groups import States
+from kleash.kl.planning.initial_beta import Start
+from kleash.models.policy import Identity
+from kleash.models.reference_offload import anchor_at, underlying
+from kleash.models.value_model import ValueFunction
+from kleash.rollout.prompts import PromptCursor
+from kleash.storage.atomic_directories import (
+    list_checkpoints,
+    load_tensors,
+    recover,
+    save_tensors,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from kleash.training.components import Crew
+from kleash.training.random_state import random_states, restore_random_states
+
+_ANCHOR = "anchor.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What changes from step to step beside weights and random numbers."""
+
+    step: int
+    episodes: int
+    betas: States
+    """What the controller of each group remembers; of the one for all, without groups."""
+    scores: ScoreStatistics
+    cursor: PromptCursor
+    seconds: float = 0.0
+    """Time spent in steps so far, interruptions left out."""
+    mixing: float | None = None
+    """Coefficient of the placement `mixed` in the next step; None for other placements."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint with a raised β."""
+    anchored: int = 0
+    """The step whose policy the leash is tied to; 0: the reference it began with."""
+    best_step: int | None = None
+    """The checkpoint with the best held-out objective so far."""
+    best_objective: float | None = None
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    """Where the moving β of each group started, which its controller goes on building on; empty if
+    it was told."""
+
+
+def save_run_state(
+    parent: Path, crew: Crew, state: TrainingState, reference: Identity, *, keep: int
+) -> Path:
+    """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
+
+    Raises:
+        RunError: it cannot be written; nothing of it remains.
+    """
+
+    def write(directory: Path) -> None:
+        crew.policy.save(directory / "policy")
+        if crew.value is not None:
+            critic = _module(crew.value).state_dict()
+            save_tensors(directory / "value.safetensors", dict(critic))
+        torch.save(crew.optimizer.state_dict(), directory / "optimizer.pt")
+        save_tensors(directory / "random.safetensors", random_states())
+        record = {**asdict(state), "reference": asdict(reference)}
+        (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if state.anchored:
+            save_tensors(
+                directory / _ANCHOR, dict(underlying(crew.reference).model.named_parameters())
+            )
+
+    spare = () if state.best_step is None else (state.best_step,)
+    return write_checkpoint(parent, state.step, write, keep=keep, spare=spare)
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """The newest finished checkpoint of a run; None if it has none yet."""
+    if not parent.is_dir():
+        return None
+    recover(parent)
+    found = list_checkpoints(parent)
+    return found[-1] if found else None
+
+
+def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> TrainingState:
+    """Put everyone where they were when the checkpoint was written.
+
+    Raises:
+        RunError: the checkpoint is damaged, belongs to another model, or was made with another
+            reference; nothing was changed then.
+    """
+    verify_checkpoint(directory)
+    record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
+    _require_reference(directory, record["reference"], reference)
+    _load_policy(directory / "policy", crew)
+    device = crew.policy.device
+    if crew.value is not None:
+        critic = load_tensors(directory / "value.safetensors", device)
+        _module(crew.value).load_state_dict(critic)
+    moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
+    crew.optimizer.load_state_dict(moments)
+    restore_random_states(load_tensors(directory / "random.safetensors"))
+    return TrainingState(
+        step=record["step"],
+        episodes=record["episodes"],
+        betas={name: BetaState(**state) for name, state in record["betas"].items()},
+        scores=ScoreStatistics(**record["scores"]),
+        cursor=PromptCursor(**record["cursor"]),
+        seconds=record["seconds"],
+        mixing=record["mixing"],
+        rollbacks=record["rollbacks"],
+        anchored=record["anchored"],
+        best_step=record["best_step"],
+        best_objective=record["best_objective"],
+        starts={name: Start(**start) for name, start in record["starts"].items()},
+    )
+
+
+def restore_anchor(directory: Path, crew: Crew, state: TrainingState) -> Crew:
+    """Tie the leash to the policy it was tied to when the checkpoint was written."""
+    if not state.anchored:
+        return replace(crew, reference=crew.original)
+    anchor = anchor_at(crew.policy, state.anchored, like=crew.original)
+    stored = load_tensors(directory / _ANCHOR)
+    with torch.no_grad():
+        for name, parameter in underlying(anchor).model.named_parameters():
+            parameter.copy_(stored[name])
+    return replace(crew, reference=anchor)
+
+
+def _module(value: ValueFunction) -> nn.Module:
+    """The critic as a module; both kinds are."""
+    return cast(nn.Module, value)
+
+
+def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity) -> None:
+    if stored["sha256"] != now.sha256:
+        raise RunError(
+            f"the run in {directory} is tied to another reference: it was {stored['path']} with "
+            f"weights {stored['sha256'][:12]}…, got {now.path} with {now.sha256[:12]}…; give back "
+            "the model it began with"
+        )
+
+
+def _load_policy(directory: Path, crew: Crew) -> None:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file, device=str(crew.policy.device))
+    if crew.policy.adapter is not None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(crew.policy.adapter, tensors)
+        return
+    # Tied weights are stored once, under one of their names.
+    known = crew.policy.model.state_dict(keep_vars=True)
+    stored = {known[name].data_ptr() for name in tensors if name in known}
+    missing = [n for n, tensor in known.items() if tensor.data_ptr() not in stored]
+    unknown = [name for name in tensors if name not in known]
+    if missing or unknown:
+        raise RunError(
+            f"{directory} holds another model: weights missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    crew.policy.model.load_state_dict(tensors, strict=False)

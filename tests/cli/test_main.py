@@ -1,0 +1,133 @@
+"""The command line as a stranger meets it: each test runs the real program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kleash.cli.main import split_overrides
+from kleash.errors import UsageError
+from kleash.storage.plan_file import make_frontier, write_frontier
+
+
+def kleash(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kleash", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+        check=False,
+    )
+
+
+def one_sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """The error message: a single line on stderr, and no traceback."""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("kleash: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_kl_prints_every_term_and_both_directions() -> None:
+    result = kleash("kl", "0.7,0.3", "0.5,0.5")
+    assert result.returncode == 0
+    for number in ("+0.2355", "-0.1532", "KL(p‖q) = 0.0823 nats", "KL(q‖p) = 0.0872 nats"):
+        assert number in result.stdout
+
+
+def test_kl_as_json() -> None:
+    result = kleash("kl", "1,0", "0.5,0.5", "--json")
+    found = json.loads(result.stdout)
+    assert found["unit"] == "nats"
+    assert round(found["kl_p_q"], 6) == 0.693147
+    assert found["kl_q_p"] == "Infinity"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("kl", "0.7,0.2", "0.5,0.5"), "sum to 1, got 0.9"),
+        (("kl", "0.7;0.3", "0.5,0.5"), "numbers separated by commas, got '0.7;0.3'"),
+        (("kl", "0.7,0.3"), "requires an argument"),
+        (("trian",), 'Did you mean "train"?'),
+        (("train", "--leash.taget-kl", "6"), "did you mean --leash.target_kl?"),
+        (("train", "--stesp", "6"), "did you mean --steps?"),
+        (("train", "--steps"), "--steps needs a value"),
+        (("train", "a.yaml", "b.yaml"), "expected one CONFIG"),
+        (("audit", "a"), "needs two checkpoints"),
+        (("audit", "a", "b"), "--prompts FILE, --texts FILE or --responses FILE"),
+        (("audit", "a", "b", "--prompts", "p", "--bytes"), "give --texts FILE with it"),
+        (("audit", "a", "b", "--texts", "t", "--resume"), "--into DIR"),
+        (("plan", "--beta", "tight"), "numbers separated by commas, got 'tight'"),
+        (("plan", "--scores", "plan.json", "--responses", "8"), "--scores has its samples"),
+        (("plan", "--leash.taget-kl", "6"), "did you mean --leash.target_kl?"),
+    ],
+)
+def test_a_usage_error_is_one_sentence_and_exit_2(
+    arguments: tuple[str, ...], sentence: str
+) -> None:
+    result = kleash(*arguments)
+    assert result.returncode == 2
+    assert sentence in one_sentence(result)
+
+
+def test_another_error_of_the_user_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
+    result = kleash("train", "missing.yaml", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "no configuration file at missing.yaml" in one_sentence(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = kleash("train", "missing.yaml", "--debug", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_help_imports_no_torch_and_ends_with_examples() -> None:
+    program = (
+        "import sys; sys.argv = ['kleash', '--help']\n"
+        "from kleash.cli.main import main\n"
+        "main()\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'plotly', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "kleash kl 0.7,0.3 0.5,0.5" in result.stdout.split("Examples:")[1]
+
+
+@pytest.mark.parametrize("command", ["kl", "demo", "check", "plan", "train", "audit", "report"])
+def test_help_of_every_command_ends_with_examples(command: str) -> None:
+    result = kleash(command, "--help")
+    assert result.returncode == 0
+    assert f"kleash {command}" in result.stdout.split("Examples:")[1]
+
+
+def test_a_plan_is_printed_kept_and_asked_again(tmp_path: Path) -> None:
+    scores = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    made = make_frontier(scores, prompts=list(range(16)), about={})
+    write_frontier(tmp_path / "plan.json", made)
+    ask = ("plan", "--scores", str(tmp_path / "plan.json"), "--beta", "2,1", "--kl", "0.1,9")
+    result = kleash(*ask, "--into", str(tmp_path / "again"))
+    assert result.returncode == 0, result.stderr
+    assert "E*[score]" in result.stdout and "not known, KL 9" in result.stdout
+    assert (tmp_path / "again" / "plan.html").is_file()
+    told = json.loads(kleash(*ask, "--json").stdout)
+    assert told == json.loads((tmp_path / "again" / "plan.json").read_text())
+    assert [row["beta"]["value"] for row in told["rows"]] == [2.0, 1.0]
+    assert [row["known"] for row in told["budgets"]] == [True, False]
+
+
+def test_overrides_are_split_from_the_configuration() -> None:
+    path, overrides = split_overrides(("c.yaml", "--leash.target-kl", "6", "--steps=3"))
+    assert path == Path("c.yaml")
+    assert overrides == {"leash.target-kl": "6", "steps": "3"}
+    with pytest.raises(UsageError, match="--seed needs a value"):
+        split_overrides(("--seed", "--steps"))

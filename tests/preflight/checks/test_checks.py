@@ -1,0 +1,235 @@
+"""Branches of single checks that no planted fault goes through: what is skipped, and why."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import fault_types
+import pytest
+import tiny_models
+import torch
+
+from kleash.config.leash import LeashConfig
+from kleash.models.lm_head import apply_head
+from kleash.models.reward_model import CallableReward
+from kleash.preflight.checks import (
+    logprobs,
+    masks,
+    objective,
+    prompts,
+    reference,
+    resources,
+    reward_model,
+    sampling,
+)
+from kleash.preflight.comparison import gap
+from kleash.preflight.findings import Finding
+from kleash.preflight.probe_batch import QUICK, Tilted, Trial, draw, own_reading, rollout_of
+from kleash.rollout.prompts import Prompt
+from kleash.training.components import assemble
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fault_types.material(tmp_path_factory.mktemp("world"), "gemma2")
+
+
+@pytest.fixture(scope="module")
+def trial(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("run")
+        config = fault_types.clean(material, "gemma2", patch, folder).config()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return draw(config, assemble(config), QUICK)
+
+
+def test_the_tilted_policy_differs_at_every_token_and_reads_alike(trial: Trial) -> None:
+    """Its KL is that of two dense softmaxes; with a soft cap the bias comes before it."""
+    mask = trial.rollout.response_mask
+    assert bool((trial.tilted.kl[mask] > 1e-3).all())
+    text = trial.texts[0]
+    states = text.of_response()
+    with torch.no_grad():
+        p, q = (
+            apply_head(model.head, states).double().log_softmax(-1)
+            for model in (trial.crew.policy, Tilted(trial.crew.policy))
+        )
+    expected = (p.exp() * (p - q)).sum(-1)
+    found = trial.tilted.kl[text.row][mask[text.row]]
+    assert gap(found.double(), expected) < 1e-5
+
+
+def test_a_text_is_read_as_the_model_reads_it(trial: Trial) -> None:
+    text = trial.texts[-1]
+    _, logits = own_reading(trial.crew.policy.model, text.prompt, text.response)
+    assert torch.equal(logits, text.logits)
+    assert logits.shape[0] == len(text.response)
+    padded = rollout_of(text.prompt, text.response, left=2, right=3, fill=5)
+    assert padded.prompt_mask.sum() == len(text.prompt)
+    assert padded.response_ids[0, -3:].tolist() == [5, 5, 5]
+
+
+def test_what_is_skipped_says_why(trial: Trial) -> None:
+    later = replace(trial, at_start=False)
+    no_sampler = replace(trial.rollout, sampler_logprobs=None)
+    blind = replace(trial, written=replace(trial.written, rollout=no_sampler))
+    far = replace(trial, scored=replace(trial.scored, kl=trial.scored.kl + 1))
+    free = replace(trial, config=trial.config.model_copy(
+        update={"leash": trial.config.leash.model_copy(update={"beta": 0.0})}
+    ))  # fmt: skip
+    for finding, why in (
+        (logprobs.start(later), "has been updated"),
+        (logprobs.packing(trial), "packs none"),
+        (sampling.ratio(blind), "gave no log-probabilities"),
+        (sampling.mean_weight(far), "rare responses carry"),
+        (reference.adapter(trial), "No adapter"),
+        (objective.target(trial), "there is no target per response"),
+        (objective.strength(free), "measured, not charged"),
+    ):
+        assert finding.verdict == "skipped"
+        assert why in finding.cause
+
+
+def test_weights_that_do_not_average_to_one(trial: Trial) -> None:
+    shifted = trial.scored.ref_logprobs.clone()
+    shifted[:, 0] -= 0.3
+    found = sampling.mean_weight(replace(trial, scored=replace(trial.scored, ref_logprobs=shifted)))
+    assert found.verdict == "fail"
+    assert "do not average to 1" in found.cause
+
+
+def test_the_same_weights_under_other_settings(trial: Trial, material: Path) -> None:
+    crew = assemble(trial.config)
+    crew.reference.model.config.final_logit_softcapping = 2.0
+    capped = replace(trial, crew=crew)
+    cause, remedy = logprobs.why_apart(capped)
+    assert "final_logit_softcapping 30.0 and 2.0" in cause
+    assert "final_logit_softcapping" in remedy
+    crew.reference.model.config.final_logit_softcapping = 30.0
+    assert "have the same weights and settings" in logprobs.why_apart(capped)[0]
+    crew.reference.model.to(torch.bfloat16)
+    assert "float32 and the reference in bfloat16" in logprobs.why_apart(capped)[0]
+
+
+def test_a_model_that_is_random_without_dropout(trial: Trial) -> None:
+    crew = assemble(trial.config)
+
+    handle = crew.policy.model.base_model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: output + 0.1 * torch.randn_like(output)
+    )
+    found = logprobs.dropout(replace(trial, crew=crew))
+    handle.remove()
+    assert found.verdict == "fail"
+    assert "not deterministic though no dropout is on" in found.cause
+
+
+def test_a_chat_model_with_bare_prompts(trial: Trial) -> None:
+    tok = tiny_models.tokenizer(bos="<bos>", chat_template=tiny_models.CHAT_TEMPLATE)
+    crew = replace(trial.crew, policy=replace(trial.crew.policy, tokenizer=tok))
+    found = prompts.chat_template(replace(trial, crew=crew))
+    assert found.verdict == "warn"
+    assert "chat template is missing" in found.cause
+    marked = [Prompt("<user> w1 <assistant>", (1, 2), 0)]
+    used = replace(crew, prompts=marked, heldout=[])
+    assert prompts.chat_template(replace(trial, crew=used)).verdict == "ok"
+
+
+def test_some_copies_and_a_small_leak_only_warn(trial: Trial) -> None:
+    repeated = [Prompt(f"w{i % 7}", (i % 7,), i) for i in range(10)]
+    held = [Prompt("w0", (0,), 0), *(Prompt(f"h{i}", (i,), i) for i in range(1, 30))]
+    crew = replace(trial.crew, prompts=repeated, heldout=held)
+    changed = replace(trial, crew=crew)
+    assert prompts.duplicates(changed).verdict == "warn"
+    assert prompts.leak(changed).verdict == "warn"
+    nothing = replace(trial, crew=replace(crew, heldout=[]))
+    assert prompts.leak(nothing).verdict == "skipped"
+
+
+def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory() -> Finding:
+        return resources.examine(trial)[0]
+
+    plenty = memory()
+    assert plenty.verdict == "ok"
+    needs = float(plenty.measured.split()[1]) * 2**30
+    monkeypatch.setattr(resources, "machine_bytes", lambda device: int(needs * 1.05))
+    assert memory().verdict == "warn"
+
+
+def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
+    crew = trial.crew
+    learning = [*crew.policy.parameters(), *crew.value.parameters()]
+    assert resources.adam_bytes(crew) == 8 * sum(p.numel() for p in learning)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.0, "12 s"), (600.0, "10 min"), (36_000.0, "10.0 h")]
+)
+def test_a_time_is_spelled(seconds: float, text: str) -> None:
+    assert resources._spelled(seconds) == text
+
+
+def test_every_option_that_does_nothing(trial: Trial) -> None:
+    tree = trial.config.model_dump()
+    tree["leash"] = {"beta": 0.0, "placement": "exact"}
+    tree["reward_models"]["rm"]["weight"] = 0.0
+    tree["reference"] = {"reference_differs": True}
+    tree["optimizer"]["warmup_steps"] = 500
+    tree["heldout"] = {"every": 500}
+    tree["logging"] = {"checkpoint_every": 500}
+    named = [o.split(" ")[0] for o in objective.inert_options(type(trial.config)(**tree))]
+    assert named == [
+        "leash.placement",
+        "reward_models.rm.weight",
+        "reference.reference_differs",
+        "optimizer.warmup_steps",
+        "heldout.every",
+        "logging.checkpoint_every",
+    ]
+
+
+@pytest.mark.parametrize(("tokens", "verdict"), [(15, "ok"), (25, "warn")])
+def test_a_tenth_of_a_nat_is_meant_per_token_if_responses_are_long(
+    trial: Trial, tokens: int, verdict: str
+) -> None:
+    tree = trial.config.model_dump()
+    tree["leash"] = {"target_kl": 0.1}
+    mask = (torch.arange(trial.rollout.response_mask.shape[1]) < tokens).expand_as(
+        trial.rollout.response_mask
+    )
+    long = replace(trial.written, rollout=replace(trial.rollout, response_mask=mask))
+    found = objective.target(replace(trial, written=long, config=type(trial.config)(**tree)))
+    assert found.verdict == verdict
+    assert verdict == "ok" or "leash.target_kl_per_token: 0.1" in found.remedy
+
+
+def test_an_empty_mask_row_is_no_hole(trial: Trial) -> None:
+    assert masks.shape(trial).verdict == "ok"
+    mask = trial.rollout.prompt_mask.clone()
+    mask[0, -1] = False
+    broken = replace(trial.written, rollout=replace(trial.rollout, prompt_mask=mask))
+    assert "prompt mask has holes" in masks.shape(replace(trial, written=broken)).cause
+
+
+def test_without_a_classifier_its_checks_are_skipped(trial: Trial) -> None:
+    rewards = {"short": (CallableReward("fault_types:short"), 1.0)}
+    crew = replace(trial.crew, reward=replace(trial.crew.reward, rewards=rewards))
+    changed = replace(trial, crew=crew)
+    for one in (
+        reward_model.head,
+        reward_model.last_token,
+        reward_model.bos,
+        reward_model.template,
+    ):
+        assert one(changed).verdict == "skipped"
+    assert reward_model.alone(changed).verdict == "ok"
+
+
+def test_groups_start_each_from_a_target_of_its_own(trial: Trial) -> None:
+    section = LeashConfig(groups={"near": 1.0, "far": 4.0})
+    grouped = replace(trial, config=trial.config.model_copy(update={"leash": section}))
+    states = objective.starting_states(grouped)
+    assert states["near"].beta == pytest.approx(2 * states["far"].beta)
+    assert "follows from" in objective.strength(grouped).cause
+    assert "a target of its own" in objective.target(grouped).cause
+    assert "4 nats per response of far (β from" in objective.objective(grouped).measured

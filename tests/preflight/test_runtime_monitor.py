@@ -1,0 +1,217 @@
+"""The doctor: silent on clean batches, and on ill ones it names what made them ill."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fault_types
+import planted_faults
+import pytest
+import torch
+from scipy.stats import norm, t
+
+from kleash.config.schema import Config
+from kleash.kl.statistics import Estimate
+from kleash.preflight import runtime_monitor
+from kleash.preflight.probe_batch import read
+from kleash.preflight.runtime_monitor import symptom_of
+from kleash.storage.run_directory import read_run
+from kleash.training.components import Crew
+from kleash.training.evaluation import Written, write_responses
+from kleash.training.loop import train
+from kleash.types import Rollout, ScoredRollout
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fault_types.material(tmp_path_factory.mktemp("world"), "llama")
+
+
+@pytest.fixture
+def world(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fault_types.World:
+    return fault_types.clean(material, "llama", monkeypatch, tmp_path)
+
+
+def batch(crew: Crew, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
+    torch.manual_seed(seed)
+    written = write_responses(crew, crew.prompts, responses_per_prompt=4, microbatch=256)
+    return written, read(crew, written, crew.reference)
+
+
+def drifted(crew: Crew) -> Crew:
+    """The policy some nats from its reference, as it is while training."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in crew.policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return crew
+
+
+def first(scored: ScoredRollout) -> torch.Tensor:
+    """1 at the first token of each response."""
+    ones = torch.zeros_like(scored.kl)
+    ones[:, 0] = 1
+    return ones
+
+
+def ill(scored: ScoredRollout) -> ScoredRollout:
+    """A KL of −1 nat in every response."""
+    return replace(scored, ref_logprobs=scored.rollout_logprobs + first(scored))
+
+
+def symptom(scored: ScoredRollout) -> str:
+    return symptom_of(scored, dtype=torch.float32) or ""
+
+
+def test_a_clean_batch_has_no_symptom(world: fault_types.World) -> None:
+    _, crew = world.crew()
+    for seed in range(3):
+        assert symptom(batch(crew, seed=seed)[1]) == ""
+    drifted(crew)
+    for seed in range(5):
+        _, scored = batch(crew, seed=seed)
+        assert float(scored.kl.sum(-1).mean()) > 0.1
+        assert symptom(scored) == ""
+
+
+def test_each_number_that_cannot_be_is_a_symptom(world: fault_types.World) -> None:
+    _, scored = batch(drifted(world.crew()[1]))
+    mask, rollout = scored.rollout.response_mask, scored.rollout
+    assert rollout.sampler_logprobs is not None
+    elsewhere = replace(rollout, sampler_logprobs=rollout.sampler_logprobs + 0.01 * mask)
+    assert "kl_sampler" in symptom(replace(scored, rollout=elsewhere))
+    assert "below 0 by more than its noise" in symptom(ill(scored))
+    surplus = replace(scored, ref_logprobs=scored.ref_logprobs - 20 * first(scored))
+    assert "Sampled and exact KL differ" in symptom(surplus)
+    sharper = replace(scored, entropy=scored.entropy + 20 * first(scored))
+    assert "surprise and their entropy differ" in symptom(sharper)
+
+
+def test_a_few_responses_say_nothing_of_their_noise(world: fault_types.World) -> None:
+    _, crew = world.crew()
+    torch.manual_seed(0)
+    written = write_responses(crew, crew.prompts[:2], responses_per_prompt=2, microbatch=4)
+    scored = read(crew, written, crew.reference)
+    assert symptom(ill(scored)) == ""
+
+
+CAUSES = [
+    ("top-k left over", "top-k"),
+    ("a repetition penalty left over", "repetition penalty"),
+    ("another temperature in the sampler", "drawn at a temperature"),
+    ("stale weights in the sampler", "another model"),
+    ("positions restart at the response", "Position ids are wrong"),
+    ("no attention mask", "Padding on the left"),
+    ("dropout in the policy", "Dropout is on in the policy"),
+]
+
+
+@pytest.mark.parametrize(("name", "cause"), CAUSES)
+def test_an_ill_batch_gets_its_cause(
+    world: fault_types.World, caplog: pytest.LogCaptureFixture, name: str, cause: str
+) -> None:
+    """The policy has drifted; then the fault sets in."""
+    (fault,) = [fault for fault in planted_faults.FAULTS if fault.name == name]
+    world.meddle.append(drifted)
+    fault.plant(world)
+    config, crew = world.crew()
+    written, scored = batch(crew)
+    with caplog.at_level(logging.WARNING, logger="kleash"):
+        found = runtime_monitor.look(config, crew, written, scored, step=7, folder=world.folder)
+    assert any(cause in finding.cause for finding in found), found
+    assert caplog.messages[0].startswith("step 7: ")
+    record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
+    assert record["symptom"] in caplog.messages[0]
+    assert (world.folder / "doctor" / "step-000007.safetensors").is_file()
+
+
+@pytest.mark.parametrize("freedom", [3, 7, 25, 63, 1000])
+def test_the_noise_of_few_prompts_is_students(freedom: int) -> None:
+    estimate = Estimate(mean=0.0, standard_error=1.0, n=freedom + 1, clusters=freedom + 1)
+    allowed = runtime_monitor._noise(estimate, 0.0)
+    exact = t.isf(norm.sf(5.0), freedom)
+    # The approximation errs on the side of silence, and only where prompts are few.
+    assert exact * 0.99 < allowed < exact * (1.05 if freedom > 5 else 1.5)
+
+
+@pytest.mark.parametrize("rare", [1e-6, 1e-4, 1e-3, 1e-2, 0.05])
+def test_the_variance_of_rare_words_follows_from_their_entropy(rare: float) -> None:
+    """Two words, one of them nearly certain: entropy and variance of the surprise by hand."""
+    p = torch.tensor([1 - rare, rare], dtype=torch.float64)
+    entropy = -(p * p.log()).sum()
+    variance = (p * (-p.log() - entropy).square()).sum()
+    found = runtime_monitor._rare_variance(entropy.reshape(1, 1))
+    assert 0.9 <= float(found / variance) <= 2
+
+
+def test_a_batch_without_any_of_its_rare_words_is_well() -> None:
+    """Words of probability 0.3 % in 2,000 batches of 32 × 20: often none, and then no spread."""
+    torch.manual_seed(0)
+    rare, shape = 0.003, (32, 20)
+    mask, ids = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
+    rollout = Rollout(ids, mask, ids, mask, mask[:, 0], torch.arange(32))
+    entropy = -(rare * math.log(rare) + (1 - rare) * math.log(1 - rare))
+    zero, loud = torch.zeros(shape), 0
+    for _ in range(2000):
+        drawn = torch.rand(shape) < rare
+        logprobs = torch.where(drawn, math.log(rare), math.log(1 - rare))
+        scored = ScoredRollout(
+            rollout, logprobs, logprobs, zero, zero + entropy, torch.zeros(shape[0])
+        )
+        loud += symptom_of(scored, dtype=torch.float32) is not None
+    assert loud == 0
+
+
+def test_looking_leaves_the_random_numbers_alone(world: fault_types.World) -> None:
+    config, crew = world.crew()
+    written, scored = batch(drifted(crew))
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    runtime_monitor.look(config, crew, written, ill(scored), step=1, folder=world.folder)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_the_first_batches_are_examined(
+    world: fault_types.World, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, crew = world.crew()
+    written, scored = batch(crew)
+    (world.folder / "doctor").mkdir()
+    for step in range(5):
+        (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
+    assert (
+        runtime_monitor.look(config, crew, written, ill(scored), step=6, folder=world.folder) == []
+    )
+    assert "The first batches like it are in doctor/" in caplog.text
+    assert len(list((world.folder / "doctor").iterdir())) == 5
+    # A run that goes over an earlier step again tells of it as it did the first time.
+    caplog.clear()
+    runtime_monitor.look(config, crew, written, ill(scored), step=4, folder=world.folder)
+    assert "step 4: " in caplog.text and "The first batches" not in caplog.text
+    assert len(list((world.folder / "doctor").glob("*.json"))) == 5
+
+
+def test_a_run_that_falls_ill_says_so_and_goes_on(
+    world: fault_types.World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.tree |= {"steps": 2, "output": str(world.folder / "run")}
+    asked: list[int] = []
+    look = runtime_monitor.look
+
+    def spy(config: Config, crew: Crew, written: Written, scored: Any, **where: Any) -> Any:
+        asked.append(where["step"])
+        rollout = scored.rollout
+        off = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
+        return look(config, crew, written, replace(scored, rollout=off), **where)
+
+    monkeypatch.setattr(runtime_monitor, "look", spy)
+    path = train(world.config())
+    assert asked == [1, 2]
+    assert "kl_sampler" in caplog.text
+    assert len(list((path / "doctor").glob("*.json"))) == 2
+    alarms = read_run(path).events
+    assert [(event.step, event.kind) for event in alarms] == [(1, "alarm"), (2, "alarm")]
+    assert all("kl_sampler" in event.sentence for event in alarms)

@@ -1,0 +1,518 @@
+"""Tiles against the obvious implementation in float64, in value, gradient, error and extremes."""
+
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scorer_cases import (
+    DIFFERENTIABLE,
+    PLAIN,
+    assert_same,
+    models_of,
+    scored,
+    tensors_of,
+    weights_for,
+)
+
+from kleash.scoring import backward, dense, forward, streaming, tiles
+from kleash.scoring.api import OF_TOP_K, QUANTITIES
+from kleash.scoring.forward import sum_up
+from kleash.scoring.tiles import Tiles
+from kleash.types import Head
+
+shapes = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 5),
+        "words": st.integers(2, 9),
+        "width": st.integers(1, 4),
+        "ref_width": st.integers(1, 4),
+        "pad": st.integers(0, 3),
+        "ref_pad": st.integers(0, 3),
+    }
+)
+cuts = st.builds(
+    Tiles,
+    rows=st.sampled_from([1, 3, 64]),
+    columns=st.sampled_from([1, 3, 64]),
+    keep_bytes=st.sampled_from([0, 200, 1 << 20]),
+    body=st.just("plain"),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    cut=cuts,
+    seed=st.integers(0, 2**16),
+    head=st.fixed_dictionaries(
+        {"scale": st.sampled_from([1.0, 0.3]), "softcap": st.sampled_from([None, 1.5])}
+    ),
+    temperature=st.sampled_from([1.0, 0.6]),
+    bans=st.tuples(*[st.sets(st.integers(0, 8), max_size=3)] * 2),
+    same_bans=st.booleans(),
+)
+def test_same_values_and_gradients_as_dense(shape, cut, seed, head, temperature, bans, same_bans):
+    words = shape["words"]
+    tensors = tensors_of(seed, **shape)
+    for bias, banned in ((tensors[2], bans[0]), (tensors[5], bans[0] if same_bans else bans[1])):
+        for word in banned:
+            if word < words - 1:  # a word must be left
+                bias[word] = -torch.inf
+    for tensor in tensors:
+        tensor.requires_grad_()
+    targets = torch.randint(
+        0, words, (shape["rows"],), generator=torch.Generator().manual_seed(seed)
+    )
+    kwargs = {
+        "want": QUANTITIES,
+        "top_k": min(2, words),
+        "head": head,
+        "temperature": temperature,
+    }
+    case = (tensors, words, targets, weights_for(shape["rows"], seed))
+    # The weight of a row whose target is banned is the caller's to drop: −∞ · w has no gradient.
+    expected = scored(dense, *case, **kwargs)
+    assert_same(scored(streaming, *case, tiles=cut, **kwargs), expected)
+    assert not any(gradient.isnan().any() for gradient in expected[1].values())
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_each_quantity_alone_costs_and_says_the_same(name):
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(1, rows=4, words=8)]
+    case = (tensors, 8, torch.tensor([0, 3, 7, 7]), weights_for(4))
+    kwargs = {"want": [name], "top_k": 2}
+    if name in OF_TOP_K:
+        scores = streaming.token_scores(
+            *models_of(tensors, 8)[0],
+            case[2],
+            reference=models_of(tensors, 8)[1],
+            tiles=PLAIN,
+            **kwargs,
+        )
+        assert not getattr(scores, name).requires_grad
+        return
+    assert_same(
+        scored(streaming, *case, tiles=Tiles(2, 3, body="plain"), **kwargs),
+        scored(dense, *case, **kwargs),
+    )
+
+
+def test_gradcheck():
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(2, rows=2, words=5)]
+
+    def scores(*tensors):
+        (hidden, head), reference = models_of(tensors, 5, softcap=4.0)
+        found = streaming.token_scores(
+            hidden,
+            head,
+            torch.tensor([4, 0]),
+            reference=reference,
+            temperature=1.1,
+            want=DIFFERENTIABLE,
+            tiles=Tiles(1, 2, body="plain"),
+        )
+        return tuple(getattr(found, name) for name in DIFFERENTIABLE)
+
+    assert torch.autograd.gradcheck(scores, tensors)
+
+
+@pytest.mark.parametrize("frozen", range(6))
+def test_what_is_frozen_gets_no_gradient_and_no_product(frozen, monkeypatch):
+    tensors = tensors_of(3, rows=3, words=7)
+    for index, tensor in enumerate(tensors):
+        tensor.requires_grad_(index != frozen)
+    (hidden, head), reference = models_of(tensors, 7)
+    scores = streaming.token_scores(
+        hidden, head, torch.tensor([1, 2, 3]), reference=reference, want=["kl"], tiles=PLAIN
+    )
+    products = []
+    mm, addmm_ = torch.mm, torch.Tensor.addmm_
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append("mm") or mm(*a, **k))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda *a, **k: products.append("addmm") or addmm_(*a, **k)
+    )
+    scores.kl.sum().backward()
+    assert [tensor.grad is None for tensor in tensors] == [index == frozen for index in range(6)]
+    # Two to make the tile again, two for the heads; two for the hidden states.
+    assert products.count("mm") == 4 - (frozen in (1, 4))
+    assert products.count("addmm") == 2 - (frozen in (0, 3))
+
+
+def test_the_reference_needs_no_gradient_for_the_policy_s_logprobs():
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(4, rows=3, words=7)]
+    (hidden, head), reference = models_of(tensors, 7)
+    scores = streaming.token_scores(
+        hidden, head, torch.tensor([1, 2, 3]), reference=reference, want=["logprobs", "kl"]
+    )
+    scores.logprobs.sum().backward(retain_graph=True)
+    assert [tensor.grad is None for tensor in tensors] == [False] * 3 + [True] * 3
+    before = hidden.grad.clone()
+    scores.logprobs.sum().backward()
+    torch.testing.assert_close(hidden.grad, 2 * before)
+
+
+def test_kept_tiles_are_as_good_the_second_time():
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(4, rows=3, words=7)]
+    (hidden, head), reference = models_of(tensors, 7)
+    scores = streaming.token_scores(
+        hidden,
+        head,
+        torch.tensor([1, 2, 3]),
+        reference=reference,
+        want=["kl"],
+        tiles=Tiles(2, 2, keep_bytes=1 << 20, body="plain"),
+    )
+    first = torch.autograd.grad(scores.kl.sum(), tensors, retain_graph=True)
+    second = torch.autograd.grad(scores.kl.sum(), tensors)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("want", [["ref_logprobs"], ["ref_entropy", "ref_logprobs"], ["logprobs"]])
+def test_one_model_suffices_for_one_model_s_scores(want, monkeypatch):
+    tensors = tensors_of(5, rows=3, words=7)
+    made = []
+    monkeypatch.setattr(
+        "kleash.scoring.streaming.sum_up",
+        lambda sides, *args, **kwargs: made.append(len(sides)) or sum_up(sides, *args, **kwargs),
+    )
+    for tensor in tensors:
+        tensor.requires_grad_()
+    case = (tensors, 7, torch.tensor([1, 2, 3]), weights_for(3))
+    assert_same(scored(streaming, *case, want=want), scored(dense, *case, want=want))
+    assert made == [1]
+
+
+def test_a_shared_head_gets_both_sides_gradients():
+    hidden, weight, _, _, _, _ = (
+        tensor.requires_grad_() for tensor in tensors_of(6, rows=3, words=7)
+    )
+    other = (hidden.detach() + 0.3).requires_grad_()
+    gradients = []
+    for scorer in (dense, streaming):
+        head = Head(weight)
+        kl = scorer.token_scores(
+            hidden, head, torch.tensor([1, 2, 3]), reference=(other, head), want=["kl"]
+        ).kl
+        gradients.append(torch.autograd.grad(kl.square().sum(), (weight, hidden, other)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_has_not_drifted_from_itself():
+    hidden, weight, bias = (tensor.float() for tensor in tensors_of(7, rows=9, words=50)[:3])
+    head = Head(weight, bias)
+    scores = streaming.token_scores(
+        hidden,
+        head,
+        torch.zeros(9, dtype=torch.long),
+        reference=(hidden, head),
+        want=QUANTITIES,
+        top_k=3,
+        tiles=Tiles(4, 16),
+    )
+    for name in ("kl", "reverse_kl", "log_ratio_variance", "top_k_kl"):
+        assert torch.equal(getattr(scores, name), torch.zeros(9)), name
+
+
+def rms(errors):
+    return torch.cat([error.double().flatten() for error in errors]).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 30.0, 2500.0])
+@pytest.mark.parametrize("near", [0.001, 0.3])
+def test_no_larger_error_than_dense_in_the_same_dtype(dtype, size, near):
+    rows, width, words = 24, 64, 1000
+    errors = {}
+    for seed in range(3):
+        make = torch.Generator().manual_seed(seed)
+        hidden = size * torch.randn(rows, width, generator=make)
+        weight = torch.randn(words, width, generator=make) / 8
+        bias = torch.randn(words, generator=make)
+        ref_hidden = hidden + near * size * torch.randn(rows, width, generator=make)
+        ref_weight = weight + near * 0.01 * torch.randn(words, width, generator=make)
+        given = [t.to(dtype) for t in (hidden, weight, bias, ref_hidden, ref_weight, bias.clone())]
+        targets = torch.randint(0, words, (rows,), generator=make)
+        if size == 2500:
+            assert 8000 < (given[0].float() @ given[1].float().T).abs().max() < 20000
+        for name in DIFFERENTIABLE:
+            cases = []
+            for scorer, working in (
+                (dense, torch.float64),
+                (dense, dtype),
+                (streaming, dtype),
+            ):
+                tensors = [tensor.to(working).detach().requires_grad_() for tensor in given]
+                kwargs = {"tiles": Tiles(16, 256, body="plain")} if scorer is streaming else {}
+                cases.append(
+                    scored(
+                        scorer,
+                        tensors,
+                        words,
+                        targets,
+                        {name: weights_for(rows, seed)[name].to(torch.float32)},
+                        want=[name],
+                        **kwargs,
+                    )
+                )
+            truth, plain, ours = ({**values, **gradients} for values, gradients in cases)
+            for part in truth:
+                kind = "value" if part == name else part
+                ratio = errors.setdefault((name, kind), ([], []))
+                ratio[0].append(plain[part].detach().double() - truth[part].detach())
+                ratio[1].append(ours[part].detach().double() - truth[part].detach())
+    for (name, part), (plain, ours) in errors.items():
+        # A tenth and 1e-8 for the luck of rounding: both add the same products in another order.
+        assert rms(ours) <= 1.1 * rms(plain) + 1e-8, (name, part, rms(ours), rms(plain))
+
+
+def test_autocast_does_not_round_the_logits():
+    tensors = [tensor.float() for tensor in tensors_of(8, rows=4, words=9)]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    upstream = {name: weight.float() for name, weight in weights_for(4).items()}
+    case = (tensors, 9, torch.tensor([0, 1, 2, 8]), upstream)
+    expected = scored(streaming, *case)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scored(streaming, *case)
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_dtypes_of_results_and_gradients():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        tensors = [
+            tensor.to(dtype).requires_grad_() for tensor in tensors_of(9, rows=4, words=9, pad=2)
+        ]
+        (hidden, head), reference = models_of(tensors, 9)
+        scores = streaming.token_scores(
+            hidden, head, torch.tensor([0, 1, 2, 8]), reference=reference, want=["kl"]
+        )
+        assert scores.kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        scores.kl.sum().backward()
+        assert all(tensor.grad.dtype == dtype for tensor in tensors)
+        assert not tensors[1].grad[9:].any()
+        assert not tensors[2].grad[9:].any()
+
+
+def test_nothing_to_score_gives_no_scores_and_no_gradient():
+    weight = torch.randn(3, 2, requires_grad=True)
+    scores = streaming.token_scores(
+        torch.zeros(0, 2),
+        Head(weight),
+        torch.zeros(0, dtype=torch.long),
+        reference=(torch.zeros(0, 2), Head(weight.detach())),
+        want=QUANTITIES,
+        top_k=1,
+    )
+    assert all(getattr(scores, name).shape == (0,) for name in QUANTITIES)
+    scores.kl.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3, 2))
+
+
+def test_a_banned_target_is_minus_infinity_in_its_row_alone():
+    hidden, weight, bias = tensors_of(10, rows=3, words=6)[:3]
+    bias[4] = -torch.inf
+    scores = streaming.token_scores(
+        hidden, Head(weight, bias), torch.tensor([4, 0, 1]), want=["logprobs", "entropy"]
+    )
+    assert scores.logprobs.tolist()[0] == -math.inf
+    assert scores.logprobs[1:].isfinite().all()
+    assert scores.entropy.isfinite().all()
+
+
+def test_a_softcap_lifts_a_ban():
+    hidden, weight, bias = tensors_of(11, rows=3, words=6)[:3]
+    bias[4] = -torch.inf
+    case = (hidden, Head(weight, bias, softcap=3.0), torch.tensor([4, 0, 1]))
+    ours, plain = streaming.token_scores(*case).logprobs, dense.token_scores(*case).logprobs
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_nan_stays_in_its_row():
+    tensors = tensors_of(12, rows=3, words=6)
+    tensors[0][1, 0] = torch.nan
+    (hidden, head), reference = models_of(tensors, 6)
+    scores = streaming.token_scores(
+        hidden, head, torch.tensor([0, 1, 2]), reference=reference, want=DIFFERENTIABLE
+    )
+    for name in ("logprobs", "kl", "reverse_kl", "entropy", "log_ratio_variance"):
+        assert getattr(scores, name).isnan().tolist() == [False, True, False], name
+
+
+def test_a_head_that_bans_everything_is_refused():
+    head = Head(torch.zeros(3, 2), torch.full((3,), -torch.inf))
+    with pytest.raises(ValueError, match="must leave a word to write"):
+        streaming.token_scores(torch.zeros(1, 2), head, torch.tensor([0]))
+
+
+def test_tiles_of_nothing_are_refused():
+    for wrong in ({"rows": 0}, {"columns": 0}, {"keep_bytes": -1}):
+        with pytest.raises(ValueError, match="expected tiles of at least one row and column"):
+            replace(PLAIN, **wrong)
+
+
+def test_requests_are_checked():
+    with pytest.raises(ValueError, match="targets must lie in 0…2, got 3"):
+        streaming.token_scores(torch.zeros(1, 2), Head(torch.zeros(3, 2)), torch.tensor([3]))
+
+
+def test_memory_is_kept_only_for_what_will_be_differentiated():
+    hidden, weight, bias = tensors_of(13, rows=4, words=6)[:3]
+    request = {"want": ("logprobs",), "top_k": None, "tiles": Tiles(2, 2, body="plain")}
+    sides = (tiles.side(hidden, Head(weight, bias), temperature=1.0, dtype=torch.float64),)
+    targets = torch.zeros(4, dtype=torch.long)
+    tile = 2 * 2 * 8
+    for budget, tiles_kept in ((0, 0), (tile - 1, 0), (tile, 1), (3 * tile + 1, 3), (9**9, 6)):
+        kept = sum_up(sides, targets, keep_bytes=budget, **request).kept
+        assert len(kept) == tiles_kept
+
+
+@pytest.mark.parametrize("side_without", [2, 5])
+def test_a_word_that_one_side_lacks_makes_one_kl_infinite(side_without):
+    tensors = tensors_of(14, rows=3, words=6)
+    tensors[side_without][4] = -torch.inf
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    case = (tensors, 6, torch.tensor([0, 1, 2]), weights_for(3))
+    values, gradients = scored(streaming, *case, tiles=Tiles(2, 2, body="plain"))
+    assert_same((values, gradients), scored(dense, *case))
+    assert values["kl"].isinf().all() == (side_without == 5)
+    assert values["reverse_kl"].isinf().all() == (side_without == 2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_bfloat16_on_a_gpu_is_multiplied_as_it_is_and_summed_in_float32(monkeypatch):
+    """A CPU has no such product; a stand-in for it shows that the walks ask for the right one."""
+    mm, asked = torch.mm, []
+
+    def half_mm(left, right, *, out, out_dtype=None):
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return out.copy_(mm(left.float(), right.float()))
+
+    tensors = [
+        tensor.bfloat16().requires_grad_() for tensor in tensors_of(15, rows=5, words=9, pad=1)
+    ]
+    upstream = {name: weight.float() for name, weight in weights_for(5).items()}
+    case = (tensors, 9, torch.tensor([0, 8, 3, 3, 1]), upstream)
+    expected = scored(streaming, *case, tiles=Tiles(2, 4, body="plain"))
+    monkeypatch.setattr(tiles.Side, "on_gpu", property(lambda _: True))
+    monkeypatch.setattr(torch, "mm", half_mm)
+    found = scored(streaming, *case, tiles=Tiles(2, 4, body="plain"))
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert_same(found[:1], expected[:1], rtol=0, atol=0)
+    # The tile of gradients is rounded to bfloat16 before it is multiplied.
+    assert_same(found[1:], expected[1:], rtol=2**-5, atol=2**-5)
+
+
+def test_the_triton_body_is_taken_from_its_module(monkeypatch):
+    stand_in = SimpleNamespace(
+        tile_sums=forward._plain_sums, tile_gradients=backward._plain_gradients
+    )
+    monkeypatch.setitem(sys.modules, "kleash.scoring.triton", stand_in)
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(16, rows=3, words=6)]
+    case = (tensors, 6, torch.tensor([0, 1, 2]), weights_for(3))
+    assert_same(scored(streaming, *case, tiles=Tiles(body="triton")), scored(dense, *case))
+
+
+def test_a_gpu_gets_larger_tiles_and_triton_where_it_is_installed(monkeypatch):
+    model = tiles.side(
+        torch.zeros(2, 3), Head(torch.zeros(4, 3)), temperature=1.0, dtype=torch.float32
+    )
+    assert tiles.body_for(Tiles(), model) == "plain"
+    monkeypatch.setattr(tiles.Side, "on_gpu", property(lambda _: True))
+    for found, body in ((object(), "triton"), (None, "plain")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        assert tiles.body_for(Tiles(), model) == body
+    gpu, cpu = (tiles.default_tiles(torch.device(name)) for name in ("cuda", "cpu"))
+    assert gpu.columns > cpu.columns
+
+
+def fake_compile(made):
+    """torch.compile, but for the compiling."""
+    return lambda body, **kwargs: made.append(body.__name__) or body
+
+
+@pytest.fixture
+def no_memory_of_compiling():
+    tiles.compiled.cache_clear()
+    tiles.compiler_works.cache_clear()
+    yield
+    tiles.compiled.cache_clear()
+    tiles.compiler_works.cache_clear()
+
+
+@pytest.mark.usefixtures("no_memory_of_compiling")
+def test_both_walks_take_the_compiled_body_for_whole_tiles(monkeypatch):
+    made, shapes = [], set()
+
+    def run(body):
+        return lambda tile, *rest: shapes.add(tile[0].product.shape) or body(tile, *rest)
+
+    monkeypatch.setattr(torch, "compile", lambda body, **_: made.append(body.__name__) or run(body))
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(1, rows=4, words=8)]
+    case = (tensors, 8, torch.tensor([0, 3, 7, 7]), weights_for(4))
+    found = scored(streaming, *case, tiles=Tiles(2, 3, body="compiled"))
+    assert made == ["tile_sums", "tile_gradients"]
+    assert shapes == {(2, 3)}, "remnants are not compiled for"
+    assert_same(found, scored(dense, *case))
+
+
+@pytest.mark.usefixtures("no_memory_of_compiling")
+def test_auto_compiles_large_calls_where_a_compiler_works(monkeypatch):
+    def model(rows):
+        return tiles.side(
+            torch.zeros(rows, 1), Head(torch.zeros(256, 1)), temperature=1.0, dtype=torch.float32
+        )
+
+    monkeypatch.setattr(tiles, "WORTH_COMPILING", 1024)
+    monkeypatch.setattr(torch, "compile", fake_compile([]))
+    assert tiles.body_for(Tiles(), model(3)) == "plain"
+    assert tiles.body_for(Tiles(), model(4)) == "compiled"
+    assert tiles.body_for(PLAIN, model(4)) == "plain"
+
+    def broken(*_):
+        raise RuntimeError("no C++ compiler")
+
+    tiles.compiler_works.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda _: broken)
+    assert tiles.body_for(Tiles(), model(4)) == "plain"
+
+
+COMPILED = """
+import sys, torch
+from kleash.scoring import streaming, tiles
+from kleash.types import Head
+make = torch.Generator().manual_seed(0)
+given = [torch.randn(*shape, generator=make) for shape in ((5, 4), (70, 4), (70,), (5, 3), (70, 3))]
+found = []
+for body in ("plain", "compiled"):
+    hidden, weight, bias, ref_hidden, ref_weight = (t.clone().requires_grad_() for t in given)
+    scores = streaming.token_scores(
+        hidden, Head(weight, bias), torch.arange(5), reference=(ref_hidden, Head(ref_weight)),
+        want=("logprobs", "kl", "reverse_kl", "entropy", "log_ratio_variance"),
+        tiles=tiles.Tiles(4, 64, body=body),
+    )
+    values = [v for v in vars(scores).values() if v is not None]
+    loss = sum(v.square().sum() for v in values)
+    found.append([*values, *torch.autograd.grad(loss, (hidden, weight, bias, ref_hidden))])
+for ours, plain in zip(*found, strict=True):
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+print(tiles.compiler_works())
+"""
+
+
+@pytest.mark.slow
+def test_really_compiled_says_the_same():
+    """In a process of its own: what the tests' type checks wrap around functions is not traced."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "True"

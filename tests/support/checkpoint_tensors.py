@@ -1,0 +1,20 @@
+"""Every tensor of a checkpoint."""
+
+from pathlib import Path
+
+import torch
+from training_material import material as material  # the fixture
+
+from kleash.storage.atomic_directories import load_tensors
+from kleash.training.state import latest_checkpoint
+
+
+def everything(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    newest = latest_checkpoint(path / "checkpoints")
+    assert newest is not None
+    moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    found = {f"{n}/{k}": t for n, entries in moments.items() for k, t in entries.items()}
+    for file in newest.rglob("*.safetensors"):
+        found |= {f"{file.name}/{name}": t for name, t in load_tensors(file).items()}
+    return found

@@ -1,0 +1,47 @@
+"""Expected gradients of group-relative losses, over all pairs of responses."""
+
+from dataclasses import replace
+
+import torch
+from oracles import gradient_models, scored_rollout
+
+from kleash.algorithms.common import select
+from kleash.types import Fresh
+
+
+def all_pairs(scores):
+    """Every ordered pair of strings as two responses to one prompt, and its probability."""
+    models = gradient_models()
+    world = models.world
+    n = len(world.strings)
+    pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+    rows = pairs.flatten()
+    scored = scored_rollout(
+        world,
+        world.rollout,
+        policy=models.policy,
+        reference=models.reference,
+        scores=scores,
+    )
+    scored = select(scored, rows)
+    prompts = torch.arange(len(pairs)).repeat_interleave(2)
+    scored = replace(scored, rollout=replace(scored.rollout, prompt_index=prompts))
+    p = world.probabilities(models.policy)
+    return models, scored, rows, (p[pairs[:, 0]] * p[pairs[:, 1]]).repeat_interleave(2)
+
+
+def expected_gradient(prepare, loss, settings, scores, beta):
+    """Gradient of the mean response over all pairs; the loss is linear in what it is given."""
+    models, scored, rows, probability = all_pairs(scores)
+    batch = prepare(scored, beta, settings)
+    w = probability[:, None] / 2
+    pathwise = None if batch.pathwise is None else batch.pathwise * w
+    batch = replace(batch, advantages=batch.advantages * w, pathwise=pathwise)
+    table = models.policy.clone().requires_grad_()
+    world = models.world
+    fresh = Fresh(
+        logprobs=world.token_logprobs(table)[rows],
+        kl=world.at_tokens(world.state_kl(table, models.reference))[rows],
+    )
+    (found,) = torch.autograd.grad(loss(batch, fresh, settings, tokens=1).total, table)
+    return found
