@@ -38,7 +38,7 @@ from kleash.playground.build import build_world
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.atomic_directories import drop_directory
 from kleash.storage.run_directory import read_run
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.state import TrainingState, save_run_state
 
 PARTS: dict[str, tuple[Any, str]] = {
@@ -88,19 +88,19 @@ def shares(steps: int, folder: Path) -> None:
 
 def saving(millions: int, rounds: int, folder: Path) -> None:
     """A checkpoint beside writing the same bytes."""
-    crew = crew_of(millions)
+    components = components_of(millions)
     betas = {OTHERS: BudgetBeta(1.0, 1.0).init()}
     state = TrainingState(1, 1, betas, ScoreStatistics(), PromptCursor(1, 0))
     identity = Identity("nowhere", "loaded", "float32", "0" * 64)
     parent = folder / "checkpoints"
-    save = partial(save_run_state, parent, crew, state, identity, keep=1)
+    save = partial(save_run_state, parent, components, state, identity, keep=1)
     made = save()
     sizes = [file.stat().st_size for file in made.rglob("*") if file.is_file()]
     drop_directory(made)
     ways: dict[str, Callable[[], object]] = {
         "save": save,
         "write": partial(write_plainly, folder / "plain", sizes),
-        "hash the reference": lambda: weights_sha256(crew.policy.model.named_parameters()),
+        "hash the reference": lambda: weights_sha256(components.policy.model.named_parameters()),
     }
     spent: dict[str, list[float]] = {what: [] for what in ways}
     for turn in range(rounds):
@@ -116,8 +116,8 @@ def saving(millions: int, rounds: int, folder: Path) -> None:
         print(f"| {what} | {median:.2f} | {median / write:.2f} × |")
 
 
-def crew_of(millions: int) -> Crew:
-    """Enough of a crew to be saved: a policy, a small critic, and an optimiser with moments."""
+def components_of(millions: int) -> Components:
+    """Enough of a run to be saved: a policy, a small critic, and an optimiser with moments."""
     layers = max(1, round(millions / 7.1))
     config = LlamaConfig(
         vocab_size=2000,
@@ -134,8 +134,8 @@ def crew_of(millions: int) -> Crew:
         moments = {name: torch.rand_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.ones(()), **moments}
     policy = SimpleNamespace(model=model, adapter=None, save=model.save_pretrained)
-    crew = SimpleNamespace(policy=policy, value=value, optimizer=optimizer)
-    return cast(Crew, crew)
+    components = SimpleNamespace(policy=policy, value=value, optimizer=optimizer)
+    return cast(Components, components)
 
 
 def write_plainly(folder: Path, sizes: list[int]) -> None:

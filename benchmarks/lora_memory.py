@@ -86,10 +86,10 @@ def work(kind: str, folder: Path) -> None:
 
     def measured(config: Any) -> Any:
         held["libraries"] = memory("VmRSS")
-        crew = assemble(config)
+        components = assemble(config)
         held["loading"] = memory("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")
-        return crew
+        return components
 
     kleash.training.startup.assemble = measured
     tree: dict[str, Any] = {

@@ -193,14 +193,14 @@ def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool
     optimise = updates._optimise
 
     def assemble_without_stop(config: Any) -> Any:
-        crew = assemble(config)
-        learning = [crew.policy.model, crew.value]
-        frozen = [crew.reference.model, rewards_of(crew)]
+        components = assemble(config)
+        learning = [components.policy.model, components.value]
+        frozen = [components.reference.model, rewards_of(components)]
         gate.held = _mib(frozen) + _mib(learning, times=4)
-        return replace(crew, policy=replace(crew.policy, stop_ids=(shape.vocabulary,)))
+        return replace(components, policy=replace(components.policy, stop_ids=(shape.vocabulary,)))
 
-    def rewards_of(crew: Any) -> Any:
-        ((reward, _),) = crew.reward.rewards.values()
+    def rewards_of(components: Any) -> Any:
+        ((reward, _),) = components.reward.rewards.values()
         return reward._model
 
     def gated_step(*args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@
     python benchmarks/preflight.py gpt2 --whole          and what the other checks say of each
 
 A fault is found if the check that is responsible for it gives the verdict expected and its cause
-names what was planted. It is mended if that check says ok once its remedy is carried out in a
+names what was planted. It is fixed if that check says ok once its remedy is carried out in a
 set-up with the same fault: a setting or file as named, or the code asked for, written anew.
 "Restored" are defects that the text can only place: there the fault is taken out again. Of a clean
 variant nothing may fail. Tiny random models; minutes on one core.
@@ -32,8 +32,8 @@ import planted_faults  # pyright: ignore[reportMissingImports]
 from kleash.config.schema import Config
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import WHOLE
-from kleash.preflight.runner import examine_crew
-from kleash.training.components import Crew
+from kleash.preflight.runner import examine_components
+from kleash.training.components import Components
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def plant_all(material: Path, kind: str, part: slice, *, whole: bool) -> None:
-    found, must, mended = Counter[bool](), Counter[bool](), Counter[str]()
+    found, must, fixed = Counter[bool](), Counter[bool](), Counter[str]()
     for number, fault in list(enumerate(planted_faults.FAULTS))[part]:
         look = everything if whole else fault_types.only(fault.check, WHOLE)
         report = examine(material, kind, f"fault-{number}", look, fault.plant)
@@ -68,26 +68,26 @@ def plant_all(material: Path, kind: str, part: slice, *, whole: bool) -> None:
         print(f"  {'found ' if hits else 'MISSED'} {fault.name}: {fault.check}", end="")
         print(f"; also: {', '.join(others) or '–'}", end="")
         if hits:
-            after = mend(material, kind, f"fault-{number}", fault, hits[0])
+            after = fix(material, kind, f"fault-{number}", fault, hits[0])
             good = [(f.name, f.verdict) for f in after] == [(fault.check, "ok")]
-            mended[fault.mend.kind if good else "not"] += 1
-            print(f"; {'mended' if good else 'NOT MENDED'} ({fault.mend.kind})", end="")
+            fixed[fault.fix.kind if good else "not"] += 1
+            print(f"; {'fixed' if good else 'NOT MENDED'} ({fault.fix.kind})", end="")
         print(flush=True)
     print(f"{kind}: {found[True]} of {found.total()} found; of those to fail, ", end="")
-    print(f"{must[True]}/{must.total()}; mended: {dict(mended)}")
+    print(f"{must[True]}/{must.total()}; fixed: {dict(fixed)}")
 
 
-def mend(
+def fix(
     material: Path, kind: str, name: str, fault: planted_faults.Fault, finding: Finding
 ) -> list[Finding]:
     """What the check says after the remedy, whose words must be those that are carried out."""
     remedy = fault_types.advice(finding)
-    assert all(words in remedy for words in fault.mend.words), (fault.mend.words, remedy)
+    assert all(words in remedy for words in fault.fix.words), (fault.fix.words, remedy)
 
-    def mended(world: fault_types.World) -> None:
-        fault.mend.apply(world, remedy)
+    def fixed(world: fault_types.World) -> None:
+        fault.fix.apply(world, remedy)
 
-    return examine(material, kind, name, fault_types.only(fault.check, WHOLE), fault.plant, mended)
+    return examine(material, kind, name, fault_types.only(fault.check, WHOLE), fault.plant, fixed)
 
 
 def leave_clean(material: Path, kind: str) -> None:
@@ -108,7 +108,7 @@ def examine(
     material: Path,
     kind: str,
     name: str,
-    look: Callable[[Config, Crew], list[Finding]],
+    look: Callable[[Config, Components], list[Finding]],
     *changes: Callable[[fault_types.World], None],
 ) -> list[Finding]:
     scratch = material / name
@@ -120,8 +120,8 @@ def examine(
         return fault_types.findings(world, look)
 
 
-def everything(config: Config, crew: Crew) -> list[Finding]:
-    return list(examine_crew(config, crew, quick=False).findings)
+def everything(config: Config, components: Components) -> list[Finding]:
+    return list(examine_components(config, components, quick=False).findings)
 
 
 def hit(fault: planted_faults.Fault, finding: Finding) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 
 class KleashError(Exception):
-    """Base of all errors that are the user's to mend; the command line prints them plainly."""
+    """Base of all errors that are the user's to fix; the command line prints them plainly."""
 
     exit_code = 1
 

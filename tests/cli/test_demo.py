@@ -74,8 +74,8 @@ def test_the_story_in_order(world: fault_types.World, tmp_path: Path) -> None:
 
 
 def test_a_failed_check_ends_the_story_with_its_table(tmp_path: Path) -> None:
-    bad = Finding("logprobs.head", "fail", "3", "0", "The head is not the head.", "Mend it.")
+    bad = Finding("logprobs.head", "fail", "3", "0", "The head is not the head.", "Fix it.")
     console = Console(record=True, width=120)
     with pytest.raises(PreflightError, match="The head is not the head"):
         tell_checks(console, Report((bad,), 0.1))
-    assert "Mend it." in console.export_text()
+    assert "Fix it." in console.export_text()

@@ -37,7 +37,7 @@ def kind_of(number: int) -> fault_types.Kind:
         for number, fault in enumerate(planted_faults.FAULTS)
     ],
 )
-def test_a_planted_fault_is_named_and_its_remedy_mends_it(
+def test_a_planted_fault_is_named_and_its_remedy_fixes_it(
     materials: dict[str, Path], tmp_path: Path, fault: planted_faults.Fault, kind: fault_types.Kind
 ) -> None:
     def look(*changes: Callable[[fault_types.World], None]) -> Finding:
@@ -53,7 +53,7 @@ def test_a_planted_fault_is_named_and_its_remedy_mends_it(
     assert re.search(fault.cause, seen.cause), seen
 
     remedy = fault_types.advice(seen)
-    for words in fault.mend.words:
+    for words in fault.fix.words:
         assert words in remedy, f"{words!r} is not said: {remedy}"
-    mended = look(fault.plant, lambda world: fault.mend.apply(world, remedy))
-    assert mended.verdict == "ok", (remedy, mended)
+    fixed = look(fault.plant, lambda world: fault.fix.apply(world, remedy))
+    assert fixed.verdict == "ok", (remedy, fixed)

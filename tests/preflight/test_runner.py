@@ -23,7 +23,7 @@ from kleash.preflight.checks.reward_model import Pair, preferences, read_pairs
 from kleash.preflight.console import print_report
 from kleash.preflight.findings import Finding, Report, skipped
 from kleash.preflight.probe_batch import QUICK, Trial, draw
-from kleash.preflight.runner import check, examine_crew, require_sound, run_checks
+from kleash.preflight.runner import check, examine_components, require_sound, run_checks
 from kleash.storage.run_directory import read_run
 from kleash.training.components import assemble
 from kleash.training.loop import train
@@ -61,9 +61,8 @@ def test_a_clean_run_passes_every_check(world: fault_types.World) -> None:
     report = check(world.config())
     assert report.fails == report.warnings == ()
     rooms = {finding.name.split(".")[0] for finding in report.findings}
-    assert rooms == {
-        "logprobs", "sampling", "masks", "reference", "reward_model", "objective", "resources", "prompts"
-    }  # fmt: skip
+    subjects = "logprobs sampling masks reference reward_model objective resources prompts"
+    assert rooms == set(subjects.split())
     assert len({finding.name for finding in report.findings}) == len(report.findings)
 
 
@@ -75,16 +74,16 @@ def test_a_clean_variant_has_no_fails(world: fault_types.World, variant: str) ->
 
 
 def test_nothing_is_changed_by_looking(world: fault_types.World) -> None:
-    config, crew = world.crew()
-    before = {name: p.clone() for name, p in crew.policy.model.named_parameters()}
+    config, components = world.components()
+    before = {name: p.clone() for name, p in components.policy.model.named_parameters()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    examine_crew(config, crew, quick=False)
+    examine_components(config, components, quick=False)
     assert torch.equal(torch.get_rng_state(), state)
-    for name, parameter in crew.policy.model.named_parameters():
+    for name, parameter in components.policy.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    assert not crew.optimizer.state
+    assert not components.optimizer.state
 
 
 def test_what_assembly_refuses_is_a_finding(world: fault_types.World) -> None:
@@ -157,11 +156,13 @@ def test_the_setting_that_a_remedy_names_is_enough(
 
     def look() -> Finding:
         config = world.config()
-        crew = replace(
-            trial.crew, settings=replace(trial.crew.settings, placement=config.leash.placement,
-                                         allow_biased=config.leash.allow_biased)
-        )  # fmt: skip
-        return one(replace(trial, config=config, crew=crew))
+        placed = replace(
+            trial.components.settings,
+            placement=config.leash.placement,
+            allow_biased=config.leash.allow_biased,
+        )
+        components = replace(trial.components, settings=placed)
+        return one(replace(trial, config=config, components=components))
 
     for key, value in changes.items():
         world.set(key, value)
@@ -197,17 +198,17 @@ def test_the_remedy_makes_the_check_pass(
 ) -> None:
     (planted,) = [f for f in planted_faults.FAULTS if f.name == fault]
     planted.plant(world)
-    # Some faults are planted while the crew is assembled, so both readings begin there.
-    assert named(examine_crew(*world.crew(), quick=True), check_name).verdict != "ok"
+    # Some faults are planted while the components is assembled, so both readings begin there.
+    assert named(examine_components(*world.components(), quick=True), check_name).verdict != "ok"
     for key, value in remedy.items():
         world.set(key, value)
-    assert named(examine_crew(*world.crew(), quick=True), check_name).verdict == "ok"
+    assert named(examine_components(*world.components(), quick=True), check_name).verdict == "ok"
 
 
 def test_nothing_left_to_learn_from_is_found_and_tried_no_further(world: fault_types.World) -> None:
     (planted,) = [f for f in planted_faults.FAULTS if f.name == "all responses cut and dropped"]
     planted.plant(world)
-    report = examine_crew(*world.crew(), quick=False)
+    report = examine_components(*world.components(), quick=False)
     assert named(report, "sampling.ending").verdict == "fail"
     assert named(report, "resources.memory").verdict == "skipped"
 
@@ -246,8 +247,10 @@ def pairs(right: int, wrong: int) -> list[Pair]:
     ],
 )
 def test_preferences(trial: Trial, given: list[Pair], verdict: str, cause: str) -> None:
-    liking = replace(trial.crew.reward, rewards={"w3": (reward_of(fault_types.likes_w3), 1.0)})
-    found = preferences(replace(trial, crew=replace(trial.crew, reward=liking)), given)
+    liking = replace(
+        trial.components.reward, rewards={"w3": (reward_of(fault_types.likes_w3), 1.0)}
+    )
+    found = preferences(replace(trial, components=replace(trial.components, reward=liking)), given)
     assert found.verdict == verdict, found
     assert cause in found.cause
 
@@ -270,8 +273,10 @@ def test_pairs_are_read_and_refused(tmp_path: Path) -> None:
 
 
 def test_probes_name_the_word_that_wins(trial: Trial) -> None:
-    liking = replace(trial.crew.reward, rewards={"w3": (reward_of(fault_types.likes_w3), 1.0)})
-    changed = replace(trial, crew=replace(trial.crew, reward=liking))
+    liking = replace(
+        trial.components.reward, rewards={"w3": (reward_of(fault_types.likes_w3), 1.0)}
+    )
+    changed = replace(trial, components=replace(trial.components, reward=liking))
     scores = liking.score(list(trial.written.prompts), trial.written.responses)
     seen = replace(changed, written=replace(trial.written, raw_scores=scores))
     assert "'w3 w3 w3 …'" in reward_model.probes(seen).cause

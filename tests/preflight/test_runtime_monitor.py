@@ -19,7 +19,7 @@ from kleash.preflight import runtime_monitor
 from kleash.preflight.probe_batch import read
 from kleash.preflight.runtime_monitor import symptom_of
 from kleash.storage.run_directory import read_run
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.evaluation import Written, write_responses
 from kleash.training.loop import train
 from kleash.types import Rollout, ScoredRollout
@@ -35,19 +35,21 @@ def world(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fa
     return fault_types.clean(material, "llama", monkeypatch, tmp_path)
 
 
-def batch(crew: Crew, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
+def batch(components: Components, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
     torch.manual_seed(seed)
-    written = write_responses(crew, crew.prompts, responses_per_prompt=4, microbatch=256)
-    return written, read(crew, written, crew.reference)
+    written = write_responses(
+        components, components.prompts, responses_per_prompt=4, microbatch=256
+    )
+    return written, read(components, written, components.reference)
 
 
-def drifted(crew: Crew) -> Crew:
+def drifted(components: Components) -> Components:
     """The policy some nats from its reference, as it is while training."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in crew.policy.parameters():
+        for parameter in components.policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return crew
+    return components
 
 
 def first(scored: ScoredRollout) -> torch.Tensor:
@@ -67,18 +69,18 @@ def symptom(scored: ScoredRollout) -> str:
 
 
 def test_a_clean_batch_has_no_symptom(world: fault_types.World) -> None:
-    _, crew = world.crew()
+    _, components = world.components()
     for seed in range(3):
-        assert symptom(batch(crew, seed=seed)[1]) == ""
-    drifted(crew)
+        assert symptom(batch(components, seed=seed)[1]) == ""
+    drifted(components)
     for seed in range(5):
-        _, scored = batch(crew, seed=seed)
+        _, scored = batch(components, seed=seed)
         assert float(scored.kl.sum(-1).mean()) > 0.1
         assert symptom(scored) == ""
 
 
 def test_each_number_that_cannot_be_is_a_symptom(world: fault_types.World) -> None:
-    _, scored = batch(drifted(world.crew()[1]))
+    _, scored = batch(drifted(world.components()[1]))
     mask, rollout = scored.rollout.response_mask, scored.rollout
     assert rollout.sampler_logprobs is not None
     elsewhere = replace(rollout, sampler_logprobs=rollout.sampler_logprobs + 0.01 * mask)
@@ -91,10 +93,12 @@ def test_each_number_that_cannot_be_is_a_symptom(world: fault_types.World) -> No
 
 
 def test_a_few_responses_say_nothing_of_their_noise(world: fault_types.World) -> None:
-    _, crew = world.crew()
+    _, components = world.components()
     torch.manual_seed(0)
-    written = write_responses(crew, crew.prompts[:2], responses_per_prompt=2, microbatch=4)
-    scored = read(crew, written, crew.reference)
+    written = write_responses(
+        components, components.prompts[:2], responses_per_prompt=2, microbatch=4
+    )
+    scored = read(components, written, components.reference)
     assert symptom(ill(scored)) == ""
 
 
@@ -117,10 +121,12 @@ def test_an_ill_batch_gets_its_cause(
     (fault,) = [fault for fault in planted_faults.FAULTS if fault.name == name]
     world.meddle.append(drifted)
     fault.plant(world)
-    config, crew = world.crew()
-    written, scored = batch(crew)
+    config, components = world.components()
+    written, scored = batch(components)
     with caplog.at_level(logging.WARNING, logger="kleash"):
-        found = runtime_monitor.look(config, crew, written, scored, step=7, folder=world.folder)
+        found = runtime_monitor.look(
+            config, components, written, scored, step=7, folder=world.folder
+        )
     assert any(cause in finding.cause for finding in found), found
     assert caplog.messages[0].startswith("step 7: ")
     record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
@@ -166,30 +172,31 @@ def test_a_batch_without_any_of_its_rare_words_is_well() -> None:
 
 
 def test_looking_leaves_the_random_numbers_alone(world: fault_types.World) -> None:
-    config, crew = world.crew()
-    written, scored = batch(drifted(crew))
+    config, components = world.components()
+    written, scored = batch(drifted(components))
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    runtime_monitor.look(config, crew, written, ill(scored), step=1, folder=world.folder)
+    runtime_monitor.look(config, components, written, ill(scored), step=1, folder=world.folder)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_only_the_first_batches_are_examined(
     world: fault_types.World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, crew = world.crew()
-    written, scored = batch(crew)
+    config, components = world.components()
+    written, scored = batch(components)
     (world.folder / "doctor").mkdir()
     for step in range(5):
         (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
     assert (
-        runtime_monitor.look(config, crew, written, ill(scored), step=6, folder=world.folder) == []
+        runtime_monitor.look(config, components, written, ill(scored), step=6, folder=world.folder)
+        == []
     )
     assert "The first batches like it are in doctor/" in caplog.text
     assert len(list((world.folder / "doctor").iterdir())) == 5
     # A run that goes over an earlier step again tells of it as it did the first time.
     caplog.clear()
-    runtime_monitor.look(config, crew, written, ill(scored), step=4, folder=world.folder)
+    runtime_monitor.look(config, components, written, ill(scored), step=4, folder=world.folder)
     assert "step 4: " in caplog.text and "The first batches" not in caplog.text
     assert len(list((world.folder / "doctor").glob("*.json"))) == 5
 
@@ -201,11 +208,13 @@ def test_a_run_that_falls_ill_says_so_and_goes_on(
     asked: list[int] = []
     look = runtime_monitor.look
 
-    def spy(config: Config, crew: Crew, written: Written, scored: Any, **where: Any) -> Any:
+    def spy(
+        config: Config, components: Components, written: Written, scored: Any, **where: Any
+    ) -> Any:
         asked.append(where["step"])
         rollout = scored.rollout
         off = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
-        return look(config, crew, written, replace(scored, rollout=off), **where)
+        return look(config, components, written, replace(scored, rollout=off), **where)
 
     monkeypatch.setattr(runtime_monitor, "look", spy)
     path = train(world.config())

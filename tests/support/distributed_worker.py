@@ -22,17 +22,17 @@ def break_something(patch: pytest.MonkeyPatch, fault: str) -> None:
     assemble, backward = kleash.training.distributed.assemble, kleash.training.backward.backward
 
     def other_reference(config):
-        crew = assemble(config)
+        components = assemble(config)
         with torch.no_grad():
-            next(crew.reference.model.parameters()).add_(1)
-        return crew
+            next(components.reference.model.parameters()).add_(1)
+        return components
 
-    def not_finite(crew, rows, **numbers):
-        del crew, rows, numbers
+    def not_finite(components, rows, **numbers):
+        del components, rows, numbers
         raise NonFiniteError("expected a finite loss, got NaN at {place}", response=1, token=2)
 
-    def broken(crew, rows, **numbers):
-        backward(crew, rows, **numbers)
+    def broken(components, rows, **numbers):
+        backward(components, rows, **numbers)
         raise RuntimeError("out of memory")
 
     match fault:
@@ -60,7 +60,7 @@ def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if told["fault"]:
                 break_something(patch, told["fault"])
-            kleash.training.distributed.lend_a_hand()
+            kleash.training.distributed.serve_requests()
 
 
 if __name__ == "__main__":

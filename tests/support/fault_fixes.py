@@ -1,6 +1,6 @@
 """Carrying out a remedy by its own words: what `planted_faults.py` says against each of its faults.
 
-A mend is given the remedy's text and takes from it what it names: keys, values, files, tokens. A
+A fix is given the remedy's text and takes from it what it names: keys, values, files, tokens. A
 text too vague to be followed by a reader cannot be followed here either. Code that a remedy asks
 for is written anew and slowly, one row at a time or without padding, from the sentence alone.
 """
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from fault_patches import on_crew, patch, settings, written
+from fault_patches import on_components, patch, settings, written
 from fault_types import World
 from torch import Tensor
 
 from kleash.models.lm_head import apply_head
 from kleash.models.policy import freeze_copy
 from kleash.models.reward_model import ClassifierReward
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.types import Head, Rollout, ScoredRollout
 
 Kind = Literal["setting", "file", "code", "restored"]
 """A key is set; a file changed; the behaviour named is written anew; or, where the fault is a
-defect that no reader of the text can mend, it is taken out again."""
+defect that no reader of the text can fix, it is taken out again."""
 
 
 @dataclass(frozen=True)
-class Mend:
+class Fix:
     kind: Kind
     words: tuple[str, ...]
     """What is carried out, as the remedy must literally say it."""
@@ -40,13 +40,13 @@ class Mend:
 # --- settings and files ---------------------------------------------------------------------------
 
 
-def told(key: str) -> Mend:
+def told(key: str) -> Fix:
     """Set a key to the value that the text gives it: `key: value`."""
 
     def apply(world: World, text: str) -> None:
         world.set(key, value_of(key, text))
 
-    return Mend("setting", (f"{key}: ",), apply)
+    return Fix("setting", (f"{key}: ",), apply)
 
 
 def value_of(key: str, text: str) -> Any:
@@ -64,17 +64,17 @@ def value_of(key: str, text: str) -> Any:
         return word
 
 
-def set_to(key: str, value: Any, *words: str) -> Mend:
+def set_to(key: str, value: Any, *words: str) -> Fix:
     """Set a key that the text names to a value that only its reader can know."""
 
     def apply(world: World, text: str) -> None:
         filled = value.replace("{m}", str(world.material)) if isinstance(value, str) else value
         world.set(key, deepcopy(filled))
 
-    return Mend("setting", (key, *words), apply)
+    return Fix("setting", (key, *words), apply)
 
 
-def left_out(key: str, *words: str) -> Mend:
+def left_out(key: str, *words: str) -> Fix:
     """Take a key out of the configuration."""
 
     def apply(world: World, text: str) -> None:
@@ -84,39 +84,39 @@ def left_out(key: str, *words: str) -> Mend:
             node = node[name]
         del node[last]
 
-    return Mend("setting", (key, *words), apply)
+    return Fix("setting", (key, *words), apply)
 
 
-def both(one: Mend, other: Mend) -> Mend:
+def both(one: Fix, other: Fix) -> Fix:
     def apply(world: World, text: str) -> None:
         one.apply(world, text)
         other.apply(world, text)
 
-    return Mend(one.kind, (*one.words, *other.words), apply)
+    return Fix(one.kind, (*one.words, *other.words), apply)
 
 
-def sampler_told(*keys: str) -> Mend:
+def sampler_told(*keys: str) -> Fix:
     """Give the sampler the settings of the text."""
 
     def apply(world: World, text: str) -> None:
         settings(**{key: value_of(key, text) for key in keys})(world)
 
-    return Mend("setting", tuple(f"{key}: " for key in keys), apply)
+    return Fix("setting", tuple(f"{key}: " for key in keys), apply)
 
 
-def sampler_without(key: str) -> Mend:
+def sampler_without(key: str) -> Fix:
     """Take a setting from the sampler."""
-    return Mend("setting", ("Remove ", key), lambda world, text: settings(**{key: None})(world))
+    return Fix("setting", ("Remove ", key), lambda world, text: settings(**{key: None})(world))
 
 
-def prompt_rows(words: str, change: Callable[[list[str], str], list[str]]) -> Mend:
+def prompt_rows(words: str, change: Callable[[list[str], str], list[str]]) -> Fix:
     """Change the lines of the prompt files that the text names."""
 
     def apply(world: World, text: str) -> None:
         for path in _paths(text, ".jsonl"):
             path.write_text("\n".join(change(path.read_text().splitlines(), text)))
 
-    return Mend("file", (words,), apply)
+    return Fix("file", (words,), apply)
 
 
 def unmarked(lines: list[str], text: str) -> list[str]:
@@ -140,7 +140,7 @@ def shortened(lines: list[str], text: str) -> list[str]:
     return [json.dumps({"prompt": "w1 w2"}) for _ in lines]
 
 
-def in_json(words: str, change: Callable[[dict[str, Any], str], None]) -> Mend:
+def in_json(words: str, change: Callable[[dict[str, Any], str], None]) -> Fix:
     """Change the JSON file of a model that the text names."""
 
     def apply(world: World, text: str) -> None:
@@ -149,7 +149,7 @@ def in_json(words: str, change: Callable[[dict[str, Any], str], None]) -> Mend:
         change(content, text)
         path.write_text(json.dumps(content))
 
-    return Mend("file", (words,), apply)
+    return Fix("file", (words,), apply)
 
 
 def removed(content: dict[str, Any], text: str) -> None:
@@ -161,9 +161,9 @@ def pad_as_told(content: dict[str, Any], text: str) -> None:
     content["pad_token_id"] = value_of("pad_token_id", text)
 
 
-def new_checkpoint(words: str, save: Callable[[World], None]) -> Mend:
+def new_checkpoint(words: str, save: Callable[[World], None]) -> Fix:
     """Put a checkpoint as the text wants it where the broken one was."""
-    return Mend("file", (words,), lambda world, text: save(world))
+    return Fix("file", (words,), lambda world, text: save(world))
 
 
 def mark_out_of_template(world: World, text: str) -> None:
@@ -174,10 +174,10 @@ def mark_out_of_template(world: World, text: str) -> None:
 
 def merged(world: World, text: str) -> None:
     """The trained adapter goes into the weights; the run begins from them with a fresh one."""
-    _, crew = world.crew()
+    _, components = world.components()
     folder = world.folder / "merged"
-    crew.policy.adapter.merge_and_unload().save_pretrained(folder)
-    crew.policy.tokenizer.save_pretrained(folder)
+    components.policy.adapter.merge_and_unload().save_pretrained(folder)
+    components.policy.tokenizer.save_pretrained(folder)
     world.meddle.clear()
     world.set("policy.path", str(folder))
 
@@ -192,18 +192,18 @@ def _paths(text: str, ending: str) -> list[Path]:
 # --- code -----------------------------------------------------------------------------------------
 
 
-def code(words: str, plant: Callable[[World], None]) -> Mend:
+def code(words: str, plant: Callable[[World], None]) -> Fix:
     """Put code that does what the words say where the faulty code was."""
-    return Mend("code", (words,), lambda world, text: plant(world))
+    return Fix("code", (words,), lambda world, text: plant(world))
 
 
-def restored(words: str, plant: Callable[[World], None] | None = None) -> Mend:
+def restored(words: str, plant: Callable[[World], None] | None = None) -> Fix:
     """Take the fault out again; the words only say where it is."""
 
     def apply(world: World, text: str) -> None:
         world.meddle.clear() if plant is None else plant(world)
 
-    return Mend("restored", (words,), apply)
+    return Fix("restored", (words,), apply)
 
 
 def anew(target: str, function: Any) -> Callable[[World], None]:
@@ -310,7 +310,7 @@ def masked_by_length(rollout: Rollout, policy: Any) -> Rollout:
     return replace(rollout, response_mask=place < length[:, None])
 
 
-def from_lengths(words: str) -> Mend:
+def from_lengths(words: str) -> Fix:
     """Make the response mask of what was written again, from lengths."""
 
     def change(original: Any, policy: Any, prompts: Any, spec: Any, more: Any) -> Rollout:
@@ -329,34 +329,34 @@ def summed(kl: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, kl, 0.0).sum(-1)
 
 
-def evaluating(crew: Crew) -> None:
-    crew.policy.model.eval()
-    crew.reference.model.eval()
+def evaluating(components: Components) -> None:
+    components.policy.model.eval()
+    components.reference.model.eval()
 
 
-def same_dtype(crew: Crew) -> None:
-    crew.reference.model.to(crew.policy.model.dtype)
+def same_dtype(components: Components) -> None:
+    components.reference.model.to(components.policy.model.dtype)
 
 
-def frozen(crew: Crew) -> None:
-    crew.reference.model.requires_grad_(False)
+def frozen(components: Components) -> None:
+    components.reference.model.requires_grad_(False)
 
 
-def own_copy(crew: Crew) -> Crew:
-    return replace(crew, reference=freeze_copy(crew.policy))
+def own_copy(components: Components) -> Components:
+    return replace(components, reference=freeze_copy(components.policy))
 
 
-def only_adapter_learns(crew: Crew) -> None:
-    for name, parameter in crew.policy.model.named_parameters():
+def only_adapter_learns(components: Components) -> None:
+    for name, parameter in components.policy.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
-def loaded_judge(crew: Crew) -> Crew:
-    old, weight = crew.reward.rewards["rm"]
+def loaded_judge(components: Components) -> Components:
+    old, weight = components.reward.rewards["rm"]
     assert isinstance(old, ClassifierReward)
     rewards = {"rm": (ClassifierReward(old.path), weight)}
-    return replace(crew, reward=replace(crew.reward, rewards=rewards))
+    return replace(components, reward=replace(components.reward, rewards=rewards))
 
 
-def mend_crew(words: str, change: Callable[[Crew], Any]) -> Mend:
-    return code(words, on_crew(change))
+def fix_components(words: str, change: Callable[[Components], Any]) -> Fix:
+    return code(words, on_components(change))

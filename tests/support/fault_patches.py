@@ -14,7 +14,7 @@ from fault_types import SPECIAL, World, save_policy
 from torch import Tensor, nn
 
 from kleash.models.policy import Reference
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.types import Rollout, ScoredRollout
 
 # --- scoring -----------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ def several(*plants: Callable[[World], None]) -> Callable[[World], None]:
     return plant
 
 
-def on_crew(change: Callable[[Crew], Any]) -> Callable[[World], None]:
-    """Change a crew in place, or give another."""
+def on_components(change: Callable[[Components], Any]) -> Callable[[World], None]:
+    """Change a components in place, or give another."""
 
-    def meddle(crew: Crew) -> Crew:
-        changed = change(crew)
-        return changed if isinstance(changed, Crew) else crew
+    def meddle(components: Components) -> Components:
+        changed = change(components)
+        return changed if isinstance(changed, Components) else components
 
     return lambda world: world.meddle.append(meddle)
 
@@ -51,11 +51,11 @@ def patch(target: str, make: Callable[[Any], Any]) -> Callable[[World], None]:
     """Replace a function by one made from it, once the run is assembled."""
 
     def plant(world: World) -> None:
-        def meddle(crew: Crew) -> Crew:
+        def meddle(components: Components) -> Components:
             owner, _, name = target.rpartition(".")
             original = getattr(pkgutil.resolve_name(owner), name)
             world.patch.setattr(pkgutil.resolve_name(owner), name, make(original))
-            return crew
+            return components
 
         world.meddle.append(meddle)
 
@@ -261,11 +261,11 @@ def beyond_end(original: Any, policy: Any, prompts: Any, spec: Any, settings: An
     return replace(rollout, response_ids=ids, response_mask=everywhere)
 
 
-def never_ends(crew: Crew) -> None:
-    for model in (crew.policy.model, crew.reference.model):
+def never_ends(components: Components) -> None:
+    for model in (components.policy.model, components.reference.model):
         layer = cast(nn.Linear, model.get_output_embeddings())
         bias = torch.zeros(layer.weight.shape[0])
-        bias[list(crew.policy.stop_ids)] = -100.0
+        bias[list(components.policy.stop_ids)] = -100.0
         layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
@@ -287,44 +287,47 @@ def sum_everything(original: Any) -> Any:
     return lambda kl, mask: kl.sum(-1)
 
 
-def unfreeze(crew: Crew) -> None:
-    crew.reference.model.requires_grad_(True)
+def unfreeze(components: Components) -> None:
+    components.reference.model.requires_grad_(True)
 
 
-def share(crew: Crew) -> Crew:
-    policy = crew.policy
+def share(components: Components) -> Components:
+    policy = components.policy
     return replace(
-        crew, reference=Reference(policy.model, policy.tokenizer, policy.path, policy.words, "it")
+        components,
+        reference=Reference(policy.model, policy.tokenizer, policy.path, policy.words, "it"),
     )
 
 
-def trained_adapter(crew: Crew) -> None:
+def trained_adapter(components: Components) -> None:
     with torch.no_grad():
-        for name, parameter in crew.policy.model.named_parameters():
+        for name, parameter in components.policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
 
 
-def base_learns(crew: Crew) -> None:
-    for name, parameter in crew.policy.model.named_parameters():
+def base_learns(components: Components) -> None:
+    for name, parameter in components.policy.model.named_parameters():
         if "lora_" not in name:
             parameter.requires_grad_(True)
 
 
-def fewer_words(crew: Crew) -> Crew:
-    return replace(crew, reference=replace(crew.reference, words=crew.reference.words - 1))
+def fewer_words(components: Components) -> Components:
+    return replace(
+        components, reference=replace(components.reference, words=components.reference.words - 1)
+    )
 
 
-def reference_in_half(crew: Crew) -> None:
-    crew.reference.model.to(torch.bfloat16)
+def reference_in_half(components: Components) -> None:
+    components.reference.model.to(torch.bfloat16)
 
 
-def judge(crew: Crew) -> Any:
-    return crew.reward.rewards["rm"][0]
+def judge(components: Components) -> Any:
+    return components.reward.rewards["rm"][0]
 
 
-def fresh_head(crew: Crew) -> None:
-    nn.init.normal_(judge(crew).model.score.weight)
+def fresh_head(components: Components) -> None:
+    nn.init.normal_(judge(components).model.score.weight)
 
 
 def pads_with_a_word(world: World) -> None:

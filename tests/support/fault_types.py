@@ -23,7 +23,7 @@ from kleash.preflight import runner
 from kleash.preflight.checks import resources
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import Size, draw
-from kleash.training.components import Crew, assemble
+from kleash.training.components import Components, assemble
 
 Kind = Literal["gpt2", "llama", "gemma2"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "gemma2")
@@ -71,7 +71,7 @@ class World:
     tree: dict[str, Any]
     material: Path
     """Models and files shared by all worlds of an architecture: not to be changed."""
-    meddle: list[Callable[[Crew], Crew]] = field(default_factory=list)
+    meddle: list[Callable[[Components], Components]] = field(default_factory=list)
 
     def set(self, dotted: str, value: Any) -> None:
         *parents, last = dotted.split(".")
@@ -83,12 +83,12 @@ class World:
     def config(self) -> Config:
         return parse_config(self.tree, where="the test")
 
-    def crew(self) -> tuple[Config, Crew]:
+    def components(self) -> tuple[Config, Components]:
         config = self.config()
-        crew = assemble(config)
+        components = assemble(config)
         for change in self.meddle:
-            crew = change(crew)
-        return config, crew
+            components = change(components)
+        return config, components
 
     def prompts(self, name: str, rows: Sequence[dict[str, Any]]) -> str:
         path = self.folder / f"{name}.jsonl"
@@ -143,26 +143,26 @@ def clean(folder: Path, kind: Kind, patch: pytest.MonkeyPatch, scratch: Path) ->
     return World(kind, scratch, patch, tree, material=folder)
 
 
-def findings(world: World, examine: Callable[[Config, Crew], list[Finding]]) -> list[Finding]:
+def findings(world: World, examine: Callable[[Config, Components], list[Finding]]) -> list[Finding]:
     """What the checks say of a world; assembling it is the first of them."""
     try:
-        config, crew = world.crew()
+        config, components = world.components()
     except KleashError as error:
         return [runner.refused("assembly", error)]
-    return examine(config, crew)
+    return examine(config, components)
 
 
-def only(name: str, size: Size | None = None) -> Callable[[Config, Crew], list[Finding]]:
+def only(name: str, size: Size | None = None) -> Callable[[Config, Components], list[Finding]]:
     """The one check of that name; for `assembly`, to come so far is to pass."""
 
-    def examine(config: Config, crew: Crew) -> list[Finding]:
+    def examine(config: Config, components: Components) -> list[Finding]:
         if name == "assembly":
             return [Finding(name, "ok", "assembled", "no error")]
         if name == "reference.vocabulary":
-            return [runner.reference.vocabulary(crew)]
+            return [runner.reference.vocabulary(components)]
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            trial = draw(config, crew, size or (MANY if name == "sampling.law" else FEW))
+            trial = draw(config, components, size or (MANY if name == "sampling.law" else FEW))
             if name == "resources.memory":
                 return resources.examine(trial)[:1]
             checks = [*runner.QUICK_CHECKS, runner.reward_model.probes]

@@ -1,4 +1,4 @@
-"""Faults that look like learning dynamics, which check must find each, and what mends it.
+"""Faults that look like learning dynamics, which check must find each, and what fixes it.
 
 Used by the tests and by `benchmarks/preflight.py`, which plants all of them on all architectures,
 and applies every remedy.
@@ -30,7 +30,7 @@ from fault_patches import (
     no_mask,
     noisy_reference,
     off_by_one,
-    on_crew,
+    on_components,
     one_output,
     pads_with_a_word,
     patch,
@@ -80,7 +80,7 @@ class Fault:
     cause: str
     """A regular expression that the cause must match."""
     plant: Callable[[World], None]
-    mend: m.Mend
+    fix: m.Fix
     """What the check's remedy says, carried out."""
     verdict: Verdict = "fail"
 
@@ -102,15 +102,15 @@ FAULTS: tuple[Fault, ...] = (
         "dropout in the policy",
         "logprobs.dropout",
         "Dropout is on in the policy",
-        on_crew(lambda c: drop(c.policy.model)),
-        m.mend_crew("model.eval()", m.evaluating),
+        on_components(lambda c: drop(c.policy.model)),
+        m.fix_components("model.eval()", m.evaluating),
     ),
     Fault(
         "dropout in the reference",
         "logprobs.dropout",
         "Dropout is on in the reference",
-        on_crew(lambda c: drop(c.reference.model)),
-        m.mend_crew("model.eval()", m.evaluating),
+        on_components(lambda c: drop(c.reference.model)),
+        m.fix_components("model.eval()", m.evaluating),
     ),
     Fault(
         "positions restart at the response",
@@ -225,8 +225,8 @@ FAULTS: tuple[Fault, ...] = (
         "a reference in half precision",
         "logprobs.floor",
         "computed differently",
-        on_crew(reference_in_half),
-        m.mend_crew("Load both with one policy.dtype", m.same_dtype),
+        on_components(reference_in_half),
+        m.fix_components("Load both with one policy.dtype", m.same_dtype),
         "warn",
     ),
     Fault(
@@ -299,7 +299,7 @@ FAULTS: tuple[Fault, ...] = (
         "no end is ever produced",
         "sampling.ending",
         "never produced",
-        on_crew(never_ends),
+        on_components(never_ends),
         m.told("rollout.truncated"),
     ),
     Fault(
@@ -375,36 +375,38 @@ FAULTS: tuple[Fault, ...] = (
         "a reference that learns",
         "reference.frozen",
         "not frozen",
-        on_crew(unfreeze),
-        m.mend_crew("Call requires_grad_(False) on the reference", m.frozen),
+        on_components(unfreeze),
+        m.fix_components("Call requires_grad_(False) on the reference", m.frozen),
     ),
     Fault(
         "a reference that is the policy",
         "reference.storage",
         "shares storage",
-        on_crew(share),
-        m.mend_crew("kleash.models.policy.freeze_copy", m.own_copy),
+        on_components(share),
+        m.fix_components("kleash.models.policy.freeze_copy", m.own_copy),
     ),
     Fault(
         "an adapter that was trained",
         "reference.adapter",
         "bare base",
-        several(set_key("policy.lora", {"rank": 2}), on_crew(trained_adapter)),
-        m.Mend("setting", ("merge_and_unload", "policy.path"), m.merged),
+        several(set_key("policy.lora", {"rank": 2}), on_components(trained_adapter)),
+        m.Fix("setting", ("merge_and_unload", "policy.path"), m.merged),
     ),
     Fault(
         "a base that learns",
         "reference.storage",
         "under the adapter learn",
-        several(set_key("policy.lora", {"rank": 2}), on_crew(base_learns)),
-        m.mend_crew("only parameters named lora_ may ask for gradients", m.only_adapter_learns),
+        several(set_key("policy.lora", {"rank": 2}), on_components(base_learns)),
+        m.fix_components(
+            "only parameters named lora_ may ask for gradients", m.only_adapter_learns
+        ),
     ),
     Fault(
         "another vocabulary",
         "reference.vocabulary",
         "do not share a vocabulary",
-        on_crew(fewer_words),
-        m.mend_crew("Take two models of one tokenizer", m.own_copy),
+        on_components(fewer_words),
+        m.fix_components("Take two models of one tokenizer", m.own_copy),
     ),
     Fault(
         "two outputs",
@@ -424,8 +426,8 @@ FAULTS: tuple[Fault, ...] = (
         "a fresh head",
         "reward_model.head",
         "freshly initialised",
-        on_crew(fresh_head),
-        m.mend_crew("kleash.models.reward_model.ClassifierReward", m.loaded_judge),
+        on_components(fresh_head),
+        m.fix_components("kleash.models.reward_model.ClassifierReward", m.loaded_judge),
     ),
     Fault(
         "a score on a word taken for padding",
@@ -439,7 +441,7 @@ FAULTS: tuple[Fault, ...] = (
         "reward_model.bos",
         "doubled BOS",
         set_key("reward_models.rm.template", "{prompt}<bos>{response}"),
-        m.Mend("file", ("reward_models.rm.template",), m.mark_out_of_template),
+        m.Fix("file", ("reward_models.rm.template",), m.mark_out_of_template),
     ),
     Fault(
         "a template applied twice",

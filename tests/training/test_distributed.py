@@ -25,7 +25,7 @@ from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
 from kleash.storage.run_directory import read_run
 from kleash.training.distributed import _runs
 from kleash.training.loop import train
-from kleash.training.process_group import Letter, _pack, _unpack, leads, several
+from kleash.training.process_group import Message, _pack, _unpack, is_distributed, is_leader
 
 LAYER = {
     "rollout": {"prompts_per_step": 7, "microbatch_size": 4},
@@ -89,8 +89,8 @@ def together(hands: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
         with monkeypatch.context() as patch:
             for name, value in {**where, "WORLD_SIZE": str(size), "RANK": "0"}.items():
                 patch.setenv(name, value)
-            assert several()
-            assert leads()
+            assert is_distributed()
+            assert is_leader()
             return work()
 
     return do
@@ -155,10 +155,10 @@ def _at_step(step: int, then: Callable[..., None]) -> Callable[..., Any]:
 
     usual = kleash.training.loop.reanchor_if_due
 
-    def maybe(config: Config, crew: Any, state: Any, *rest: Any) -> Any:
+    def maybe(config: Config, components: Any, state: Any, *rest: Any) -> Any:
         if state.step == step:
             then()
-        return usual(config, crew, state, *rest)
+        return usual(config, components, state, *rest)
 
     return maybe
 
@@ -233,16 +233,16 @@ def test_another_than_the_leader_lends_a_hand(monkeypatch: pytest.MonkeyPatch) -
     helped: list[bool] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("kleash.training.distributed.lend_a_hand", lambda: helped.append(True))
+    monkeypatch.setattr("kleash.training.distributed.serve_requests", lambda: helped.append(True))
     main.app(["train", "no-such-file.yaml"])
     assert helped == [True]
 
 
 def test_letters_arrive_as_they_were_sent() -> None:
     tensors = {"a": torch.tensor([[True], [False]]), "b": torch.randn(2, 3, dtype=torch.float64)}
-    letter = Letter("score", {"rows": [1, 2], "text": "β ± \x00"}, tensors)
-    got = _unpack(_pack(letter))
-    assert (got.name, got.facts) == (letter.name, letter.facts)
+    message = Message("score", {"rows": [1, 2], "text": "β ± \x00"}, tensors)
+    got = _unpack(_pack(message))
+    assert (got.name, got.facts) == (message.name, message.facts)
     for name, tensor in tensors.items():
         torch.testing.assert_close(got.tensors[name], tensor, rtol=0, atol=0)
 

@@ -1,6 +1,6 @@
 """Six faults, each refused with its sentence, and nothing lost: the run goes on as if unharmed.
 
-A run of four steps meets its fault after the second; the fault is mended, the run resumed, and
+A run of four steps meets its fault after the second; the fault is fixed, the run resumed, and
 its numbers and weights compared with those of a run that met none.
 """
 
@@ -44,10 +44,10 @@ def refused(config: Config, sentence: str, at: Any = None) -> Path:
     """Train with a fault before step 3; the run says why it ended."""
     step = kleash.training.loop._step
 
-    def faulty(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def faulty(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
         if at is not None and state.step == 2:
-            at(crew)
-        return step(config, crew, controller, state, *rest)
+            at(components)
+        return step(config, components, controller, state, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.training.loop, "_step", faulty)
@@ -88,9 +88,9 @@ def test_a_reward_that_is_not_a_number(material: Path, tmp_path: Path, whole: Pa
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_infinite_logit(material: Path, tmp_path: Path, whole: Path, value: float) -> None:
-    def damages(crew: Any) -> None:
+    def damages(components: Any) -> None:
         with torch.no_grad():
-            crew.policy.head.weight[5] = value
+            components.policy.head.weight[5] = value
 
     config = configuration(material, tmp_path / "run")
     path = refused(config, r"finite logits from the policy.* for token \d of response \d", damages)
@@ -104,11 +104,11 @@ def test_a_reference_overwritten(material: Path, tmp_path: Path, whole: Path) ->
     config = configuration(material, tmp_path / "run")
     update = kleash.training.loop.update
 
-    def overwrites(config: Config, crew: Any, *rest: Any, done: int) -> Any:
+    def overwrites(config: Config, components: Any, *rest: Any, done: int) -> Any:
         if done == 2:
             with torch.no_grad():
-                next(crew.reference.model.parameters()).view(-1)[3] += 1e-6
-        return update(config, crew, *rest, done=done)
+                next(components.reference.model.parameters()).view(-1)[3] += 1e-6
+        return update(config, components, *rest, done=done)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.training.loop, "update", overwrites)
@@ -126,12 +126,12 @@ def test_a_disk_that_is_full_while_saving(material: Path, tmp_path: Path, whole:
     )
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def limited(parent: Path, crew: Any, state: Any, *rest: Any, **options: Any) -> Any:
+    def limited(parent: Path, components: Any, state: Any, *rest: Any, **options: Any) -> Any:
         if state.step < 4:
-            return save(parent, crew, state, *rest, **options)
+            return save(parent, components, state, *rest, **options)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
-            return save(parent, crew, state, *rest, **options)
+            return save(parent, components, state, *rest, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

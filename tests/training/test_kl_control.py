@@ -90,10 +90,10 @@ def test_groups_are_held_apart_and_resumed_to_the_bit(material: Path, tmp_path: 
 
     step = kleash.training.loop._step
 
-    def interrupted(config: Config, crew: Any, leash: Any, state: Any, *rest: Any) -> Any:
+    def interrupted(config: Config, components: Any, leash: Any, state: Any, *rest: Any) -> Any:
         if state.step == 3:
             raise KeyboardInterrupt
-        return step(config, crew, leash, state, *rest)
+        return step(config, components, leash, state, *rest)
 
     broken = run_of(material, tmp_path / "broken", labels, **leash)
     with pytest.MonkeyPatch.context() as patch:

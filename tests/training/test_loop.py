@@ -99,10 +99,12 @@ def test_interrupted_and_resumed_is_the_run_that_was_not(
     config = settings(material, tmp_path / "broken", **changes)
     step = kleash.training.loop._step
 
-    def interrupted(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def interrupted(
+        config: Config, components: Any, controller: Any, state: Any, *rest: Any
+    ) -> Any:
         if state.step == 3:
             raise KeyboardInterrupt
-        return step(config, crew, controller, state, *rest)
+        return step(config, components, controller, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(kleash.training.loop, "_step", interrupted)
@@ -413,10 +415,10 @@ def test_a_reference_that_changes_stops_the_run(
 ) -> None:
     step = kleash.training.loop._step
 
-    def meddling(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def meddling(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
         with torch.no_grad():
-            next(crew.reference.model.parameters()).add_(1e-3)
-        return step(config, crew, controller, replace(state, step=max(state.step, 1)), *rest)
+            next(components.reference.model.parameters()).add_(1e-3)
+        return step(config, components, controller, replace(state, step=max(state.step, 1)), *rest)
 
     monkeypatch.setattr(kleash.training.loop, "_step", meddling)
     with pytest.raises(RunError, match="the reference changed while training"):
@@ -427,20 +429,22 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: dict[str, torch.Tensor] = {}
-    crews: list[Any] = []
+    seen: list[Any] = []
     backward = kleash.training.distributed.backward
 
-    def poisoned(crew: Any, minibatch: Any, **numbers: Any) -> Any:
-        passed = backward(crew, minibatch, **numbers)
-        crews.append(crew)
-        before.update({n: p.detach().clone() for n, p in crew.policy.model.named_parameters()})
-        next(iter(crew.policy.parameters())).grad[0] = float("inf")
+    def poisoned(components: Any, minibatch: Any, **numbers: Any) -> Any:
+        passed = backward(components, minibatch, **numbers)
+        seen.append(components)
+        before.update(
+            {n: p.detach().clone() for n, p in components.policy.model.named_parameters()}
+        )
+        next(iter(components.policy.parameters())).grad[0] = float("inf")
         return passed
 
     monkeypatch.setattr(kleash.training.distributed, "backward", poisoned)
     with pytest.raises(NonFiniteError, match="the update was refused"):
         train(settings(material, tmp_path / "run"))
-    after = dict(crews[0].policy.model.named_parameters())
+    after = dict(seen[0].policy.model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -122,12 +122,12 @@ def test_what_the_last_update_did_is_looked_at(
     """A jump in the last update of all, which no later step would see."""
     update, jumps = kleash.training.loop.update, [0]
 
-    def leaps(config: Config, crew: Any, experience: Any, *, done: int) -> Any:
-        numbers = update(config, crew, experience, done=done)
+    def leaps(config: Config, components: Any, experience: Any, *, done: int) -> Any:
+        numbers = update(config, components, experience, done=done)
         if done == config.steps - 1 and jumps[0] == 0:
             jumps[0] += 1
             with torch.no_grad():
-                for parameter in crew.policy.parameters():
+                for parameter in components.policy.parameters():
                     parameter.mul_(1.5)
         return numbers
 
@@ -180,9 +180,9 @@ def test_rollbacks_come_to_an_end(material: Path, tmp_path: Path) -> None:
 
     step = kleash.training.loop._step
 
-    def late(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def late(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
         rising["bound"] = 1e-3 if state.step >= 2 else 1e9
-        return step(config, crew, controller, state, *rest)
+        return step(config, components, controller, state, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.training.loop, "check_bounds", tightening)
@@ -212,12 +212,12 @@ def test_a_fault_between_updates_undoes_those_before_it(
     whole = train(settings(material, tmp_path / "whole", steps=4))
     backward, calls, poisoned = kleash.training.distributed.backward, [0], [-1]
 
-    def poison(crew: Any, minibatch: Any, **numbers: Any) -> Any:
+    def poison(components: Any, minibatch: Any, **numbers: Any) -> Any:
         calls[0] += 1
         if calls[0] == 4 * 2 + 3:
             minibatch.advantages[1, 0] = float("inf")
             poisoned[0] = 1
-        return backward(crew, minibatch, **numbers)
+        return backward(components, minibatch, **numbers)
 
     with monkeypatch.context() as patch:
         patch.setattr(kleash.training.distributed, "backward", poison)
@@ -261,20 +261,22 @@ def test_what_is_put_back_is_what_was(
     step = kleash.training.loop._step
     seen: list[dict[str, torch.Tensor]] = []
 
-    def twice(config: Config, crew: Any, controller: Any, state: Any, run: Any, *rest: Any) -> Any:
-        before = remember(crew, weights=True)
+    def twice(
+        config: Config, components: Any, controller: Any, state: Any, run: Any, *rest: Any
+    ) -> Any:
+        before = remember(components, weights=True)
         draws = torch.rand(3)
-        put_back(crew, before)
+        put_back(components, before)
         assert torch.equal(torch.rand(3), draws)
         with torch.no_grad():
-            for parameter in crew.policy.parameters():
+            for parameter in components.policy.parameters():
                 parameter.mul_(2)
-        for moments in crew.optimizer.state.values():
+        for moments in components.optimizer.state.values():
             moments["exp_avg"].add_(1)
             moments["step"].add_(1)
-        put_back(crew, before)
-        seen.append({n: p.detach().clone() for n, p in crew.policy.model.named_parameters()})
-        return step(config, crew, controller, state, run, *rest)
+        put_back(components, before)
+        seen.append({n: p.detach().clone() for n, p in components.policy.model.named_parameters()})
+        return step(config, components, controller, state, run, *rest)
 
     whole = train(settings(material, tmp_path / "whole", **changes))
     with pytest.MonkeyPatch.context() as patch:
@@ -297,8 +299,8 @@ def test_the_best_checkpoint_stays(material: Path, tmp_path: Path) -> None:
     best = {"step": 0}
     evaluate = kleash.training.loop.evaluate_heldout
 
-    def peaked(crew: Any, *, step: int, **rest: Any) -> Any:
-        metrics, samples = evaluate(crew, step=step, **rest)
+    def peaked(components: Any, *, step: int, **rest: Any) -> Any:
+        metrics, samples = evaluate(components, step=step, **rest)
         metrics["heldout/rlhf_reward"] = -abs(step - 3.0)
         best["step"] = step
         return metrics, samples

@@ -37,11 +37,11 @@ def poisoned_at(call: int, patch: pytest.MonkeyPatch) -> None:
     """The gradients of one minibatch are infinite."""
     backward, calls = kleash.training.distributed.backward, [0]
 
-    def poison(crew: Any, minibatch: Any, **rest: Any) -> Any:
-        passed = backward(crew, minibatch, **rest)
+    def poison(components: Any, minibatch: Any, **rest: Any) -> Any:
+        passed = backward(components, minibatch, **rest)
         calls[0] += 1
         if calls[0] == call:
-            next(iter(crew.policy.parameters())).grad[0] = float("inf")
+            next(iter(components.policy.parameters())).grad[0] = float("inf")
         return passed
 
     patch.setattr(kleash.training.distributed, "backward", poison)
@@ -86,17 +86,17 @@ def test_a_large_model_goes_back_to_its_checkpoint(
 
 
 def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> None:
-    crew = assemble(settings(material, tmp_path / "run"))
-    for parameter in crew.policy.parameters():
+    components = assemble(settings(material, tmp_path / "run"))
+    for parameter in components.policy.parameters():
         parameter.grad = torch.ones_like(parameter)
-    first = remember(crew, weights=True)
-    crew.optimizer.step()
-    second = remember(crew, weights=True, reuse=first)
-    third = remember(crew, weights=True, reuse=second)
+    first = remember(components, weights=True)
+    components.optimizer.step()
+    second = remember(components, weights=True, reuse=first)
+    third = remember(components, weights=True, reuse=second)
     assert first.weights is not None
     assert third.weights is not None
     for old, new, parameter in zip(
-        first.weights, third.weights, crew.optimizer.param_groups[0]["params"], strict=False
+        first.weights, third.weights, components.optimizer.param_groups[0]["params"], strict=False
     ):
         assert old.data_ptr() == new.data_ptr()
         torch.testing.assert_close(new, parameter.detach(), rtol=0, atol=0)
@@ -128,7 +128,7 @@ def test_the_preflight_says_how_a_step_is_undone(
     assert finding.verdict == verdict
     assert measured in finding.measured
     if verdict == "warn":
-        mended = settings(
+        fixed = settings(
             material, tmp_path / "run", ppo={"epochs": 2}, tripwires={"undo": "memory"}
         )
-        assert undo(draw(mended, assemble(mended), QUICK)).verdict == "ok"
+        assert undo(draw(fixed, assemble(fixed), QUICK)).verdict == "ok"

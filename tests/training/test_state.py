@@ -66,10 +66,12 @@ def test_twenty_steps_are_ten_and_ten(
     whole = train(made("whole"))
     step = kleash.training.loop._step
 
-    def interrupted(config: Config, crew: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def interrupted(
+        config: Config, components: Any, controller: Any, state: Any, *rest: Any
+    ) -> Any:
         if state.step == 10:
             raise KeyboardInterrupt
-        return step(config, crew, controller, state, *rest)
+        return step(config, components, controller, state, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.training.loop, "_step", interrupted)
@@ -97,9 +99,9 @@ def test_a_replacement_that_was_killed_half_way(material: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_of_another_model(material: Path, tmp_path: Path) -> None:
-    crew = assemble(settings(material, tmp_path / "run"))
+    components = assemble(settings(material, tmp_path / "run"))
     path = tmp_path / "policy"
     path.mkdir()
     save_tensors(path / "model.safetensors", {"stranger": torch.zeros(2)})
     with pytest.raises(RunError, match=r"holds another model: .*unknown \['stranger'\]"):
-        _load_policy(path, crew)
+        _load_policy(path, components)

@@ -182,7 +182,7 @@ class ScoreStatistics:
             bad = (~values.isfinite()).nonzero().flatten().tolist()
             raise ValueError(
                 f"scores must be finite to enter the running statistics, got {values[bad].tolist()}"
-                f" for responses {bad}: mend the reward model"
+                f" for responses {bad}: fix the reward model"
             )
         if values.numel() == 0:
             return ScoreStatistics(self.count, self.mean, self.m2)

@@ -352,7 +352,7 @@ def _notes(
         if source.path.suffix == ".txt":
             notes.append(
                 "The file is one document cut into stretches. Neighbours resemble each other, so "
-                "the intervals are somewhat too narrow; separate texts in JSON lines mend that."
+                "the intervals are somewhat too narrow; separate texts in JSON lines fix that."
             )
     if same_weights(*identities):
         notes.append("Both checkpoints hold the same weights.")

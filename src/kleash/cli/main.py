@@ -1,6 +1,6 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can mend, in one sentence; 2 a usage error; 3 and 4 an audit
+Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
 with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted.
 """
 
@@ -26,7 +26,7 @@ from kleash.kl.discrete import explicit_kl
 
 if TYPE_CHECKING:
     from kleash.config.schema import Config
-    from kleash.training.components import Crew
+    from kleash.training.components import Components
 
 _EXAMPLES = """Examples:
 
@@ -157,18 +157,18 @@ def train(
 
     from kleash.config.loading import load_config
     from kleash.preflight.runner import require_sound
-    from kleash.training.distributed import lend_a_hand
+    from kleash.training.distributed import serve_requests
     from kleash.training.loop import train as run
-    from kleash.training.process_group import leads
+    from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
 
-    def checked(assembled: "Config", crew: "Crew") -> list[str]:
+    def checked(assembled: "Config", components: "Components") -> list[str]:
         with saying("check", Console()) as say:
-            return require_sound(assembled, crew, say=say)
+            return require_sound(assembled, components, say=say)
 
     quiet_libraries()
-    if not leads():
-        return lend_a_hand()
+    if not is_leader():
+        return serve_requests()
     with saying("train", Console()) as say:
         config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
     directory = run(config, argv=sys.argv, preflight=None if no_check else checked)

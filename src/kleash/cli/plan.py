@@ -74,16 +74,16 @@ def plan(config: Config, question: Question) -> Frontier:
         question: which βs and budgets.
 
     Raises:
-        KleashError: something the user can mend; nothing was written.
+        KleashError: something the user can fix; nothing was written.
     """
     config = _at_reference(config)
     torch.manual_seed(config.seed)
-    crew = assemble(config)
-    drawn = draw(config, crew)
+    components = assemble(config)
+    drawn = draw(config, components)
     try:
         return frontier_of(
             drawn,
-            about=about(config, crew, drawn),
+            about=about(config, components, drawn),
             targets=group_targets(config.leash, drawn.length),
             betas=question.betas,
             budgets=question.budgets,

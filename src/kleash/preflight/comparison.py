@@ -33,7 +33,7 @@ def twice(model: LanguageModel, texts: tuple[Text, ...]) -> float:
 
 def state_gap(trial: Trial, shift: int) -> float:
     """How far training's unpadded reading is from the model's own, `shift` positions away."""
-    policy, apart = trial.crew.policy, 0.0
+    policy, apart = trial.components.policy, 0.0
     for text in trial.texts:
         own = text.of_response(shift)
         trained = states_of(policy, text)
@@ -54,7 +54,7 @@ def greedy(
     trial: Trial, prompt: Int[Tensor, " prompt"]
 ) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
     """The likeliest words, one after the other, and their log-probabilities."""
-    policy, heat = trial.crew.policy, trial.crew.sampling.temperature
+    policy, heat = trial.components.policy, trial.components.sampling.temperature
     ids, tops = prompt, list[Tensor]()
     for _ in range(_GREEDY_TOKENS):
         logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, -1, : policy.words]

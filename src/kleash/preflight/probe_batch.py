@@ -21,7 +21,7 @@ from kleash.models.lm_head import apply_head
 from kleash.models.policy import LanguageModel
 from kleash.models.reference_offload import underlying
 from kleash.rollout import scoring_pass as reading
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.evaluation import Written, write_responses
 from kleash.types import Head, Rollout, ScoredRollout
 
@@ -82,7 +82,7 @@ class Trial:
     """One batch, drawn from the very objects that training will use."""
 
     config: Config
-    crew: Crew
+    components: Components
     written: Written
     scored: ScoredRollout
     tilted: ScoredRollout
@@ -94,7 +94,7 @@ class Trial:
     @property
     def tolerance(self) -> float:
         """Nats by which a log-probability may differ by rounding alone."""
-        return _TOLERANCE[self.crew.policy.head.weight.dtype]
+        return _TOLERANCE[self.components.policy.head.weight.dtype]
 
     @property
     def rollout(self) -> Rollout:
@@ -115,27 +115,27 @@ QUICK = Size(prompts=24, responses_per_prompt=2, texts=4)
 WHOLE = Size(prompts=64, responses_per_prompt=4, texts=8)
 
 
-def draw(config: Config, crew: Crew, size: Size) -> Trial:
+def draw(config: Config, components: Components, size: Size) -> Trial:
     """Write, judge and score a batch; models and random numbers stay as they were.
 
     Raises:
         KleashError: what stops it would stop the first step of training too.
     """
     order = random.Random(config.seed)
-    chosen = order.sample(crew.prompts, min(size.prompts, len(crew.prompts)))
+    chosen = order.sample(components.prompts, min(size.prompts, len(components.prompts)))
     written = write_responses(
-        crew,
+        components,
         chosen,
         responses_per_prompt=size.responses_per_prompt,
         microbatch=config.rollout.microbatch_size,
     )
-    scored = read(crew, written, crew.reference)
-    return examine(config, crew, written, scored, texts=size.texts, at_start=True)
+    scored = read(components, written, components.reference)
+    return examine(config, components, written, scored, texts=size.texts, at_start=True)
 
 
 def examine(
     config: Config,
-    crew: Crew,
+    components: Components,
     written: Written,
     scored: ScoredRollout,
     *,
@@ -143,35 +143,40 @@ def examine(
     at_start: bool,
 ) -> Trial:
     """Make a trial of a batch that is there already."""
-    tilted = read(crew, written, Tilted(crew.policy))
+    tilted = read(components, written, Tilted(components.policy))
     return Trial(
         config=config,
-        crew=crew,
+        components=components,
         written=written,
         scored=scored,
         tilted=tilted,
-        texts=tuple(_text(crew, written.rollout, row) for row in _rows(written.rollout, texts)),
+        texts=tuple(
+            _text(components, written.rollout, row) for row in _rows(written.rollout, texts)
+        ),
         at_start=at_start,
     )
 
 
 @torch.no_grad()
-def read(crew: Crew, written: Written, reference: LanguageModel) -> ScoredRollout:
+def read(components: Components, written: Written, reference: LanguageModel) -> ScoredRollout:
     """Score a batch as the loop does, against any reference."""
-    return score_rollout(crew, written.rollout, reference, written.raw_scores)
+    return score_rollout(components, written.rollout, reference, written.raw_scores)
 
 
 def score_rollout(
-    crew: Crew, rollout: Rollout, reference: LanguageModel, scores: Float[Tensor, " batch"]
+    components: Components,
+    rollout: Rollout,
+    reference: LanguageModel,
+    scores: Float[Tensor, " batch"],
 ) -> ScoredRollout:
     """The loop's own scoring, looked up when it is called."""
     return reading.score(
         rollout,
-        policy=crew.policy,
+        policy=components.policy,
         reference=reference,
         scores=scores,
-        value=crew.value,
-        temperature=crew.sampling.temperature,
+        value=components.value,
+        temperature=components.sampling.temperature,
     )
 
 
@@ -229,9 +234,9 @@ def own_reading(
 
 
 @torch.no_grad()
-def reference_logits(crew: Crew, text: Text) -> Float[Tensor, "token vocab"]:
+def reference_logits(components: Components, text: Text) -> Float[Tensor, "token vocab"]:
     """The reference's own logits of a response."""
-    reference = underlying(crew.reference)
+    reference = underlying(components.reference)
     off = (
         contextlib.nullcontext()
         if reference.adapter is None
@@ -250,8 +255,8 @@ def _rows(rollout: Rollout, count: int) -> list[int]:
     return [order[round(step * number)] for number in range(count)]
 
 
-def _text(crew: Crew, rollout: Rollout, row: int) -> Text:
+def _text(components: Components, rollout: Rollout, row: int) -> Text:
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
     response = rollout.response_ids[row][rollout.response_mask[row]]
-    states, logits = own_reading(crew.policy.model, prompt, response)
+    states, logits = own_reading(components.policy.model, prompt, response)
     return Text(row=row, prompt=prompt, response=response, states=states, logits=logits)

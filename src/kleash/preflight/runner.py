@@ -21,7 +21,7 @@ from kleash.preflight.checks import (
 from kleash.preflight.checks.reward_model import Pair
 from kleash.preflight.findings import Finding, Report
 from kleash.preflight.probe_batch import QUICK, WHOLE, Trial, draw
-from kleash.training.components import Crew, assemble
+from kleash.training.components import Components, assemble
 
 TrialCheck = Callable[[Trial], Finding]
 Say = Callable[[str], None]
@@ -114,26 +114,31 @@ def check(
     began = time.perf_counter()
     say("loading models and prompts")
     try:
-        crew = assemble(config)
+        components = assemble(config)
     except KleashError as error:
         return Report((refused("assembly", error),), time.perf_counter() - began)
-    report = examine_crew(config, crew, quick=quick, pairs=pairs, say=say)
+    report = examine_components(config, components, quick=quick, pairs=pairs, say=say)
     return Report(report.findings, time.perf_counter() - began)
 
 
-def examine_crew(
-    config: Config, crew: Crew, *, quick: bool, pairs: Sequence[Pair] = (), say: Say = silent
+def examine_components(
+    config: Config,
+    components: Components,
+    *,
+    quick: bool,
+    pairs: Sequence[Pair] = (),
+    say: Say = silent,
 ) -> Report:
     """Run the checks on objects that are there; weights and random numbers stay as they were."""
     began = time.perf_counter()
-    devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
+    devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        findings = [reference.vocabulary(crew)]
+        findings = [reference.vocabulary(components)]
         size = QUICK if quick else WHOLE
         say(f"writing {size.responses_per_prompt} responses to each of {size.prompts} prompts")
         try:
-            trial = draw(config, crew, size)
+            trial = draw(config, components, size)
         except (KleashError, ValueError) as error:
             findings.append(refused(_BATCH, error))
             return Report(tuple(findings), time.perf_counter() - began)
@@ -181,17 +186,17 @@ def refused(name: str, error: Exception) -> Finding:
         measured=type(error).__name__,
         expected="no error",
         cause=str(error),
-        remedy="The sentence says what was expected: mend that first, then check again.",
+        remedy="The sentence says what was expected: fix that first, then check again.",
     )
 
 
-def require_sound(config: Config, crew: Crew, *, say: Say = silent) -> list[str]:
+def require_sound(config: Config, components: Components, *, say: Say = silent) -> list[str]:
     """The quick part, before a run: its warnings, for the record.
 
     Raises:
         PreflightError: a check failed.
     """
-    report = examine_crew(config, crew, quick=True, say=say)
+    report = examine_components(config, components, quick=True, say=say)
     if report.fails:
         first, more = report.fails[0], len(report.fails) - 1
         if first.name == _BATCH:

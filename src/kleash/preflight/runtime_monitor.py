@@ -30,7 +30,7 @@ from kleash.preflight.probe_batch import examine
 from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
 from kleash.storage.atomic_directories import save_tensors
 from kleash.storage.events import Event, new_event
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.evaluation import Written
 from kleash.types import ScoredRollout
 
@@ -48,7 +48,7 @@ _LOG = logging.getLogger("kleash")
 
 def look(
     config: Config,
-    crew: Crew,
+    components: Components,
     written: Written,
     scored: ScoredRollout,
     *,
@@ -60,7 +60,7 @@ def look(
 
     Args:
         config: the run.
-        crew: its models, as they were when they wrote and scored the batch.
+        components: its models, as they were when they wrote and scored the batch.
         written: what was written.
         scored: what everyone says of it.
         step: number of the step.
@@ -70,7 +70,7 @@ def look(
     Returns:
         The findings that failed; the log has their causes.
     """
-    symptom = symptom_of(scored, dtype=crew.policy.head.weight.dtype)
+    symptom = symptom_of(scored, dtype=components.policy.head.weight.dtype)
     if symptom is None:
         return []
     # Earlier ones alone: a run that is resumed comes to the same alarms, each told once.
@@ -78,9 +78,9 @@ def look(
     if sum(file.name < own for file in (folder / "doctor").glob("*.json")) >= _MOST:
         _sound(step, symptom, "The first batches like it are in doctor/.", tell)
         return []
-    devices = [crew.policy.device] if crew.policy.device.type == "cuda" else []
+    devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        findings = diagnose(config, crew, written, scored)
+        findings = diagnose(config, components, written, scored)
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: look at lr and at this step's samples."
@@ -132,10 +132,12 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
     return None
 
 
-def diagnose(config: Config, crew: Crew, written: Written, scored: ScoredRollout) -> list[Finding]:
+def diagnose(
+    config: Config, components: Components, written: Written, scored: ScoredRollout
+) -> list[Finding]:
     """The preflight's checks of policy, reference and sampler, on this batch."""
     try:
-        trial = examine(config, crew, written, scored, texts=_TEXTS, at_start=False)
+        trial = examine(config, components, written, scored, texts=_TEXTS, at_start=False)
     except (KleashError, ValueError) as error:
         return [refused("batch", error)]
     return run_checks(OF_A_BATCH, trial)

@@ -72,11 +72,11 @@ class Explanation:
 
 def explain(trial: Trial, evidence: Evidence) -> Explanation:
     """The explanation that gains most."""
-    found = overridden_settings(trial.crew.policy)
+    found = overridden_settings(trial.components.policy)
     hint = f" (generation_config.json has {found})" if found else ""
     everything = [
         *_cuts(evidence, hint),
-        _heat(evidence, trial.crew.sampling.temperature, hint),
+        _heat(evidence, trial.components.sampling.temperature, hint),
         *_missing(trial, evidence, hint),
         _repeats(evidence, hint),
     ]
@@ -126,7 +126,7 @@ def _heat(evidence: Evidence, scored: float, hint: str) -> Explanation:
 
 
 def _missing(trial: Trial, evidence: Evidence, hint: str) -> list[Explanation]:
-    policy = trial.crew.policy
+    policy = trial.components.policy
     never = torch.where(evidence.drawn == 0, evidence.never, -torch.inf)
     word = int(never.argmax())
     spelled = str(policy.tokenizer.convert_ids_to_tokens([word])[0])
@@ -199,7 +199,7 @@ def no_evidence(vocabulary: int, width: int) -> Evidence:
 @torch.no_grad()
 def weigh(trial: Trial) -> Evidence:
     """Read the law at every token of the batch, a response at a time."""
-    policy, rollout = trial.crew.policy, trial.rollout
+    policy, rollout = trial.components.policy, trial.rollout
     vocabulary = policy.words
     evidence = no_evidence(vocabulary, rollout.response_ids.shape[1])
     for row in range(len(rollout.response_ids)):
@@ -212,7 +212,7 @@ def weigh(trial: Trial) -> Evidence:
             prompt[None], ones(prompt[None]).bool(), response[None], ones(response[None]).bool()
         )
         logits = apply_head(policy.head, states[0, : len(response)])[:, :vocabulary].double()
-        logprobs = (logits / trial.crew.sampling.temperature).log_softmax(-1).cpu()
+        logprobs = (logits / trial.components.sampling.temperature).log_softmax(-1).cpu()
         add_evidence(evidence, logprobs, prompt.cpu(), response.cpu(), policy.stop_ids)
     return evidence
 

@@ -28,7 +28,7 @@ SCHEMA = "kleash.report/1"
 def write_report(
     runs: Sequence[Path | str], *, into: Path | str | None = None
 ) -> tuple[Path, Path]:
-    """Write the page of one run, or a comparison of several, and its JSON twin.
+    """Write the page of one run, or a comparison of is_distributed, and its JSON twin.
 
     Args:
         runs: run directories.

@@ -13,14 +13,14 @@ from kleash.errors import RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.rollout.scoring_pass import fresh, microbatches
 from kleash.scoring import token_scores
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.metrics import first_ratio_error
 from kleash.types import Experience, Fresh, Loss
 
 
-def needs_exact_kl(crew: Crew) -> bool:
+def needs_exact_kl(components: Components) -> bool:
     """Whether the loss differentiates the exact KL."""
-    return crew.settings.placement in DIFFERENTIATES_KL
+    return components.settings.placement in DIFFERENTIATES_KL
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Passed:
     """Prefix weights, in float64: how much likelier the policy now is to come to a token."""
 
 
-def backward(crew: Crew, rows: Experience, *, tokens: int, microbatch: int) -> Passed:
+def backward(components: Components, rows: Experience, *, tokens: int, microbatch: int) -> Passed:
     """Add the gradients of some rows, a microbatch at a time; any split adds to the same.
 
     Args:
-        crew: whose gradients.
+        components: whose gradients.
         rows: a minibatch, or some responses of it.
         tokens: kept tokens of the whole minibatch.
         microbatch: responses at once.
@@ -52,7 +52,7 @@ def backward(crew: Crew, rows: Experience, *, tokens: int, microbatch: int) -> P
     for chosen in microbatches(rows.scored.rollout, microbatch):
         part = select(rows, chosen)
         try:
-            loss, now = loss_of(crew, part, tokens=tokens)
+            loss, now = loss_of(components, part, tokens=tokens)
         except RefusedError as refused:
             refused.among(chosen.tolist())
             raise
@@ -64,15 +64,15 @@ def backward(crew: Crew, rows: Experience, *, tokens: int, microbatch: int) -> P
     return Passed(metrics, error, weights)
 
 
-def loss_of(crew: Crew, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
+def loss_of(components: Components, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
     """The loss of one microbatch, and what the models say of it now; gradients flow."""
     now = fresh(
         part,
-        policy=crew.policy,
-        value=crew.value,
-        reference=crew.reference,
-        temperature=crew.sampling.temperature,
-        want=("logprobs", "kl") if needs_exact_kl(crew) else ("logprobs",),
-        scorer=partial(token_scores, tiles=crew.tiles),
+        policy=components.policy,
+        value=components.value,
+        reference=components.reference,
+        temperature=components.sampling.temperature,
+        want=("logprobs", "kl") if needs_exact_kl(components) else ("logprobs",),
+        scorer=partial(token_scores, tiles=components.tiles),
     )
-    return dispatch.loss(part, now, crew.settings, tokens=tokens), now
+    return dispatch.loss(part, now, components.settings, tokens=tokens), now

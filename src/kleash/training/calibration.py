@@ -23,7 +23,7 @@ from kleash.kl.control.groups import is_grouped, rows_by_group
 from kleash.kl.planning.initial_beta import Start, starting_beta
 from kleash.kl.planning.tilting import spread
 from kleash.storage.plan_file import Frontier, make_frontier
-from kleash.training.components import Crew, target_per_response
+from kleash.training.components import Components, target_per_response
 from kleash.training.evaluation import reference_scores
 
 
@@ -60,16 +60,16 @@ class Drawn:
         return self.scores[rows_by_group(self.groups)[group]]
 
 
-def draw(config: Config, crew: Crew) -> Drawn:
+def draw(config: Config, components: Components) -> Drawn:
     """Let the policy answer before its first update, and the reward models read the answers.
 
     Raises:
         RewardError: every response has the same score.
     """
-    prompts = _chosen(crew.groups, config.plan.prompts, config.seed)
-    groups = [crew.groups[prompt] for prompt in prompts]
+    prompts = _chosen(components.groups, config.plan.prompts, config.seed)
+    groups = [components.groups[prompt] for prompt in prompts]
     raw, length = reference_scores(
-        crew,
+        components,
         prompts,
         responses=config.plan.responses,
         microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
@@ -98,7 +98,7 @@ def _chosen(groups: Sequence[str], count: int, seed: int) -> list[int]:
     return chosen
 
 
-def begin(config: Config, crew: Crew) -> Beginning:
+def begin(config: Config, components: Components) -> Beginning:
     """Draw reference responses if normalisation or a starting β needs them.
 
     Raises:
@@ -109,14 +109,14 @@ def begin(config: Config, crew: Crew) -> Beginning:
     planned = moves and leash.initial_beta is None
     if not (planned or leash.target_kl_per_token or config.score_normalisation == "initial"):
         return Beginning(ScoreStatistics(), {}, None)
-    drawn = draw(config, crew)
+    drawn = draw(config, components)
     length = None if leash.target_kl_per_token is None else drawn.length
     targets = group_targets(leash, length)
     starts = {
         name: replace(_start(config, drawn.scores_of(name), target), response_length=length)
         for name, target in targets.items()
     }
-    return Beginning(drawn.statistics, starts, _frontier(config, crew, drawn, targets))
+    return Beginning(drawn.statistics, starts, _frontier(config, components, drawn, targets))
 
 
 def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str, float]:
@@ -163,10 +163,10 @@ def _start_line(leash: LeashConfig, start: Start) -> str:
     return f"β starts near {start.beta:.4g}: {how}"
 
 
-def about(config: Config, crew: Crew, drawn: Drawn) -> dict[str, Any]:
+def about(config: Config, components: Components, drawn: Drawn) -> dict[str, Any]:
     """What a plan was made for."""
     return {
-        "reference": asdict(crew.reference.identity()),
+        "reference": asdict(components.reference.identity()),
         "reward_models": {
             name: reward.model_dump(mode="json", exclude_none=True)
             for name, reward in config.reward_models.items()
@@ -181,7 +181,7 @@ def about(config: Config, crew: Crew, drawn: Drawn) -> dict[str, Any]:
 
 
 def _frontier(
-    config: Config, crew: Crew, drawn: Drawn, targets: Mapping[str, float]
+    config: Config, components: Components, drawn: Drawn, targets: Mapping[str, float]
 ) -> Frontier | None:
     """The plan in the units of training; where those are not the score's own, there is none.
 
@@ -191,7 +191,7 @@ def _frontier(
     moving = moving or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None
-    return frontier_of(drawn, about=about(config, crew, drawn), targets=targets)
+    return frontier_of(drawn, about=about(config, components, drawn), targets=targets)
 
 
 def frontier_of(

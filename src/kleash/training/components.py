@@ -43,12 +43,12 @@ from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import Tiles, default_tiles
 from kleash.storage.plan_file import Frontier
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
-from kleash.training.process_group import Team, own_gpu, several
+from kleash.training.process_group import WorkerGroup, is_distributed, own_gpu
 from kleash.types import Rollout
 
 
 @dataclass(frozen=True, eq=False)
-class Crew:
+class Components:
     """Everyone who takes part in a run, and the numbers they work by."""
 
     policy: Policy
@@ -75,7 +75,7 @@ class Crew:
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
     """What the reference's responses hold possible, where they were asked."""
-    team: Team | None = None
+    workers: WorkerGroup | None = None
     """The other processes that lend a hand; None: there are none."""
 
     def groups_of(self, rollout: Rollout) -> list[str]:
@@ -84,7 +84,7 @@ class Crew:
         return [self.groups[number] for number in numbers]
 
 
-def assemble(config: Config) -> Crew:
+def assemble(config: Config) -> Components:
     """Load and check everything a run needs.
 
     Raises:
@@ -107,7 +107,7 @@ def assemble(config: Config) -> Crew:
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
     value = _value(config, policy, device) if config.algorithm == "ppo" else None
     optimizer = _optimizer(config.optimizer, policy, value)
-    return Crew(
+    return Components(
         policy=policy,
         reference=reference,
         original=reference,
@@ -126,9 +126,9 @@ def assemble(config: Config) -> Crew:
     )
 
 
-def learning(crew: Crew) -> list[nn.Parameter]:
+def learning(components: Components) -> list[nn.Parameter]:
     """Everything that learns, in the optimiser's order."""
-    return [p for group in crew.optimizer.param_groups for p in group["params"]]
+    return [p for group in components.optimizer.param_groups for p in group["params"]]
 
 
 def choose_device(name: str) -> torch.device:
@@ -140,8 +140,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        name = f"cuda:{own_gpu()}" if several() else "cuda"
-    elif several() and name != "cpu":
+        name = f"cuda:{own_gpu()}" if is_distributed() else "cuda"
+    elif is_distributed() and name != "cpu":
         raise ConfigError(f"with several processes each takes a GPU of its own, got {name!r}: auto")
     try:
         device = torch.device(name)

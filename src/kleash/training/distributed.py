@@ -37,8 +37,8 @@ from kleash.rollout.scoring_pass import TokenScorer
 from kleash.scoring import float64_check, token_scores
 from kleash.training import backward as local
 from kleash.training.backward import Passed
-from kleash.training.components import Crew, assemble, learning
-from kleash.training.process_group import Letter, Team, join, several
+from kleash.training.components import Components, assemble, learning
+from kleash.training.process_group import Message, WorkerGroup, is_distributed, join
 from kleash.types import Experience, Rollout, ScoredRollout
 
 _READ = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values", "final_values")
@@ -51,22 +51,22 @@ _REFUSALS: dict[str, type[RefusedError]] = {
 
 
 @contextmanager
-def leading(config: Config) -> Generator[Team | None]:
+def leading(config: Config) -> Generator[WorkerGroup | None]:
     """The other processes, if a launcher started several; they end with what happens inside.
 
     Raises:
         ConfigError: they cannot be reached, or the run has something that cannot be shared out.
     """
-    if not several():
+    if not is_distributed():
         yield None
         return
-    team = join()
+    workers = join()
     try:
         _require_shareable(config)
-        yield team
+        yield workers
     finally:
-        team.send(Letter("end"))
-        team.leave()
+        workers.send(Message("end"))
+        workers.leave()
 
 
 def _require_shareable(config: Config) -> None:
@@ -79,109 +79,113 @@ def _require_shareable(config: Config) -> None:
         raise ConfigError(f"`{key}` does not go with several processes: leave it out, or run one")
 
 
-def muster(team: Team, config: Config) -> Crew:
+def assemble_everywhere(workers: WorkerGroup, config: Config) -> Components:
     """Have everyone load the models; they must be the same.
 
     Raises:
         KleashError: somebody cannot.
         ModelError: somebody's models are others.
     """
-    team.send(Letter("assemble", {"config": dump_config(config)}))
-    crew, letters = _together(team, lambda: replace(assemble(config), team=team))
-    own = crew.reference.identity().sha256
-    for rank, letter in enumerate(letters, start=1):
-        if letter.facts["sha256"] != own:
+    workers.send(Message("assemble", {"config": dump_config(config)}))
+    components, messages = _together(workers, lambda: replace(assemble(config), workers=workers))
+    own = components.reference.identity().sha256
+    for rank, message in enumerate(messages, start=1):
+        if message.facts["sha256"] != own:
             raise ModelError(
                 f"expected the same reference in every process, got {own[:12]}… in process 0 and "
-                f"{letter.facts['sha256'][:12]}… in process {rank}: give all of them one directory"
+                f"{message.facts['sha256'][:12]}… in process {rank}: give all of them one directory"
             )
-    return crew
+    return components
 
 
-def lend_a_hand() -> None:
+def serve_requests() -> None:
     """What every process but the leader does, until the leader ends it."""
-    team, crew = join(), None
-    while (letter := team.receive()).name != "end":
+    workers, components = join(), None
+    while (message := workers.receive()).name != "end":
         try:
-            if letter.name == "assemble":
-                tree = yaml.safe_load(letter.facts["config"])
-                crew = replace(assemble(parse_config(tree, where="the leader")), team=team)
-                answer = Letter("done", {"sha256": crew.reference.identity().sha256})
+            if message.name == "assemble":
+                tree = yaml.safe_load(message.facts["config"])
+                components = replace(
+                    assemble(parse_config(tree, where="the leader")), workers=workers
+                )
+                answer = Message("done", {"sha256": components.reference.identity().sha256})
             else:
-                assert crew is not None
-                team.spread(learning(crew))
-                answer = _JOBS[letter.name](crew, team, letter)
+                assert components is not None
+                workers.spread(learning(components))
+                answer = _JOBS[message.name](components, workers, message)
         except RefusedError as error:
             where = {"response": error.response, "token": error.token}
-            answer = Letter(type(error).__name__, {"message": error.args[0], **where})
+            answer = Message(type(error).__name__, {"message": error.args[0], **where})
         except Exception as error:
-            answer = Letter("failed", {"message": f"{type(error).__name__}: {error}"})
-        team.answer(answer)
-        if crew is not None and letter.name == "backward":
-            team.add_gradients(learning(crew))
-    team.leave()
+            answer = Message("failed", {"message": f"{type(error).__name__}: {error}"})
+        workers.answer(answer)
+        if components is not None and message.name == "backward":
+            workers.add_gradients(learning(components))
+    workers.leave()
 
 
-def generate(crew: Crew, prompts: PromptBatch, *, microbatch: int) -> Rollout:
+def generate(components: Components, prompts: PromptBatch, *, microbatch: int) -> Rollout:
     """`rollout.generate`, shared out.
 
     Raises:
         PromptError, NonFiniteError: as it does.
     """
-    team = crew.team
-    if team is None:
-        return scoring_pass.generate(crew.policy, prompts, crew.sampling, microbatch=microbatch)
-    require_room(crew.policy, prompts, crew.sampling)
+    workers = components.workers
+    if workers is None:
+        return scoring_pass.generate(
+            components.policy, prompts, components.sampling, microbatch=microbatch
+        )
+    require_room(components.policy, prompts, components.sampling)
     pieces: list[Piece] = []
     for first in range(0, len(prompts.ids), microbatch):
         ids, mask = (
             prompts.ids[first : first + microbatch],
             prompts.mask[first : first + microbatch],
         )
-        pieces += _write_together(crew, team, ids, mask, first=first)
-    return join_pieces(crew.policy, prompts, pieces)
+        pieces += _write_together(components, workers, ids, mask, first=first)
+    return join_pieces(components.policy, prompts, pieces)
 
 
 def _write_together(
-    crew: Crew, team: Team, ids: Tensor, mask: Tensor, *, first: int
+    components: Components, workers: WorkerGroup, ids: Tensor, mask: Tensor, *, first: int
 ) -> list[Piece]:
     """Every process takes a run of rows; random numbers end where those of one process would."""
-    device = crew.policy.device
-    team.send(
-        Letter("generate", tensors={"ids": ids, "mask": mask, "random": _random_state(device)})
+    device = components.policy.device
+    workers.send(
+        Message("generate", tensors={"ids": ids, "mask": mask, "random": _random_state(device)})
     )
-    team.spread(learning(crew))
-    shares = _runs(len(ids), team.size)
+    workers.spread(learning(components))
+    shares = _runs(len(ids), workers.size)
 
     def own() -> Piece:
-        return write_piece(crew.policy, ids, mask, crew.sampling, rows=shares[0])
+        return write_piece(components.policy, ids, mask, components.sampling, rows=shares[0])
 
-    piece, letters = _together(
-        team, own, rows=[list(range(first + s.start, first + s.stop)) for s in shares]
+    piece, messages = _together(
+        workers, own, rows=[list(range(first + s.start, first + s.stop)) for s in shares]
     )
     pieces = [piece]
-    for letter in letters:
-        if letter.tensors:
-            got = {name: x.to(device) for name, x in letter.tensors.items()}
-            pieces.append(Piece(got["ids"], got["logprobs"], letter.facts["draws"]))
+    for message in messages:
+        if message.tensors:
+            got = {name: x.to(device) for name, x in message.tensors.items()}
+            pieces.append(Piece(got["ids"], got["logprobs"], message.facts["draws"]))
     for _ in range(max(p.draws for p in pieces) - piece.draws):
         random_numbers(len(ids), device)
     return pieces
 
 
-def _generate(crew: Crew, team: Team, letter: Letter) -> Letter:
-    device = crew.policy.device
-    ids, mask = (letter.tensors[name].to(device) for name in ("ids", "mask"))
-    share = _runs(len(ids), team.size)[team.rank]
+def _generate(components: Components, workers: WorkerGroup, message: Message) -> Message:
+    device = components.policy.device
+    ids, mask = (message.tensors[name].to(device) for name in ("ids", "mask"))
+    share = _runs(len(ids), workers.size)[workers.rank]
     if share.start == share.stop:
-        return Letter("done")
-    _set_random_state(device, letter.tensors["random"])
-    piece = write_piece(crew.policy, ids, mask, crew.sampling, rows=share)
-    return Letter("done", {"draws": piece.draws}, {"ids": piece.ids, "logprobs": piece.logprobs})
+        return Message("done")
+    _set_random_state(device, message.tensors["random"])
+    piece = write_piece(components.policy, ids, mask, components.sampling, rows=share)
+    return Message("done", {"draws": piece.draws}, {"ids": piece.ids, "logprobs": piece.logprobs})
 
 
 def score(
-    crew: Crew,
+    components: Components,
     written: Rollout,
     scores: Float[Tensor, " batch"],
     *,
@@ -189,10 +193,10 @@ def score(
     critic: bool = True,
     spot_check: bool = False,
 ) -> ScoredRollout:
-    """`rollout.score` by the crew's models, shared out.
+    """`rollout.score` by the components's models, shared out.
 
     Args:
-        crew: its policy, reference and, unless left out, critic.
+        components: its policy, reference and, unless left out, critic.
         written: what is read.
         scores: of the reward models, passed through.
         microbatch: responses read at once.
@@ -202,21 +206,23 @@ def score(
     Raises:
         NonFiniteError, ScoringError: as it does.
     """
-    team = crew.team
-    if team is None:
-        return _score(crew, written, scores, microbatch, critic, spot_check, keep=critic)
+    workers = components.workers
+    if workers is None:
+        return _score(components, written, scores, microbatch, critic, spot_check, keep=critic)
     facts = {"microbatch": microbatch, "critic": critic, "spot_check": spot_check}
-    team.send(Letter("score", facts, _flat(written)))
-    team.spread(learning(crew))
-    shares = _strides(written, team.size)
+    workers.send(Message("score", facts, _flat(written)))
+    workers.spread(learning(components))
+    shares = _strides(written, workers.size)
 
     def own() -> ScoredRollout:
         part = select(written, shares[0])
-        return _score(crew, part, scores[shares[0]], microbatch, critic, spot_check, keep=False)
+        return _score(
+            components, part, scores[shares[0]], microbatch, critic, spot_check, keep=False
+        )
 
-    mine, letters = _together(team, own, rows=[share.tolist() for share in shares])
+    mine, messages = _together(workers, own, rows=[share.tolist() for share in shares])
     parts = [{name: x for name, x in _flat(mine).items() if name in _READ}]
-    parts += [dict(letter.tensors) for letter in letters]
+    parts += [dict(message.tensors) for message in messages]
     whole = {
         name: _in_place(first, [part[name] for part in parts if part], shares, written)
         for name, first in parts[0].items()
@@ -224,14 +230,14 @@ def score(
     return ScoredRollout(rollout=written, scores=scores, **whole)
 
 
-def _score_job(crew: Crew, team: Team, letter: Letter) -> Letter:
-    written = _rollout_of(_on(letter.tensors, crew))
-    share = _strides(written, team.size)[team.rank]
+def _score_job(components: Components, workers: WorkerGroup, message: Message) -> Message:
+    written = _rollout_of(_on(message.tensors, components))
+    share = _strides(written, workers.size)[workers.rank]
     if not len(share):
-        return Letter("done")
-    facts = letter.facts
+        return Message("done")
+    facts = message.facts
     read = _score(
-        crew,
+        components,
         select(written, share),
         torch.zeros(len(share), device=share.device),
         facts["microbatch"],
@@ -239,11 +245,11 @@ def _score_job(crew: Crew, team: Team, letter: Letter) -> Letter:
         facts["spot_check"],
         keep=False,
     )
-    return Letter("done", tensors={n: x for n, x in _flat(read).items() if n in _READ})
+    return Message("done", tensors={n: x for n, x in _flat(read).items() if n in _READ})
 
 
 def _score(
-    crew: Crew,
+    components: Components,
     written: Rollout,
     scores: Tensor,
     microbatch: int,
@@ -255,67 +261,67 @@ def _score(
     scorer: TokenScorer = float64_check.token_scores if spot_check else token_scores
     return scoring_pass.score(
         written,
-        policy=crew.policy,
-        reference=crew.reference,
+        policy=components.policy,
+        reference=components.reference,
         scores=scores,
-        value=crew.value if critic else None,
-        temperature=crew.sampling.temperature,
+        value=components.value if critic else None,
+        temperature=components.sampling.temperature,
         microbatch=microbatch,
-        keep_ref_hidden=keep and local.needs_exact_kl(crew),
+        keep_ref_hidden=keep and local.needs_exact_kl(components),
         scorer=scorer,
     )
 
 
-def backward(crew: Crew, minibatch: Experience, *, microbatch: int) -> Passed:
+def backward(components: Components, minibatch: Experience, *, microbatch: int) -> Passed:
     """`passes.backward` of a whole minibatch, shared out; the gradients are the leader's.
 
     Raises:
         RefusedError: as it does.
     """
-    team, tokens = crew.team, int(minibatch.mask.sum())
-    if team is None:
-        return local.backward(crew, minibatch, tokens=tokens, microbatch=microbatch)
+    workers, tokens = components.workers, int(minibatch.mask.sum())
+    if workers is None:
+        return local.backward(components, minibatch, tokens=tokens, microbatch=microbatch)
     facts = {"microbatch": microbatch, "tokens": tokens}
-    team.send(Letter("backward", facts, _flat(minibatch)))
-    team.spread(learning(crew))
-    shares = _strides(minibatch.scored.rollout, team.size)
+    workers.send(Message("backward", facts, _flat(minibatch)))
+    workers.spread(learning(components))
+    shares = _strides(minibatch.scored.rollout, workers.size)
 
     def own() -> Passed:
         part = select(minibatch, shares[0])
-        return local.backward(crew, part, tokens=tokens, microbatch=microbatch)
+        return local.backward(components, part, tokens=tokens, microbatch=microbatch)
 
     try:
-        mine, letters = _together(team, own, rows=[share.tolist() for share in shares])
+        mine, messages = _together(workers, own, rows=[share.tolist() for share in shares])
     finally:
-        team.add_gradients(learning(crew))
+        workers.add_gradients(learning(components))
     weights = torch.zeros_like(minibatch.mask, dtype=torch.float64)
     weights[shares[0]] = mine.weights
     metrics, error = list(mine.metrics), mine.ratio_error
-    for share, letter in zip(shares[1:], letters, strict=True):
-        if letter.tensors:
-            weights[share] = letter.tensors["weights"].to(weights.device)
-            metrics += letter.facts["metrics"]
-            error = max(error, letter.facts["ratio_error"])
+    for share, message in zip(shares[1:], messages, strict=True):
+        if message.tensors:
+            weights[share] = message.tensors["weights"].to(weights.device)
+            metrics += message.facts["metrics"]
+            error = max(error, message.facts["ratio_error"])
     return Passed(metrics, error, weights)
 
 
-def _backward(crew: Crew, team: Team, letter: Letter) -> Letter:
-    crew.optimizer.zero_grad(set_to_none=True)
-    minibatch = _experience_of(_on(letter.tensors, crew))
-    share = _strides(minibatch.scored.rollout, team.size)[team.rank]
+def _backward(components: Components, workers: WorkerGroup, message: Message) -> Message:
+    components.optimizer.zero_grad(set_to_none=True)
+    minibatch = _experience_of(_on(message.tensors, components))
+    share = _strides(minibatch.scored.rollout, workers.size)[workers.rank]
     if not len(share):
-        return Letter("done")
+        return Message("done")
     passed = local.backward(
-        crew,
+        components,
         select(minibatch, share),
-        tokens=letter.facts["tokens"],
-        microbatch=letter.facts["microbatch"],
+        tokens=message.facts["tokens"],
+        microbatch=message.facts["microbatch"],
     )
     facts = {"metrics": passed.metrics, "ratio_error": passed.ratio_error}
-    return Letter("done", facts, {"weights": passed.weights})
+    return Message("done", facts, {"weights": passed.weights})
 
 
-_JOBS: Mapping[str, Callable[[Crew, Team, Letter], Letter]] = {
+_JOBS: Mapping[str, Callable[[Components, WorkerGroup, Message], Message]] = {
     "generate": _generate,
     "score": _score_job,
     "backward": _backward,
@@ -323,12 +329,12 @@ _JOBS: Mapping[str, Callable[[Crew, Team, Letter], Letter]] = {
 
 
 def _together(
-    team: Team, own: Callable[[], T], *, rows: list[list[int]] | None = None
-) -> tuple[T, list[Letter]]:
+    workers: WorkerGroup, own: Callable[[], T], *, rows: list[list[int]] | None = None
+) -> tuple[T, list[Message]]:
     """The leader's own share, and the answers of the others; whoever failed, all are heard first.
 
     Args:
-        team: everyone.
+        workers: everyone.
         own: what the leader does.
         rows: which responses of the batch each process has, for the errors that name one.
     """
@@ -340,20 +346,20 @@ def _together(
         failure = error
         if isinstance(error, RefusedError) and rows is not None:
             error.among(rows[0])
-    letters = team.answers()
+    messages = workers.answers()
     if failure is not None:
         raise failure
-    for rank, letter in enumerate(letters, start=1):
-        if letter.name in _REFUSALS:
-            place = {key: letter.facts[key] for key in ("response", "token")}
-            refused = _REFUSALS[letter.name](letter.facts["message"], **place)
+    for rank, message in enumerate(messages, start=1):
+        if message.name in _REFUSALS:
+            place = {key: message.facts[key] for key in ("response", "token")}
+            refused = _REFUSALS[message.name](message.facts["message"], **place)
             if rows is not None:
                 refused.among(rows[rank])
             raise refused
-        if letter.name != "done":
-            raise RunError(f"process {rank} of {team.size} failed: {letter.facts['message']}")
+        if message.name != "done":
+            raise RunError(f"process {rank} of {workers.size} failed: {message.facts['message']}")
     assert mine is not None
-    return mine, letters
+    return mine, messages
 
 
 def _runs(count: int, size: int) -> list[slice]:
@@ -403,8 +409,8 @@ def _experience_of(tensors: Mapping[str, Tensor]) -> Experience:
     return Experience(**own)
 
 
-def _on(tensors: Mapping[str, Tensor], crew: Crew) -> dict[str, Tensor]:
-    return {name: tensor.to(crew.policy.device) for name, tensor in tensors.items()}
+def _on(tensors: Mapping[str, Tensor], components: Components) -> dict[str, Tensor]:
+    return {name: tensor.to(components.policy.device) for name, tensor in tensors.items()}
 
 
 def _random_state(device: torch.device) -> Tensor:

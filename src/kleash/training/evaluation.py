@@ -23,7 +23,7 @@ from kleash.rollout.text_metrics import distinct_n
 from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest, text_of_id
 from kleash.storage.samples import Kind, Likely, Sample, Who
 from kleash.training import distributed
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.metrics import Number, objective_measures
 from kleash.types import Rollout, ScoredRollout
 
@@ -56,7 +56,7 @@ class Written:
 
 
 def write_responses(
-    crew: Crew, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
+    components: Components, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
 ) -> Written:
     """Let the policy answer prompts, and the reward models read the answers.
 
@@ -64,13 +64,13 @@ def write_responses(
         RewardError: a reward model did not keep its contract.
     """
     answers = write_answers(
-        crew, prompts, responses_per_prompt=responses_per_prompt, microbatch=microbatch
+        components, prompts, responses_per_prompt=responses_per_prompt, microbatch=microbatch
     )
-    return judge(crew, answers)
+    return judge(components, answers)
 
 
 def write_answers(
-    crew: Crew, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
+    components: Components, prompts: list[Prompt], *, responses_per_prompt: int, microbatch: int
 ) -> Answers:
     """Let the policy answer prompts.
 
@@ -78,30 +78,30 @@ def write_answers(
         NonFiniteError: the policy's logits are not finite.
     """
     rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-    batch = batch_prompts(rows, pad_id=crew.policy.pad_id, device=crew.policy.device)
-    rollout = distributed.generate(crew, batch, microbatch=microbatch)
+    batch = batch_prompts(rows, pad_id=components.policy.pad_id, device=components.policy.device)
+    rollout = distributed.generate(components, batch, microbatch=microbatch)
     texts: list[Content] = [prompt.content for prompt in rows]
-    return Answers(rollout, texts, response_texts(crew.policy.tokenizer, rollout))
+    return Answers(rollout, texts, response_texts(components.policy.tokenizer, rollout))
 
 
-def judge(crew: Crew, answers: Answers) -> Written:
+def judge(components: Components, answers: Answers) -> Written:
     """Let the reward models read answers.
 
     Raises:
         RewardError: a reward model did not keep its contract.
     """
-    judged = crew.reward.score_each(answers.prompts, answers.responses)
+    judged = components.reward.score_each(answers.prompts, answers.responses)
     return Written(
         rollout=answers.rollout,
         prompts=answers.prompts,
         responses=answers.responses,
-        raw_scores=judged.total.to(crew.policy.device),
+        raw_scores=judged.total.to(components.policy.device),
         parts=dict(judged.parts),
     )
 
 
 def evaluate_heldout(
-    crew: Crew,
+    components: Components,
     *,
     step: int,
     betas: States,
@@ -113,7 +113,7 @@ def evaluate_heldout(
     """Answer every held-out prompt and say how good and how far the answers are.
 
     Args:
-        crew: whose held-out prompts.
+        components: whose held-out prompts.
         step: the step after which it happens.
         betas: the leash of each group, which prices the KL.
         responses_per_prompt: to each prompt.
@@ -126,13 +126,16 @@ def evaluate_heldout(
         prompts, so that the same prompts can be read before and after training.
     """
     written = write_responses(
-        crew, crew.heldout, responses_per_prompt=responses_per_prompt, microbatch=microbatch
+        components,
+        components.heldout,
+        responses_per_prompt=responses_per_prompt,
+        microbatch=microbatch,
     )
     scored = distributed.score(
-        crew, written.rollout, written.raw_scores, microbatch=microbatch, critic=False
+        components, written.rollout, written.raw_scores, microbatch=microbatch, critic=False
     )
-    groups = [group for group in crew.heldout_groups for _ in range(responses_per_prompt)]
-    price = dispatch.price(betas_of(betas, groups), crew.settings)
+    groups = [group for group in components.heldout_groups for _ in range(responses_per_prompt)]
+    price = dispatch.price(betas_of(betas, groups), components.settings)
     metrics = {
         key.replace("objective/", "heldout/"): value
         for key, value in objective_measures(scored, beta=price).items()
@@ -142,28 +145,28 @@ def evaluate_heldout(
     metrics["heldout/length"] = float(written.rollout.response_mask.sum(-1).double().mean())
     metrics["heldout/eos_fraction"] = float(written.rollout.ended.double().mean())
     golds: Tensor | None = None
-    if crew.gold is not None:
-        golds = crew.gold.score(written.prompts, written.responses)
+    if components.gold is not None:
+        golds = components.gold.score(written.prompts, written.responses)
         estimate = clustered_mean(golds, written.rollout.prompt_index.cpu())
         metrics["heldout/gold"] = estimate.mean
         metrics["heldout/gold_se"] = estimate.standard_error
-    first = [row * responses_per_prompt for row in range(min(samples, len(crew.heldout)))]
+    first = [row * responses_per_prompt for row in range(min(samples, len(components.heldout)))]
     kept: list[tuple[int, Kind]] = [(row, "heldout") for row in first]
-    return metrics, make_samples(crew, scored, written, kept, step=step, who=who, golds=golds)
+    return metrics, make_samples(components, scored, written, kept, step=step, who=who, golds=golds)
 
 
 def training_samples(
-    crew: Crew, scored: ScoredRollout, written: Written, *, step: int, count: int
+    components: Components, scored: ScoredRollout, written: Written, *, step: int, count: int
 ) -> list[Sample]:
     """Half the samples from the farthest responses of a step, the rest at random."""
     distances = response_kl(scored.kl, scored.rollout.response_mask).tolist()
     worst = (count + 1) // 2
     kept = rows_to_keep(distances, worst=worst, at_random=count - worst, seed=step)
-    return make_samples(crew, scored, written, kept, step=step, who="policy", golds=None)
+    return make_samples(components, scored, written, kept, step=step, who="policy", golds=None)
 
 
 def make_samples(
-    crew: Crew,
+    components: Components,
     scored: ScoredRollout,
     written: Written,
     rows: list[tuple[int, Kind]],
@@ -179,7 +182,7 @@ def make_samples(
     for row, kind in rows:
         kept = mask[row]
         ids = scored.rollout.response_ids[row][kept]
-        policy_top, reference_top = _likeliest_along(crew, scored, row)
+        policy_top, reference_top = _likeliest_along(components, scored, row)
         samples.append(
             Sample(
                 step=step,
@@ -189,7 +192,7 @@ def make_samples(
                 response=written.responses[row],
                 score=float(written.raw_scores[row]),
                 kl=float(distances[row]),
-                tokens=_token_texts(crew, ids),
+                tokens=_token_texts(components, ids),
                 logprobs=scored.rollout_logprobs[row][kept].tolist(),
                 ref_logprobs=scored.ref_logprobs[row][kept].tolist(),
                 token_kl=scored.kl[row][kept].tolist(),
@@ -204,7 +207,7 @@ def make_samples(
 
 @torch.no_grad()
 def _likeliest_along(
-    crew: Crew, scored: ScoredRollout, row: int
+    components: Components, scored: ScoredRollout, row: int
 ) -> tuple[list[Likely | None], list[Likely | None]]:
     """The likeliest words of policy and reference at the tokens of largest KL of a response."""
     rollout = scored.rollout
@@ -218,14 +221,16 @@ def _likeliest_along(
         rollout.response_mask[row : row + 1, :length],
     )
     found: list[list[Likely | None]] = []
-    for model in (crew.policy, crew.reference):
+    for model in (components.policy, components.reference):
         states = model.hidden_states(*part)[0, :-1][chosen]
         wanted: list[Wanted] = []
         for some in states.split(ROWS):
-            shares = distributions(model.head, some, temperature=crew.sampling.temperature)
+            shares = distributions(model.head, some, temperature=components.sampling.temperature)
             wanted += likeliest(shares)
         named = iter(wanted)
-        found.append([_named(crew, next(named)) if here else None for here in chosen.tolist()])
+        found.append(
+            [_named(components, next(named)) if here else None for here in chosen.tolist()]
+        )
     return found[0], found[1]
 
 
@@ -235,8 +240,8 @@ def tokens_to_keep(kl: Float[Tensor, " token"]) -> Bool[Tensor, " token"]:
     return torch.zeros_like(kl, dtype=torch.bool).index_fill(0, best, True)
 
 
-def _named(crew: Crew, wanted: Wanted) -> Likely:
-    words = [text_of_id(crew.policy.tokenizer, number) for number in wanted.ids]
+def _named(components: Components, wanted: Wanted) -> Likely:
+    words = [text_of_id(components.policy.tokenizer, number) for number in wanted.ids]
     return Likely(words, wanted.probabilities)
 
 
@@ -268,21 +273,21 @@ def rows_to_keep(
     ]
 
 
-def _token_texts(crew: Crew, ids: Tensor) -> list[str]:
+def _token_texts(components: Components, ids: Tensor) -> list[str]:
     """The text of each token alone; a token that is no text by itself shows its name."""
-    tokenizer = crew.policy.tokenizer
+    tokenizer = components.policy.tokenizer
     names = tokenizer.convert_ids_to_tokens(ids.tolist())
     texts = [tokenizer.decode([token]) for token in ids.tolist()]
     return [str(text) or str(name) for text, name in zip(texts, names, strict=True)]
 
 
 def reference_scores(
-    crew: Crew, prompts: Sequence[int], *, responses: int, microbatch: int
+    components: Components, prompts: Sequence[int], *, responses: int, microbatch: int
 ) -> tuple[Float[Tensor, "prompt sample"], float]:
     """Scores of responses written before the first update, several to each of some prompts.
 
     Args:
-        crew: whose policy is the reference still.
+        components: whose policy is the reference still.
         prompts: numbers of training prompts.
         responses: to each of them.
         microbatch: responses written at once.
@@ -291,8 +296,8 @@ def reference_scores(
         Their scores before normalisation, and the mean length of a response.
     """
     written = write_responses(
-        crew,
-        [crew.prompts[index] for index in prompts],
+        components,
+        [components.prompts[index] for index in prompts],
         responses_per_prompt=responses,
         microbatch=microbatch,
     )

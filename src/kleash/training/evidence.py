@@ -13,7 +13,7 @@ from kleash.storage.atomic_directories import (
     write_directory,
 )
 from kleash.storage.atomic_files import plain_json
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.evaluation import Answers
 from kleash.training.snapshot import (
     Undo,
@@ -40,14 +40,18 @@ class Attempt:
 
 
 def keep_evidence(
-    folder: Path, error: RefusedError, attempt: Attempt, crew: Crew, state: TrainingState
+    folder: Path,
+    error: RefusedError,
+    attempt: Attempt,
+    components: Components,
+    state: TrainingState,
 ) -> Path:
     """The batch as tensors, its texts and the offender as JSON; nothing that could execute."""
     final = folder / f"step-{attempt.step:06d}-{state.rollbacks}"
 
     def write(directory: Path) -> None:
         save_tensors(directory / "batch.safetensors", _tensors_of(attempt))
-        record = _record_of(error, attempt, crew)
+        record = _record_of(error, attempt, components)
         (directory / "refusal.json").write_text(plain_json(record, indent=1), encoding="utf-8")
 
     write_directory(final, write, what="the refused batch")
@@ -68,7 +72,7 @@ def _tensors_of(attempt: Attempt) -> dict[str, Tensor]:
     return tensors if attempt.scores is None else {**tensors, "scores": attempt.scores}
 
 
-def _record_of(error: RefusedError, attempt: Attempt, crew: Crew) -> dict[str, object]:
+def _record_of(error: RefusedError, attempt: Attempt, components: Components) -> dict[str, object]:
     record: dict[str, object] = {
         "step": attempt.step,
         "wire": error.wire,
@@ -87,6 +91,6 @@ def _record_of(error: RefusedError, attempt: Attempt, crew: Crew) -> dict[str, o
         record |= {"offender": answers.responses[row]}
     if row is not None and error.token is not None:
         written = cast("list[int]", answers.rollout.response_ids[row].tolist())
-        names = crew.policy.tokenizer.convert_ids_to_tokens(written)
+        names = components.policy.tokenizer.convert_ids_to_tokens(written)
         record |= {"offending_token": names[error.token]}
     return record

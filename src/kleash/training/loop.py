@@ -29,7 +29,7 @@ from kleash.storage.run_directory import RunWriter
 from kleash.storage.samples import Sample
 from kleash.training import distributed
 from kleash.training.calibration import start_lines
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.evaluation import (
     Written,
     evaluate_heldout,
@@ -91,17 +91,17 @@ def train(config: Config, *, argv: Sequence[str] = (), preflight: Preflight | No
         The run directory.
 
     Raises:
-        KleashError: something the user can mend; nothing was begun if it shows at the start, and
+        KleashError: something the user can fix; nothing was begun if it shows at the start, and
             the run directory says "failed" and why if it shows later.
     """
-    with distributed.leading(config) as team:
-        opened = open_run(config, argv=argv, preflight=preflight, team=team)
+    with distributed.leading(config) as workers:
+        opened = open_run(config, argv=argv, preflight=preflight, workers=workers)
         return _run(config, opened)
 
 
 def _run(config: Config, opened: Opened) -> Path:
     """Every step that is still to be made."""
-    crew, state, run, trackers = opened.crew, opened.state, opened.run, opened.trackers
+    components, state, run, trackers = opened.components, opened.state, opened.run, opened.trackers
     display = TrainingDisplay(
         config.steps,
         title=run.path.name,
@@ -114,28 +114,30 @@ def _run(config: Config, opened: Opened) -> Path:
             display.say(f"warning: {warning}")
         for line in start_lines(config, state.starts):
             display.say(line)
-        if opened.fresh and crew.heldout:
-            run.append_metrics({"step": 0, **_evaluate(config, crew, state, run)})
-        sealed, attempt = seal(crew), None
+        if opened.fresh and components.heldout:
+            run.append_metrics({"step": 0, **_evaluate(config, components, state, run)})
+        sealed, attempt = seal(components), None
         while state.step < config.steps:
-            attempt = attempt_step(config, crew, state, attempt)
+            attempt = attempt_step(config, components, state, attempt)
             try:
-                require_unchanged(crew, sealed)
-                state, metrics = _step(config, crew, opened.leash, state, run, attempt)
+                require_unchanged(components, sealed)
+                state, metrics = _step(config, components, opened.leash, state, run, attempt)
             except RefusedError as error:
                 display.say(f"step {attempt.step} refused: {error}")
-                crew, state, sealed = refuse(error, attempt, config, crew, state, sealed, run)
+                components, state, sealed = refuse(
+                    error, attempt, config, components, state, sealed, run
+                )
                 continue
             trackers.log(metrics)
             display.show(metrics)
-            crew, state, sealed = reanchor_if_due(config, crew, state, sealed, run)
-            state = save_if_due(config, crew, state, metrics, sealed, run)
+            components, state, sealed = reanchor_if_due(config, components, state, sealed, run)
+            state = save_if_due(config, components, state, metrics, sealed, run)
     return run.path
 
 
 def _step(
     config: Config,
-    crew: Crew,
+    components: Components,
     leash: Leash,
     state: TrainingState,
     run: RunWriter,
@@ -147,30 +149,30 @@ def _step(
     # 1. The policy writes; the reward models read.
     numbers, cursor = state.cursor.take(config.rollout.prompts_per_step)
     with clock.measure("time/generate"):
-        written = _write(config, crew, numbers, attempt)
+        written = _write(config, components, numbers, attempt)
     scores, seen = _normalise(config, written.raw_scores, state.scores)
     attempt.scores = scores
-    betas = betas_of(state.betas, crew.groups_of(written.rollout))
+    betas = betas_of(state.betas, components.groups_of(written.rollout))
 
     # 2–3. Policy, reference and critic score the same tokens.
     with clock.measure("time/score"):
-        attempt.scored = scored = _read(config, crew, written, scores, step=step)
-        original_kl = _original_kl(config, crew, scored)
-    _require_sound(config, crew, written, scored, original_kl, attempt, run)
+        attempt.scored = scored = _read(config, components, written, scores, step=step)
+        original_kl = _original_kl(config, components, scored)
+    _require_sound(config, components, written, scored, original_kl, attempt, run)
     # Looked at closely while the policy is still the one that wrote them.
     count = config.logging.samples_per_step
-    samples = training_samples(crew, scored, written, step=step, count=count)
+    samples = training_samples(components, scored, written, step=step, count=count)
 
     # 4–5. Rewards, advantages, clipped updates.
     with clock.measure("time/update"):
-        settings = replace(crew.settings, mixing=state.mixing)
+        settings = replace(components.settings, mixing=state.mixing)
         experience = dispatch.prepare(scored, betas, settings)
-        updates = _climb(config, crew, experience, attempt)
+        updates = _climb(config, components, experience, attempt)
     if step == config.steps:
-        updates |= check_last(config, crew, cursor, attempt)
+        updates |= check_last(config, components, cursor, attempt)
 
     # 6. β moves.
-    moved, steered = _move(config, crew, leash, state, experience.scored)
+    moved, steered = _move(config, components, leash, state, experience.scored)
 
     metrics = {
         **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
@@ -190,19 +192,21 @@ def _step(
         seconds=state.seconds + clock.total,
     )
     metrics |= _progress(clock, scored, after)
-    _write_down(config, crew, samples, after, metrics, run)
+    _write_down(config, components, samples, after, metrics, run)
     return after, metrics
 
 
-def _write(config: Config, crew: Crew, numbers: Sequence[int], attempt: Attempt) -> Written:
+def _write(
+    config: Config, components: Components, numbers: Sequence[int], attempt: Attempt
+) -> Written:
     """Responses to the prompts with these numbers, and what the reward models say of them."""
     attempt.answers = write_answers(
-        crew,
-        [crew.prompts[number] for number in numbers],
+        components,
+        [components.prompts[number] for number in numbers],
         responses_per_prompt=config.rollout.responses_per_prompt,
         microbatch=config.responses_per_step,
     )
-    return judge(crew, attempt.answers)
+    return judge(components, attempt.answers)
 
 
 def _normalise(
@@ -219,12 +223,12 @@ def _normalise(
 
 
 def _read(
-    config: Config, crew: Crew, written: Written, scores: Tensor, *, step: int
+    config: Config, components: Components, written: Written, scores: Tensor, *, step: int
 ) -> ScoredRollout:
     """What policy, reference and critic say of every token; now and then compared with float64."""
     every = config.logging.spot_check_every
     return distributed.score(
-        crew,
+        components,
         written.rollout,
         scores,
         microbatch=config.rollout.microbatch_size,
@@ -232,23 +236,23 @@ def _read(
     )
 
 
-def _original_kl(config: Config, crew: Crew, scored: ScoredRollout) -> Tensor:
+def _original_kl(config: Config, components: Components, scored: ScoredRollout) -> Tensor:
     """[batch, token] exact KL to the reference the run began with, wherever the anchor is now."""
-    if crew.reference is crew.original:
+    if components.reference is components.original:
         return scored.kl
     return score(
         scored.rollout,
-        policy=crew.policy,
-        reference=crew.original,
+        policy=components.policy,
+        reference=components.original,
         scores=scored.scores,
-        temperature=crew.sampling.temperature,
+        temperature=components.sampling.temperature,
         microbatch=config.rollout.microbatch_size,
     ).kl
 
 
 def _require_sound(
     config: Config,
-    crew: Crew,
+    components: Components,
     written: Written,
     scored: ScoredRollout,
     original_kl: Tensor,
@@ -265,7 +269,7 @@ def _require_sound(
         _require_reference_is_start(scored)
     step = attempt.step
     runtime_monitor.look(
-        config, crew, written, scored, step=step, folder=run.path, tell=run.append_event
+        config, components, written, scored, step=step, folder=run.path, tell=run.append_event
     )
     check_bounds(config, scored, original_kl)
     attempt.within_bounds = True
@@ -277,31 +281,35 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
     if per_token > _SAME_MODEL:
         raise ModelError(
             f"the reference is not the policy this run starts from: KL {per_token:.3g} nats per "
-            f"token before any update, expected at most {_SAME_MODEL:g}; mend reference.path, or "
+            f"token before any update, expected at most {_SAME_MODEL:g}; fix reference.path, or "
             "say reference.reference_differs: true if it is meant"
         )
 
 
 def _climb(
-    config: Config, crew: Crew, experience: Experience, attempt: Attempt
+    config: Config, components: Components, experience: Experience, attempt: Attempt
 ) -> dict[str, Number]:
     """The clipped updates; the attempt knows from when on weights may have moved."""
     attempt.updating = several_updates(config)
-    updates = update(config, crew, experience, done=attempt.step - 1)
+    updates = update(config, components, experience, done=attempt.step - 1)
     attempt.updating = True
     return updates
 
 
 def _move(
-    config: Config, crew: Crew, leash: Leash, state: TrainingState, scored: ScoredRollout
+    config: Config,
+    components: Components,
+    leash: Leash,
+    state: TrainingState,
+    scored: ScoredRollout,
 ) -> tuple[States, dict[str, Number]]:
     """Where every β goes after this rollout, and the numbers of what was read and decided."""
-    trained = dispatch.trained_scores(scored, crew.settings)
-    readings = read_groups(scored, crew.groups_of(scored.rollout), trained=trained)
+    trained = dispatch.trained_scores(scored, components.settings)
+    readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
     told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta is None)
     moved = leash.update(state.betas, told)
     return moved, {
-        **leash_measures(config.leash, state.betas, readings, crew.frontier),
+        **leash_measures(config.leash, state.betas, readings, components.frontier),
         **controller_measures(leash, state.betas, told, moved),
     }
 
@@ -333,7 +341,7 @@ def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict
 
 def _write_down(
     config: Config,
-    crew: Crew,
+    components: Components,
     samples: Sequence[Sample],
     after: TrainingState,
     metrics: dict[str, Number],
@@ -342,18 +350,18 @@ def _write_down(
     """A held-out evaluation where one is due, the step's numbers, and a few of its responses."""
     every = config.heldout.every
     due = after.step == config.steps or (every and after.step % every == 0)
-    if crew.heldout and due:
-        metrics |= _evaluate(config, crew, after, run)
+    if components.heldout and due:
+        metrics |= _evaluate(config, components, after, run)
     run.append_metrics(metrics)
     run.append_samples(samples)
 
 
 def _evaluate(
-    config: Config, crew: Crew, state: TrainingState, run: RunWriter
+    config: Config, components: Components, state: TrainingState, run: RunWriter
 ) -> dict[str, Number]:
     differs = config.reference.reference_differs
     metrics, samples = evaluate_heldout(
-        crew,
+        components,
         step=state.step,
         betas=state.betas,
         responses_per_prompt=config.heldout.responses_per_prompt,

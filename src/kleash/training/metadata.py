@@ -15,7 +15,7 @@ from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.policy import Identity
 from kleash.rollout.sampling import overridden_settings
-from kleash.training.components import Crew
+from kleash.training.components import Components
 
 
 def objective_line(config: Config, betas: States) -> str:
@@ -51,7 +51,7 @@ def objective_line(config: Config, betas: States) -> str:
 
 def run_meta(
     config: Config,
-    crew: Crew,
+    components: Components,
     reference: Identity,
     argv: Sequence[str],
     *,
@@ -62,13 +62,13 @@ def run_meta(
     return {
         "argv": list(argv),
         "seed": config.seed,
-        "device": str(crew.policy.device),
+        "device": str(components.policy.device),
         "objective": objective_line(config, betas),
         "start": _starts(starts),
         "reference": dataclasses.asdict(reference),
-        "policy": dataclasses.asdict(crew.policy.identity()),
+        "policy": dataclasses.asdict(components.policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.
-        "sampling_put_aside": overridden_settings(crew.policy),
+        "sampling_put_aside": overridden_settings(components.policy),
         "versions": {
             "kleash": __version__,
             "python": platform.python_version(),

@@ -17,7 +17,7 @@ from kleash.errors import NonFiniteError, RefusedError, RunError
 from kleash.kl.placements import effective_sample_size
 from kleash.training import distributed
 from kleash.training.backward import loss_of
-from kleash.training.components import Crew, learning, learning_rate_factor
+from kleash.training.components import Components, learning, learning_rate_factor
 from kleash.training.metrics import Number
 from kleash.training.pretraining_mix import pretraining_loss
 from kleash.types import Experience
@@ -28,12 +28,14 @@ _FIRST_RATIO_TOLERANCE = 1e-3
 """How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
 
 
-def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> dict[str, Number]:
+def update(
+    config: Config, components: Components, experience: Experience, *, done: int
+) -> dict[str, Number]:
     """Passes over the rollout in minibatches; each is one optimiser step.
 
     Args:
         config: the run.
-        crew: its policy, critic and optimiser learn.
+        components: its policy, critic and optimiser learn.
         experience: the rollout.
         done: steps finished before this one.
 
@@ -42,15 +44,17 @@ def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> 
         RunError: the policy does not repeat what it said when the rollout was scored.
     """
     factor = learning_rate_factor(config.optimizer, step=done, steps=config.steps)
-    for group in crew.optimizer.param_groups:
+    for group in components.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     made: list[dict[str, float]] = []
     first_error, effective = None, 1.0
     for chosen in _minibatches(config, experience):
         try:
             minibatch = select(experience, chosen)
-            crew.optimizer.zero_grad(set_to_none=True)
-            passed = distributed.backward(crew, minibatch, microbatch=config.ppo.microbatch_size)
+            components.optimizer.zero_grad(set_to_none=True)
+            passed = distributed.backward(
+                components, minibatch, microbatch=config.ppo.microbatch_size
+            )
             if first_error is None:
                 first_error = passed.ratio_error
                 _require_first_ratio(first_error)
@@ -58,8 +62,8 @@ def update(config: Config, crew: Crew, experience: Experience, *, done: int) -> 
             effective = min(effective, float(kept) / int(minibatch.mask.sum()))
             if made and effective < least_effective(config):
                 break
-            numbers = combine(passed.metrics) | _pretrain(crew)
-            numbers["optim/grad_norm"] = _optimise(config, crew, minibatch)
+            numbers = combine(passed.metrics) | _pretrain(components)
+            numbers["optim/grad_norm"] = _optimise(config, components, minibatch)
         except RefusedError as error:
             error.among(chosen.tolist())
             raise
@@ -93,58 +97,61 @@ def least_effective(config: Config) -> float:
     return _LEAST_EFFECTIVE if config.leash.placement == "exact_weighted" else 0.0
 
 
-def _pretrain(crew: Crew) -> dict[str, float]:
+def _pretrain(components: Components) -> dict[str, float]:
     """Gradients of the pretraining mix, where there is one, and its likelihood."""
-    mix = crew.pretraining
+    mix = components.pretraining
     if mix is None:
         return {}
     likelihood = pretraining_loss(
-        crew.policy, mix.draw(), pad_id=crew.policy.pad_id, device=crew.policy.device
+        components.policy,
+        mix.draw(),
+        pad_id=components.policy.pad_id,
+        device=components.policy.device,
     )
     (mix.coefficient * likelihood).backward()
     return {"loss/pretraining": float(likelihood.detach())}
 
 
-def _optimise(config: Config, crew: Crew, minibatch: Experience) -> float:
+def _optimise(config: Config, components: Components, minibatch: Experience) -> float:
     """One optimiser step; refused if a gradient is not finite, so that the weights stay good."""
-    parameters = learning(crew)
+    parameters = learning(components)
     norm = float(nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
     if not norm < float("inf"):
-        response, token = _culprit(crew, minibatch)
+        response, token = _culprit(components, minibatch)
         raise NonFiniteError(
             f"the gradient's norm is {norm}, by {{place}}: the update was refused; lower "
             "optimizer.lr or look at the scores of this step",
             response=response,
             token=token,
         )
-    crew.optimizer.step()
+    components.optimizer.step()
     return norm
 
 
-def _culprit(crew: Crew, minibatch: Experience) -> tuple[int | None, int | None]:
+def _culprit(components: Components, minibatch: Experience) -> tuple[int | None, int | None]:
     """The first response whose gradient alone is not finite, and the first such token of it."""
     tokens = int(minibatch.mask.sum())
     for row in range(len(minibatch.mask)):
         alone = select(minibatch, torch.tensor([row], device=minibatch.mask.device))
-        if _is_finite(crew, alone, tokens=tokens):
+        if _is_finite(components, alone, tokens=tokens):
             continue
         for token in alone.mask[0].nonzero().flatten().tolist():
             only = torch.zeros_like(alone.mask)
             only[0, token] = True
-            if not _is_finite(crew, replace(alone, mask=only), tokens=tokens):
+            if not _is_finite(components, replace(alone, mask=only), tokens=tokens):
                 return row, token
         return row, None
     return None, None
 
 
-def _is_finite(crew: Crew, part: Experience, *, tokens: int) -> bool:
-    crew.optimizer.zero_grad(set_to_none=True)
+def _is_finite(components: Components, part: Experience, *, tokens: int) -> bool:
+    components.optimizer.zero_grad(set_to_none=True)
     try:
-        loss_of(crew, part, tokens=tokens)[0].total.backward()
+        loss_of(components, part, tokens=tokens)[0].total.backward()
     except NonFiniteError:
         return False
     # The norm, for it can overflow where no single number does.
-    norm = nn.utils.get_total_norm([p.grad for p in learning(crew) if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in learning(components) if p.grad is not None])
     return bool(norm.isfinite())
 
 

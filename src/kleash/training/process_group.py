@@ -29,7 +29,7 @@ _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Letter:
+class Message:
     """What one process tells another."""
 
     name: str
@@ -39,19 +39,19 @@ class Letter:
 
 
 @dataclass(frozen=True)
-class Team:
+class WorkerGroup:
     """This process among the others; rank 0 leads."""
 
     rank: int
     size: int
 
-    def send(self, letter: Letter) -> None:
+    def send(self, message: Message) -> None:
         """From the leader to all."""
-        packed = _pack(letter)
+        packed = _pack(message)
         dist.broadcast(torch.tensor([len(packed)]), src=0)
         dist.broadcast(packed, src=0)
 
-    def receive(self) -> Letter:
+    def receive(self) -> Message:
         """What the leader sent."""
         size = torch.zeros(1, dtype=torch.long)
         dist.broadcast(size, src=0)
@@ -59,22 +59,22 @@ class Team:
         dist.broadcast(packed, src=0)
         return _unpack(packed)
 
-    def answer(self, letter: Letter) -> None:
+    def answer(self, message: Message) -> None:
         """From a hand to the leader."""
-        packed = _pack(letter)
+        packed = _pack(message)
         dist.send(torch.tensor([len(packed)]), dst=0)
         dist.send(packed, dst=0)
 
-    def answers(self) -> list[Letter]:
+    def answers(self) -> list[Message]:
         """What each of the others answered, in their order."""
-        letters: list[Letter] = []
+        messages: list[Message] = []
         for rank in range(1, self.size):
             size = torch.zeros(1, dtype=torch.long)
             dist.recv(size, src=rank)
             packed = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(packed, src=rank)
-            letters.append(_unpack(packed))
-        return letters
+            messages.append(_unpack(packed))
+        return messages
 
     def spread(self, parameters: Iterable[nn.Parameter]) -> None:
         """The leader's weights to all."""
@@ -93,17 +93,17 @@ class Team:
         dist.destroy_process_group()
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether a launcher started more than this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this process is the leader, or alone."""
-    return not several() or int(os.environ["RANK"]) == 0
+    return not is_distributed() or int(os.environ["RANK"]) == 0
 
 
-def join() -> Team:
+def join() -> WorkerGroup:
     """Meet the other processes that a launcher started.
 
     Raises:
@@ -118,7 +118,7 @@ def join() -> Team:
             f"{os.environ.get('WORLD_SIZE')}), got: {str(error).splitlines()[0]}; start them with "
             "torchrun, or unset WORLD_SIZE"
         ) from None
-    return Team(dist.get_rank(), dist.get_world_size())
+    return WorkerGroup(dist.get_rank(), dist.get_world_size())
 
 
 def own_gpu() -> int:
@@ -126,16 +126,16 @@ def own_gpu() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _pack(letter: Letter) -> Tensor:
+def _pack(message: Message) -> Tensor:
     """The length of the JSON in eight bytes, the JSON, and the tensors as safetensors."""
-    text = json.dumps({"name": letter.name, **letter.facts}).encode()
-    tensors = {name: x.detach().cpu().contiguous() for name, x in letter.tensors.items()}
+    text = json.dumps({"name": message.name, **message.facts}).encode()
+    tensors = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}
     whole = len(text).to_bytes(8, "little") + text + save(tensors)
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
 
 
-def _unpack(packed: Tensor) -> Letter:
+def _unpack(packed: Tensor) -> Message:
     whole = packed.numpy().tobytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     facts = json.loads(whole[8:start])
-    return Letter(facts.pop("name"), facts, load(whole[start:]))
+    return Message(facts.pop("name"), facts, load(whole[start:]))

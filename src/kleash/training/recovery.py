@@ -25,7 +25,7 @@ from kleash.storage.atomic_directories import (
 )
 from kleash.storage.events import new_event
 from kleash.storage.run_directory import RunWriter
-from kleash.training.components import Crew, learning
+from kleash.training.components import Components, learning
 from kleash.training.evaluation import write_answers
 from kleash.training.evidence import Attempt, keep_evidence
 from kleash.training.metrics import Number, with_error
@@ -54,20 +54,20 @@ _OTHER_DRAWS = 0x9E3779B9
 
 
 def attempt_step(
-    config: Config, crew: Crew, state: TrainingState, before: Attempt | None = None
+    config: Config, components: Components, state: TrainingState, before: Attempt | None = None
 ) -> Attempt:
     """The next step, before anything of it has happened.
 
     Args:
         config: the run.
-        crew: whose step it is.
+        components: whose step it is.
         state: after the step before.
         before: the attempt before, whose memory is used again.
     """
     # What follows the last update may still refuse it, so a step of one update is copied there.
     risky = several_updates(config) or state.step + 1 == config.steps
     reuse = None if before is None else before.undo
-    undo = remember(crew, weights=risky and keeps_copy(config, crew), reuse=reuse)
+    undo = remember(components, weights=risky and keeps_copy(config, components), reuse=reuse)
     return Attempt(state.step + 1, undo)
 
 
@@ -76,16 +76,16 @@ def several_updates(config: Config) -> bool:
     return config.ppo.epochs * config.ppo.minibatches > 1
 
 
-def keeps_copy(config: Config, crew: Crew) -> bool:
+def keeps_copy(config: Config, components: Components) -> bool:
     """Whether a step is undone by a copy of what learns, and not by the last checkpoint."""
     if config.tripwires.undo is not None:
         return config.tripwires.undo == "memory"
-    return copy_bytes(crew) <= _LARGEST_COPY
+    return copy_bytes(components) <= _LARGEST_COPY
 
 
-def copy_bytes(crew: Crew) -> int:
+def copy_bytes(components: Components) -> int:
     """Weights that learn and their two moments."""
-    return sum(3 * p.numel() * p.element_size() for p in learning(crew))
+    return sum(3 * p.numel() * p.element_size() for p in learning(components))
 
 
 def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> None:
@@ -102,7 +102,7 @@ def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> 
 
 
 def check_last(
-    config: Config, crew: Crew, cursor: PromptCursor, attempt: Attempt
+    config: Config, components: Components, cursor: PromptCursor, attempt: Attempt
 ) -> dict[str, Number]:
     """After the last update of a run: the policy it leaves keeps the bounds too.
 
@@ -120,18 +120,18 @@ def check_last(
     numbers, _ = cursor.take(config.rollout.prompts_per_step)
     attempt.answers, attempt.scores, attempt.scored = None, None, None
     attempt.answers = write_answers(
-        crew,
-        [crew.prompts[number] for number in numbers],
+        components,
+        [components.prompts[number] for number in numbers],
         responses_per_prompt=config.rollout.responses_per_prompt,
         microbatch=config.responses_per_step,
     )
     rollout = attempt.answers.rollout
     attempt.scored = score(
         rollout,
-        policy=crew.policy,
-        reference=crew.original,
-        scores=torch.zeros(len(rollout.response_ids), device=crew.policy.device),
-        temperature=crew.sampling.temperature,
+        policy=components.policy,
+        reference=components.original,
+        scores=torch.zeros(len(rollout.response_ids), device=components.policy.device),
+        temperature=components.sampling.temperature,
         microbatch=config.rollout.microbatch_size,
     )
     try:
@@ -145,7 +145,7 @@ def check_last(
 
 def save_if_due(
     config: Config,
-    crew: Crew,
+    components: Components,
     state: TrainingState,
     metrics: dict[str, Number],
     sealed: Seal,
@@ -162,15 +162,18 @@ def save_if_due(
     every = config.logging.checkpoint_every
     if state.step < config.steps and not (every and state.step % every == 0):
         return state
-    if crew.original.identity() != sealed.original:
-        raise reference_changed(crew.original, sealed.original)
-    if crew.reference is not crew.original and crew.reference.identity() != sealed.anchor:
-        raise reference_changed(crew.reference, sealed.anchor)
+    if components.original.identity() != sealed.original:
+        raise reference_changed(components.original, sealed.original)
+    if (
+        components.reference is not components.original
+        and components.reference.identity() != sealed.anchor
+    ):
+        raise reference_changed(components.reference, sealed.anchor)
     objective = metrics.get("heldout/rlhf_reward")
     best = state.best_objective
     if objective is not None and (best is None or objective > best):
         state = replace(state, best_step=state.step, best_objective=objective)
-    save_run_state(run.checkpoints, crew, state, sealed.original, keep=config.logging.keep)
+    save_run_state(run.checkpoints, components, state, sealed.original, keep=config.logging.keep)
     run.update_meta(best_checkpoint=state.best_step, best_objective=state.best_objective)
     return state
 
@@ -179,11 +182,11 @@ def refuse(
     error: RefusedError,
     attempt: Attempt,
     config: Config,
-    crew: Crew,
+    components: Components,
     state: TrainingState,
     sealed: Seal,
     run: RunWriter,
-) -> tuple[Crew, TrainingState, Seal]:
+) -> tuple[Components, TrainingState, Seal]:
     """Undo a refused step, keep the evidence, and stop or go back to a good checkpoint.
 
     Returns:
@@ -192,9 +195,9 @@ def refuse(
     Raises:
         RefusedError: the error, where the run stops; it says where the run stands.
     """
-    put_back(crew, attempt.undo)
+    put_back(components, attempt.undo)
     sentence = str(error)
-    where = keep_evidence(run.path / "refused", error, attempt, crew, state)
+    where = keep_evidence(run.path / "refused", error, attempt, components, state)
     event = new_event(
         attempt.step,
         "refused",
@@ -208,34 +211,34 @@ def refuse(
     undone = not attempt.updating or attempt.undo.weights is not None
     wires = config.tripwires
     if wires.then == "stop" or isinstance(error, ReferenceChangedError):
-        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
+        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
     if state.rollbacks == (wires.max_rollbacks or MAX_ROLLBACKS):
         error.args = (f"{sentence} (rollbacks so far: {state.rollbacks}, no more are allowed)",)
-        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
+        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
     # A policy that was out of bounds when it wrote is that of the step before: no way back to it.
     guilty = not attempt.within_bounds and not isinstance(error, NonFiniteScoreError)
     limit = state.step - 1 if guilty else state.step
     good = [c for c in list_checkpoints(run.checkpoints) if step_of(c) <= limit]
     if not good:
         error.args = (f"{sentence}; there is no good checkpoint to go back to yet",)
-        _stop(error, attempt, config, crew, state, sealed, run, where=where, undone=undone)
-    return _roll_back(good[-1], config, crew, state, sealed, run, refused=attempt.step)
+        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
+    return _roll_back(good[-1], config, components, state, sealed, run, refused=attempt.step)
 
 
 def _roll_back(
     checkpoint: Path,
     config: Config,
-    crew: Crew,
+    components: Components,
     state: TrainingState,
     sealed: Seal,
     run: RunWriter,
     *,
     refused: int,
-) -> tuple[Crew, TrainingState, Seal]:
+) -> tuple[Components, TrainingState, Seal]:
     """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
     rollbacks = state.rollbacks + 1
-    restored = restore_run_state(checkpoint, crew, sealed.original)
-    crew = restore_anchor(checkpoint, crew, restored)
+    restored = restore_run_state(checkpoint, components, sealed.original)
+    components = restore_anchor(checkpoint, components, restored)
     factor = config.tripwires.beta_factor or BETA_FACTOR
     raised = raise_betas(restored.betas, factor)
     after = replace(restored, betas=raised, rollbacks=rollbacks)
@@ -255,9 +258,9 @@ def _roll_back(
     for later in reversed(list_checkpoints(run.checkpoints)):
         if step_of(later) > after.step:
             drop_directory(later)
-    save_run_state(run.checkpoints, crew, after, sealed.original, keep=config.logging.keep)
+    save_run_state(run.checkpoints, components, after, sealed.original, keep=config.logging.keep)
     run.rewind(after.step)
-    return crew, after, seal(crew)
+    return components, after, seal(components)
 
 
 def _moves(before: TrainingState, after: TrainingState) -> str:
@@ -272,7 +275,7 @@ def _stop(
     error: RefusedError,
     attempt: Attempt,
     config: Config,
-    crew: Crew,
+    components: Components,
     state: TrainingState,
     sealed: Seal,
     run: RunWriter,
@@ -283,10 +286,10 @@ def _stop(
     """End the run with one sentence; the state before the refused step is on the disk."""
     newest = latest_checkpoint(run.checkpoints)
     saved = -1 if newest is None else step_of(newest)
-    if undone and saved < state.step and state.step > 0 and weights_are_finite(crew):
+    if undone and saved < state.step and state.step > 0 and weights_are_finite(components):
         # One more than usual, so that no good checkpoint goes for one that may not be.
         keep = config.logging.keep + 1
-        newest = save_run_state(run.checkpoints, crew, state, sealed.original, keep=keep)
+        newest = save_run_state(run.checkpoints, components, state, sealed.original, keep=keep)
     stands = "at its beginning" if newest is None else f"at {newest}"
     error.args = (
         f"{error}; step {attempt.step} was not made, the run stands {stands}, and the batch is in "

@@ -8,7 +8,7 @@ from kleash.models.policy import Identity
 from kleash.models.reference_offload import FrozenReference, anchor_at
 from kleash.storage.events import new_event
 from kleash.storage.run_directory import RunWriter
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.state import (
     TrainingState,
 )
@@ -24,24 +24,29 @@ class Seal:
     anchor_sum: int
 
 
-def seal(crew: Crew) -> Seal:
+def seal(components: Components) -> Seal:
     """Take down which weights the references have."""
-    original, total = crew.original.identity(), crew.original.fingerprint()
-    if crew.reference is crew.original:
+    original, total = components.original.identity(), components.original.fingerprint()
+    if components.reference is components.original:
         return Seal(original, total, original, total)
-    return Seal(original, total, crew.reference.identity(), crew.reference.fingerprint())
+    return Seal(
+        original, total, components.reference.identity(), components.reference.fingerprint()
+    )
 
 
-def require_unchanged(crew: Crew, sealed: Seal) -> None:
+def require_unchanged(components: Components, sealed: Seal) -> None:
     """Before every step: the references still have the sum of weights they had.
 
     Raises:
         ReferenceChangedError: one of them has not.
     """
-    if crew.original.fingerprint() != sealed.original_sum:
-        raise reference_changed(crew.original, sealed.original)
-    if crew.reference is not crew.original and crew.reference.fingerprint() != sealed.anchor_sum:
-        raise reference_changed(crew.reference, sealed.anchor)
+    if components.original.fingerprint() != sealed.original_sum:
+        raise reference_changed(components.original, sealed.original)
+    if (
+        components.reference is not components.original
+        and components.reference.fingerprint() != sealed.anchor_sum
+    ):
+        raise reference_changed(components.reference, sealed.anchor)
 
 
 def reference_changed(reference: FrozenReference, was: Identity) -> ReferenceChangedError:
@@ -54,14 +59,16 @@ def reference_changed(reference: FrozenReference, was: Identity) -> ReferenceCha
 
 
 def reanchor_if_due(
-    config: Config, crew: Crew, state: TrainingState, sealed: Seal, run: RunWriter
-) -> tuple[Crew, TrainingState, Seal]:
+    config: Config, components: Components, state: TrainingState, sealed: Seal, run: RunWriter
+) -> tuple[Components, TrainingState, Seal]:
     """Tie the leash to the policy as it now is, where the configuration says so."""
     every = config.leash.reanchor_every
     if every is None or state.step % every or state.step == config.steps:
-        return crew, state, sealed
-    crew = replace(crew, reference=anchor_at(crew.policy, state.step, like=crew.original))
+        return components, state, sealed
+    components = replace(
+        components, reference=anchor_at(components.policy, state.step, like=components.original)
+    )
     run.append_event(
         new_event(state.step, "reanchored", f"the leash is tied to the policy of step {state.step}")
     )
-    return crew, replace(state, anchored=state.step), seal(crew)
+    return components, replace(state, anchored=state.step), seal(components)

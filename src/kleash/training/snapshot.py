@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kleash.training.components import Crew, learning
+from kleash.training.components import Components, learning
 from kleash.training.random_state import random_states, restore_random_states
 
 
@@ -20,23 +20,23 @@ class Undo:
     moments: Sequence[Mapping[str, Tensor]] = ()
 
 
-def remember(crew: Crew, *, weights: bool, reuse: Undo | None = None) -> Undo:
+def remember(components: Components, *, weights: bool, reuse: Undo | None = None) -> Undo:
     """The random generators before a step and, if wanted, all that learns.
 
     Args:
-        crew: whose step it is.
+        components: whose step it is.
         weights: also keep the parameters and the optimiser's moments, in main memory.
         reuse: what was remembered before and is needed no more: its memory is written over.
     """
     if not weights:
         return Undo(random_states(), None)
-    parameters = learning(crew)
+    parameters = learning(components)
     old = Undo({}, None) if reuse is None else reuse
     places = old.weights or [None] * len(parameters)
     moments = [
         {
             name: _kept(tensor, into.get(name))
-            for name, tensor in crew.optimizer.state.get(p, {}).items()
+            for name, tensor in components.optimizer.state.get(p, {}).items()
         }
         for p, into in zip(parameters, old.moments or [{}] * len(parameters), strict=True)
     ]
@@ -45,24 +45,26 @@ def remember(crew: Crew, *, weights: bool, reuse: Undo | None = None) -> Undo:
 
 
 @torch.no_grad()
-def put_back(crew: Crew, undo: Undo) -> None:
+def put_back(components: Components, undo: Undo) -> None:
     """Everything as it was when it was remembered; gradients are dropped."""
     restore_random_states(undo.random)
-    crew.optimizer.zero_grad(set_to_none=True)
+    components.optimizer.zero_grad(set_to_none=True)
     if undo.weights is None:
         return
-    crew.optimizer.state.clear()
-    for parameter, weights, moments in zip(learning(crew), undo.weights, undo.moments, strict=True):
+    components.optimizer.state.clear()
+    for parameter, weights, moments in zip(
+        learning(components), undo.weights, undo.moments, strict=True
+    ):
         parameter.copy_(weights)
         if moments:
-            crew.optimizer.state[parameter] = {
+            components.optimizer.state[parameter] = {
                 name: tensor.to(parameter.device, copy=True) for name, tensor in moments.items()
             }
 
 
-def weights_are_finite(crew: Crew) -> bool:
+def weights_are_finite(components: Components) -> bool:
     """Whether no weight that learns is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in learning(crew))
+    return all(bool(parameter.isfinite().all()) for parameter in learning(components))
 
 
 def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:

@@ -21,10 +21,10 @@ from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import Run, RunWriter, holds_run, read_run
 from kleash.training.calibration import begin
-from kleash.training.components import Crew, assemble, make_leash
-from kleash.training.distributed import muster
+from kleash.training.components import Components, assemble, make_leash
+from kleash.training.distributed import assemble_everywhere
 from kleash.training.metadata import run_meta
-from kleash.training.process_group import Team
+from kleash.training.process_group import WorkerGroup
 from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
@@ -33,7 +33,7 @@ from kleash.training.state import (
 )
 from kleash.training.trackers import Trackers
 
-Preflight = Callable[[Config, Crew], list[str]]
+Preflight = Callable[[Config, Components], list[str]]
 """Looks at what was assembled; raises what must stop the run, and returns its warnings."""
 
 
@@ -41,7 +41,7 @@ Preflight = Callable[[Config, Crew], list[str]]
 class Opened:
     """A run that is ready for its next step."""
 
-    crew: Crew
+    components: Components
     leash: Leash
     state: TrainingState
     run: RunWriter
@@ -57,7 +57,7 @@ def open_run(
     *,
     argv: Sequence[str] = (),
     preflight: Preflight | None = None,
-    team: Team | None = None,
+    workers: WorkerGroup | None = None,
 ) -> Opened:
     """Assemble everyone and open the run directory.
 
@@ -65,35 +65,35 @@ def open_run(
         config: the run; `{world}` already replaced.
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
-        team: the other processes, if there are any.
+        workers: the other processes, if there are any.
 
     Raises:
-        KleashError: something the user can mend; nothing was begun.
+        KleashError: something the user can fix; nothing was begun.
     """
     path = Path(config.output)
     begun = holds_run(path)
     if begun:
         _require_same_run(config, read_run(path))
     torch.manual_seed(config.seed)
-    crew = assemble(config) if team is None else muster(team, config)
-    warnings = preflight(config, crew) if preflight is not None and not begun else []
-    reference = crew.reference.identity()
+    components = assemble(config) if workers is None else assemble_everywhere(workers, config)
+    warnings = preflight(config, components) if preflight is not None and not begun else []
+    reference = components.reference.identity()
     trackers = Trackers(config.logging.trackers, path)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
     if checkpoint is None:
-        frontier, state = _begin(config, crew)
+        frontier, state = _begin(config, components)
     else:
-        state = restore_run_state(checkpoint, crew, reference)
-        crew = restore_anchor(checkpoint, crew, state)
+        state = restore_run_state(checkpoint, components, reference)
+        components = restore_anchor(checkpoint, components, state)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     if begun:
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
     else:
-        run = _create(config, crew, state, reference, argv=argv, warnings=warnings)
+        run = _create(config, components, state, reference, argv=argv, warnings=warnings)
     if frontier is not None and checkpoint is None:
         write_frontier(path / PLAN_FILE, frontier)
     return Opened(
-        crew=replace(crew, frontier=frontier),
+        components=replace(components, frontier=frontier),
         leash=_leash(config, state.starts),
         state=state,
         run=run,
@@ -105,29 +105,29 @@ def open_run(
 
 def _create(
     config: Config,
-    crew: Crew,
+    components: Components,
     state: TrainingState,
     reference: Identity,
     *,
     argv: Sequence[str],
     warnings: list[str],
 ) -> RunWriter:
-    meta = run_meta(config, crew, reference, argv, betas=state.betas, starts=state.starts)
+    meta = run_meta(config, components, reference, argv, betas=state.betas, starts=state.starts)
     tree = yaml.safe_load(dump_config(config))
     return RunWriter.create(Path(config.output), config=tree, meta={**meta, "warnings": warnings})
 
 
-def _begin(config: Config, crew: Crew) -> tuple[Frontier | None, TrainingState]:
+def _begin(config: Config, components: Components) -> tuple[Frontier | None, TrainingState]:
     """Look at the scores before the first update where something depends on them."""
-    begun = begin(config, crew)
+    begun = begin(config, components)
     initial = config.score_normalisation == "initial"
     return begun.frontier, TrainingState(
         step=0,
         episodes=0,
         betas=_leash(config, begun.starts).init(),
         scores=begun.statistics if initial else ScoreStatistics(),
-        cursor=PromptCursor(size=len(crew.prompts), seed=config.seed),
-        mixing=crew.settings.mixing,
+        cursor=PromptCursor(size=len(components.prompts), seed=config.seed),
+        mixing=components.settings.mixing,
         starts=begun.starts,
     )
 

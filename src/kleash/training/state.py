@@ -38,7 +38,7 @@ from kleash.storage.atomic_directories import (
     verify_checkpoint,
     write_checkpoint,
 )
-from kleash.training.components import Crew
+from kleash.training.components import Components
 from kleash.training.random_state import random_states, restore_random_states
 
 _ANCHOR = "anchor.safetensors"
@@ -71,7 +71,7 @@ class TrainingState:
 
 
 def save_run_state(
-    parent: Path, crew: Crew, state: TrainingState, reference: Identity, *, keep: int
+    parent: Path, components: Components, state: TrainingState, reference: Identity, *, keep: int
 ) -> Path:
     """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
 
@@ -80,17 +80,17 @@ def save_run_state(
     """
 
     def write(directory: Path) -> None:
-        crew.policy.save(directory / "policy")
-        if crew.value is not None:
-            critic = _module(crew.value).state_dict()
+        components.policy.save(directory / "policy")
+        if components.value is not None:
+            critic = _module(components.value).state_dict()
             save_tensors(directory / "value.safetensors", dict(critic))
-        torch.save(crew.optimizer.state_dict(), directory / "optimizer.pt")
+        torch.save(components.optimizer.state_dict(), directory / "optimizer.pt")
         save_tensors(directory / "random.safetensors", random_states())
         record = {**asdict(state), "reference": asdict(reference)}
         (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         if state.anchored:
             save_tensors(
-                directory / _ANCHOR, dict(underlying(crew.reference).model.named_parameters())
+                directory / _ANCHOR, dict(underlying(components.reference).model.named_parameters())
             )
 
     spare = () if state.best_step is None else (state.best_step,)
@@ -106,7 +106,9 @@ def latest_checkpoint(parent: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> TrainingState:
+def restore_run_state(
+    directory: Path, components: Components, reference: Identity
+) -> TrainingState:
     """Put everyone where they were when the checkpoint was written.
 
     Raises:
@@ -116,13 +118,13 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
     verify_checkpoint(directory)
     record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
     _require_reference(directory, record["reference"], reference)
-    _load_policy(directory / "policy", crew)
-    device = crew.policy.device
-    if crew.value is not None:
+    _load_policy(directory / "policy", components)
+    device = components.policy.device
+    if components.value is not None:
         critic = load_tensors(directory / "value.safetensors", device)
-        _module(crew.value).load_state_dict(critic)
+        _module(components.value).load_state_dict(critic)
     moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
-    crew.optimizer.load_state_dict(moments)
+    components.optimizer.load_state_dict(moments)
     restore_random_states(load_tensors(directory / "random.safetensors"))
     return TrainingState(
         step=record["step"],
@@ -140,16 +142,16 @@ def restore_run_state(directory: Path, crew: Crew, reference: Identity) -> Train
     )
 
 
-def restore_anchor(directory: Path, crew: Crew, state: TrainingState) -> Crew:
+def restore_anchor(directory: Path, components: Components, state: TrainingState) -> Components:
     """Tie the leash to the policy it was tied to when the checkpoint was written."""
     if not state.anchored:
-        return replace(crew, reference=crew.original)
-    anchor = anchor_at(crew.policy, state.anchored, like=crew.original)
+        return replace(components, reference=components.original)
+    anchor = anchor_at(components.policy, state.anchored, like=components.original)
     stored = load_tensors(directory / _ANCHOR)
     with torch.no_grad():
         for name, parameter in underlying(anchor).model.named_parameters():
             parameter.copy_(stored[name])
-    return replace(crew, reference=anchor)
+    return replace(components, reference=anchor)
 
 
 def _module(value: ValueFunction) -> nn.Module:
@@ -166,17 +168,17 @@ def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity
         )
 
 
-def _load_policy(directory: Path, crew: Crew) -> None:
+def _load_policy(directory: Path, components: Components) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(file, device=str(crew.policy.device))
-    if crew.policy.adapter is not None:
+        tensors |= load_file(file, device=str(components.policy.device))
+    if components.policy.adapter is not None:
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(crew.policy.adapter, tensors)
+        set_peft_model_state_dict(components.policy.adapter, tensors)
         return
     # Tied weights are stored once, under one of their names.
-    known = crew.policy.model.state_dict(keep_vars=True)
+    known = components.policy.model.state_dict(keep_vars=True)
     stored = {known[name].data_ptr() for name in tensors if name in known}
     missing = [n for n, tensor in known.items() if tensor.data_ptr() not in stored]
     unknown = [name for name in tensors if name not in known]
@@ -184,4 +186,4 @@ def _load_policy(directory: Path, crew: Crew) -> None:
         raise RunError(
             f"{directory} holds another model: weights missing {missing[:3]}, unknown {unknown[:3]}"
         )
-    crew.policy.model.load_state_dict(tensors, strict=False)
+    components.policy.model.load_state_dict(tensors, strict=False)

@@ -409,7 +409,7 @@ def test_little_of_the_noise_of_a_small_batch_gets_into_the_policy():
 
 @pytest.mark.parametrize("wrong", [0.7, 1.4])
 def test_noise_does_not_hide_a_plan_that_is_wrong(wrong: float):
-    """β off by two fifths, the KL by twice that: mended within a third of the iterations."""
+    """β off by two fifths, the KL by twice that: fixed within a third of the iterations."""
     targets = torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=torch.float64)
     plant = Lagging(MODEL, [Lane(1.0, seed) for seed in range(4)], rate=0.1, noise=0.16)
     controllers = [BudgetBeta(t, wrong * EXACT_BETA[t], plant_gain=2.0) for t in targets.tolist()]

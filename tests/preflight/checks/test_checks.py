@@ -52,7 +52,7 @@ def test_the_tilted_policy_differs_at_every_token_and_reads_alike(trial: Trial) 
     with torch.no_grad():
         p, q = (
             apply_head(model.head, states).double().log_softmax(-1)
-            for model in (trial.crew.policy, Tilted(trial.crew.policy))
+            for model in (trial.components.policy, Tilted(trial.components.policy))
         )
     expected = (p.exp() * (p - q)).sum(-1)
     found = trial.tilted.kl[text.row][mask[text.row]]
@@ -61,7 +61,7 @@ def test_the_tilted_policy_differs_at_every_token_and_reads_alike(trial: Trial) 
 
 def test_a_text_is_read_as_the_model_reads_it(trial: Trial) -> None:
     text = trial.texts[-1]
-    _, logits = own_reading(trial.crew.policy.model, text.prompt, text.response)
+    _, logits = own_reading(trial.components.policy.model, text.prompt, text.response)
     assert torch.equal(logits, text.logits)
     assert logits.shape[0] == len(text.response)
     padded = rollout_of(text.prompt, text.response, left=2, right=3, fill=5)
@@ -99,25 +99,25 @@ def test_weights_that_do_not_average_to_one(trial: Trial) -> None:
 
 
 def test_the_same_weights_under_other_settings(trial: Trial, material: Path) -> None:
-    crew = assemble(trial.config)
-    crew.reference.model.config.final_logit_softcapping = 2.0
-    capped = replace(trial, crew=crew)
+    components = assemble(trial.config)
+    components.reference.model.config.final_logit_softcapping = 2.0
+    capped = replace(trial, components=components)
     cause, remedy = logprobs.why_apart(capped)
     assert "final_logit_softcapping 30.0 and 2.0" in cause
     assert "final_logit_softcapping" in remedy
-    crew.reference.model.config.final_logit_softcapping = 30.0
+    components.reference.model.config.final_logit_softcapping = 30.0
     assert "have the same weights and settings" in logprobs.why_apart(capped)[0]
-    crew.reference.model.to(torch.bfloat16)
+    components.reference.model.to(torch.bfloat16)
     assert "float32 and the reference in bfloat16" in logprobs.why_apart(capped)[0]
 
 
 def test_a_model_that_is_random_without_dropout(trial: Trial) -> None:
-    crew = assemble(trial.config)
+    components = assemble(trial.config)
 
-    handle = crew.policy.model.base_model.layers[0].mlp.register_forward_hook(
+    handle = components.policy.model.base_model.layers[0].mlp.register_forward_hook(
         lambda module, inputs, output: output + 0.1 * torch.randn_like(output)
     )
-    found = logprobs.dropout(replace(trial, crew=crew))
+    found = logprobs.dropout(replace(trial, components=components))
     handle.remove()
     assert found.verdict == "fail"
     assert "not deterministic though no dropout is on" in found.cause
@@ -125,23 +125,23 @@ def test_a_model_that_is_random_without_dropout(trial: Trial) -> None:
 
 def test_a_chat_model_with_bare_prompts(trial: Trial) -> None:
     tok = tiny_models.tokenizer(bos="<bos>", chat_template=tiny_models.CHAT_TEMPLATE)
-    crew = replace(trial.crew, policy=replace(trial.crew.policy, tokenizer=tok))
-    found = prompts.chat_template(replace(trial, crew=crew))
+    components = replace(trial.components, policy=replace(trial.components.policy, tokenizer=tok))
+    found = prompts.chat_template(replace(trial, components=components))
     assert found.verdict == "warn"
     assert "chat template is missing" in found.cause
     marked = [Prompt("<user> w1 <assistant>", (1, 2), 0)]
-    used = replace(crew, prompts=marked, heldout=[])
-    assert prompts.chat_template(replace(trial, crew=used)).verdict == "ok"
+    used = replace(components, prompts=marked, heldout=[])
+    assert prompts.chat_template(replace(trial, components=used)).verdict == "ok"
 
 
 def test_some_copies_and_a_small_leak_only_warn(trial: Trial) -> None:
     repeated = [Prompt(f"w{i % 7}", (i % 7,), i) for i in range(10)]
     held = [Prompt("w0", (0,), 0), *(Prompt(f"h{i}", (i,), i) for i in range(1, 30))]
-    crew = replace(trial.crew, prompts=repeated, heldout=held)
-    changed = replace(trial, crew=crew)
+    components = replace(trial.components, prompts=repeated, heldout=held)
+    changed = replace(trial, components=components)
     assert prompts.duplicates(changed).verdict == "warn"
     assert prompts.leak(changed).verdict == "warn"
-    nothing = replace(trial, crew=replace(crew, heldout=[]))
+    nothing = replace(trial, components=replace(components, heldout=[]))
     assert prompts.leak(nothing).verdict == "skipped"
 
 
@@ -157,9 +157,9 @@ def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPat
 
 
 def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
-    crew = trial.crew
-    learning = [*crew.policy.parameters(), *crew.value.parameters()]
-    assert resources.adam_bytes(crew) == 8 * sum(p.numel() for p in learning)
+    components = trial.components
+    learning = [*components.policy.parameters(), *components.value.parameters()]
+    assert resources.adam_bytes(components) == 8 * sum(p.numel() for p in learning)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_an_empty_mask_row_is_no_hole(trial: Trial) -> None:
 
 def test_without_a_classifier_its_checks_are_skipped(trial: Trial) -> None:
     rewards = {"short": (CallableReward("fault_types:short"), 1.0)}
-    crew = replace(trial.crew, reward=replace(trial.crew.reward, rewards=rewards))
-    changed = replace(trial, crew=crew)
+    components = replace(trial.components, reward=replace(trial.components.reward, rewards=rewards))
+    changed = replace(trial, components=components)
     for one in (
         reward_model.head,
         reward_model.last_token,

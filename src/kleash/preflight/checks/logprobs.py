@@ -33,7 +33,7 @@ _PADDING = 5
 def architecture(trial: Trial) -> Finding:
     """The policy was saved as a language model: tied weights let a classifier pass for one."""
     ask = Question("logprobs.architecture", "a checkpoint saved as a causal language model")
-    policy = trial.crew.policy
+    policy = trial.components.policy
     saved = (policy.model.config.architectures or [""])[0]
     if "Classification" not in saved and "Encoder" not in saved:
         return ask.ok(saved or type(policy.model).__name__)
@@ -49,7 +49,7 @@ def architecture(trial: Trial) -> Finding:
 def dropout(trial: Trial) -> Finding:
     """The same tokens twice, the same numbers twice; no layer that drops anything."""
     ask = Question("logprobs.dropout", "two readings of the same tokens agree; no dropout is on")
-    named = {"policy": trial.crew.policy, "reference": underlying(trial.crew.reference)}
+    named = {"policy": trial.components.policy, "reference": underlying(trial.components.reference)}
     live = {who: live_dropouts(model.model) for who, model in named.items()}
     worst = {who: twice(model, trial.texts) for who, model in named.items()}
     measured = ", ".join(f"{who} {moved:.2g} nats apart" for who, moved in worst.items())
@@ -91,13 +91,15 @@ def live_dropouts(model: nn.Module) -> list[str]:
 def self_kl(trial: Trial) -> Finding:
     """The policy scored against itself."""
     ask = Question("logprobs.self_kl", "KL of the policy to itself 0, log π = log π_ref")
-    scored = score_rollout(trial.crew, trial.rollout, trial.crew.policy, trial.written.raw_scores)
+    scored = score_rollout(
+        trial.components, trial.rollout, trial.components.policy, trial.written.raw_scores
+    )
     kl = float(scored.kl.abs().max())
     apart = float((scored.rollout_logprobs - scored.ref_logprobs).abs().max())
     measured = f"KL {kl:.2g}, log-ratio {apart:.2g} nats at the worst token"
     if max(kl, apart) <= 1e-5:
         return ask.ok(measured)
-    live = live_dropouts(trial.crew.policy.model)
+    live = live_dropouts(trial.components.policy.model)
     cause = (
         f"dropout is on ({some(live)})"
         if live
@@ -106,7 +108,7 @@ def self_kl(trial: Trial) -> Finding:
     return ask.fail(
         measured,
         f"The policy is at a distance from itself: {cause}.",
-        "Mend the first failing check of this room; if there is none, give both models to one "
+        "Fix the first failing check of this room; if there is none, give both models to one "
         "call, with one temperature, head and kernel.",
     )
 
@@ -132,7 +134,7 @@ def start(trial: Trial) -> Finding:
 
 def why_apart(trial: Trial) -> tuple[str, str]:
     """What makes the reference another model than the policy; cause and remedy."""
-    policy, reference = trial.crew.policy, underlying(trial.crew.reference)
+    policy, reference = trial.components.policy, underlying(trial.components.reference)
     mine, theirs = policy.identity(), reference.identity()
     if live := live_dropouts(reference.model):
         return (
@@ -169,14 +171,14 @@ def why_apart(trial: Trial) -> tuple[str, str]:
         )
     return (
         "Policy and reference have the same weights and settings, but are not computed alike.",
-        "Mend the other failing checks of this room first.",
+        "Fix the other failing checks of this room first.",
     )
 
 
 def head(trial: Trial) -> Finding:
     """The head as data gives the logits that the model itself gives."""
     ask = Question("logprobs.head", "head(hidden states) are the model's own log-probabilities")
-    policy = trial.crew.policy
+    policy = trial.components.policy
     apart = max(
         gap(
             logprobs_at(policy.head, text.of_response(), text.response),
@@ -255,12 +257,12 @@ def right_padding(trial: Trial) -> Finding:
 def batching(trial: Trial) -> Finding:
     """A text in a batch gets the numbers it gets by itself."""
     ask = Question("logprobs.batching", "log π of a text does not depend on the rest of its batch")
-    crew, apart = trial.crew, 0.0
+    components, apart = trial.components, 0.0
     for text in trial.texts:
         alone = score_rollout(
-            crew,
+            components,
             rollout_of(text.prompt, text.response),
-            crew.reference,
+            components.reference,
             trial.written.raw_scores[:1],
         )
         row = trial.scored.rollout_logprobs[text.row][trial.rollout.response_mask[text.row]]
@@ -272,7 +274,7 @@ def batching(trial: Trial) -> Finding:
         measured,
         "A response's log-probabilities depend on what shares its batch: rows see each other, or "
         "padding is seen.",
-        "Mend scoring.left_padding or scoring.right_padding if they fail; else read each row by "
+        "Fix scoring.left_padding or scoring.right_padding if they fail; else read each row by "
         "itself: no layer may take a mean, a norm or a maximum over rows (policy.attention: eager "
         "rules the kernel out).",
     )
@@ -287,12 +289,12 @@ def packing(trial: Trial) -> Finding:
 def canary(trial: Trial) -> Finding:
     """Greedy text, scored end to end: no other word may be likelier than the one written."""
     ask = Question("logprobs.canary", "greedy text gets the highest log-probability at each token")
-    crew = trial.crew
+    components = trial.components
     scored, best = list[Tensor](), list[Tensor]()
     for text in trial.texts[:2]:
         words, top = greedy(trial, text.prompt)
         written = rollout_of(text.prompt, words)
-        seen = score_rollout(crew, written, crew.policy, trial.written.raw_scores[:1])
+        seen = score_rollout(components, written, components.policy, trial.written.raw_scores[:1])
         scored.append(seen.rollout_logprobs[0].double())
         best.append(top)
     mine, top = torch.cat(scored), torch.cat(best)
@@ -303,7 +305,7 @@ def canary(trial: Trial) -> Finding:
         measured,
         "Greedy text is not the likeliest text: tokens are scored off by one, at another "
         "temperature, or with another head than the model's.",
-        "Mend scoring.alignment, scoring.temperature or scoring.head, whichever fails; if none "
+        "Fix scoring.alignment, scoring.temperature or scoring.head, whichever fails; if none "
         "does, keep what was read in its place: log-probability t is that of response token t.",
     )
 
@@ -311,7 +313,7 @@ def canary(trial: Trial) -> Finding:
 def streaming(trial: Trial) -> Finding:
     """The streaming kernel against all logits at once."""
     ask = Question("logprobs.streaming", "log π, KL and entropy as from the whole table of logits")
-    policy, tilted, apart = trial.crew.policy, Tilted(trial.crew.policy), 0.0
+    policy, tilted, apart = trial.components.policy, Tilted(trial.components.policy), 0.0
     want = ("logprobs", "ref_logprobs", "kl", "entropy")
     for text in trial.texts:
         with torch.no_grad():
@@ -322,7 +324,7 @@ def streaming(trial: Trial) -> Finding:
                     policy.head,
                     text.response,
                     reference=(states, tilted.head),
-                    temperature=trial.crew.sampling.temperature,
+                    temperature=trial.components.sampling.temperature,
                     want=want,
                 )
                 for scorer in (token_scores, dense_scores)
@@ -343,7 +345,7 @@ def streaming(trial: Trial) -> Finding:
 
 def temperature(trial: Trial) -> Finding:
     """Policy and reference are scored at the temperature of sampling."""
-    asked = trial.crew.sampling.temperature
+    asked = trial.components.sampling.temperature
     ask = Question(
         "logprobs.temperature", f"both models scored at the temperature of sampling, {asked:g}"
     )
@@ -374,7 +376,7 @@ def floor(trial: Trial) -> Finding:
         "both models in one dtype and attention kernel; a floor far below the target",
     )
     per_response = kl_floor(trial)
-    mine, theirs = ways(trial.crew.policy), ways(trial.crew.reference)
+    mine, theirs = ways(trial.components.policy), ways(trial.components.reference)
     measured = f"{per_response:.2g} nats per response; policy {mine}, reference {theirs}"
     target = trial.config.leash.target_kl
     if mine != theirs:
@@ -415,7 +417,7 @@ def ways(model: object) -> str:
 
 def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Finding:
     ask = Question(name, f"log π of a text does not change when it is padded {where}")
-    policy, apart = trial.crew.policy, 0.0
+    policy, apart = trial.components.policy, 0.0
     for text in trial.texts:
         plain = logprobs_at(policy.head, states_of(policy, text), text.response)
         for fill in (policy.pad_id, int(text.response[0])):
@@ -431,19 +433,19 @@ def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Fin
 
 def _fitting(trial: Trial, apart: Callable[[float], float]) -> float | None:
     """The temperature at which the scored numbers are the model's own; None if there is none."""
-    asked = trial.crew.sampling.temperature
+    asked = trial.components.sampling.temperature
     others = (1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0, asked * asked)
     return next((heat for heat in (asked, *others) if apart(heat) <= trial.tolerance), None)
 
 
 def _heat_gap(trial: Trial, who: str, heat: float) -> float:
-    mask, words = trial.rollout.response_mask, trial.crew.policy.words
+    mask, words = trial.rollout.response_mask, trial.components.policy.words
     apart = 0.0
     for text in trial.texts:
         if who == "policy":
             logits, scored = text.logits, trial.scored.rollout_logprobs
         else:
-            logits, scored = reference_logits(trial.crew, text), trial.scored.ref_logprobs
+            logits, scored = reference_logits(trial.components, text), trial.scored.ref_logprobs
         table = (logits[:, :words].double() / heat).log_softmax(-1)
         apart = max(apart, gap(at(table, text.response), scored[text.row][mask[text.row]]))
     return apart

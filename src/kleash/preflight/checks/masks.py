@@ -48,7 +48,7 @@ def end_token(trial: Trial) -> Finding:
     ask = Question(
         "masks.end_token", "a response that ended has its end token inside the mask, once and last"
     )
-    policy, rollout = trial.crew.policy, trial.rollout
+    policy, rollout = trial.components.policy, trial.rollout
     stops = torch.tensor(policy.stop_ids, device=rollout.response_ids.device)
     stop = torch.isin(rollout.response_ids, stops) & rollout.response_mask
     length = rollout.response_mask.sum(-1)
@@ -76,14 +76,14 @@ def end_token(trial: Trial) -> Finding:
 def padding_ids(trial: Trial) -> Finding:
     """Whatever ids fill the padding, the numbers stay: pad = eos does no harm."""
     ask = Question("masks.padding_ids", "any ids in the padding give the same numbers")
-    rollout, policy = trial.rollout, trial.crew.policy
+    rollout, policy = trial.rollout, trial.components.policy
     word = max(i for i in range(policy.words) if i not in (policy.pad_id, *policy.stop_ids))
     changed = replace(
         rollout,
         prompt_ids=torch.where(rollout.prompt_mask, rollout.prompt_ids, word),
         response_ids=torch.where(rollout.response_mask, rollout.response_ids, word),
     )
-    again = score_rollout(trial.crew, changed, Tilted(policy), trial.written.raw_scores)
+    again = score_rollout(trial.components, changed, Tilted(policy), trial.written.raw_scores)
     names = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values")
     moved = {key: _apart(getattr(again, key), getattr(trial.tilted, key)) for key in names}
     measured = f"{max(moved.values()):.2g} at the worst number"
@@ -151,7 +151,7 @@ def prompt_tokens(trial: Trial) -> Finding:
 def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
     """Everything that a step computes from a scored batch."""
     # What becomes of truncated responses is another question: here every one of them counts.
-    settings = replace(trial.crew.settings, truncated="score", missing_eos_penalty=None)
+    settings = replace(trial.components.settings, truncated="score", missing_eos_penalty=None)
     mask = trial.rollout.response_mask
     width = mask.shape[1]
     experience = dispatch.prepare(scored, _BETA, settings)
@@ -200,7 +200,7 @@ def _prompt_kl(trial: Trial, text: Text) -> Tensor:
 
 
 def _kl_at(trial: Trial, states: Tensor) -> Tensor:
-    policy, heat = trial.crew.policy, trial.crew.sampling.temperature
+    policy, heat = trial.components.policy, trial.components.sampling.temperature
     with torch.no_grad():
         mine, theirs = (
             (apply_head(model.head, states)[:, : policy.words].double() / heat).log_softmax(-1)

@@ -32,7 +32,7 @@ def objective(trial: Trial) -> Finding:
 def gradient(trial: Trial) -> Finding:
     """Which gradient the configured placement really has."""
     ask = Question("objective.gradient", "the gradient of the KL of whole responses")
-    placement, beta = trial.crew.settings.placement, starting_beta(trial)
+    placement, beta = trial.components.settings.placement, starting_beta(trial)
     found = gradient_of(placement)
     measured = f"{placement}: {found.kind}"
     if found.sound or beta == 0:

@@ -17,8 +17,8 @@ _MANY = 0.2
 def duplicates(trial: Trial) -> Finding:
     """Prompts that are in the file more than once count as different clusters, and are not."""
     ask = Question("prompts.duplicates", f"under {_MANY:.0%} of the prompts are copies")
-    counts = Counter(_normalised(prompt) for prompt in trial.crew.prompts)
-    total = len(trial.crew.prompts)
+    counts = Counter(_normalised(prompt) for prompt in trial.components.prompts)
+    total = len(trial.components.prompts)
     copies = total - len(counts)
     measured = f"{copies} of {total} prompts are copies"
     if copies <= _MANY * total:
@@ -37,10 +37,10 @@ def duplicates(trial: Trial) -> Finding:
 def leak(trial: Trial) -> Finding:
     """Held-out prompts that are trained on."""
     ask = Question("prompts.leak", "no held-out prompt is trained on")
-    if not trial.crew.heldout:
+    if not trial.components.heldout:
         return ask.skip("There are no held-out prompts.")
-    train = {_normalised(prompt) for prompt in trial.crew.prompts}
-    held = [_normalised(prompt) for prompt in trial.crew.heldout]
+    train = {_normalised(prompt) for prompt in trial.components.prompts}
+    held = [_normalised(prompt) for prompt in trial.components.heldout]
     leaked = [text for text in held if text in train]
     measured = f"{len(leaked)} of {len(held)} held-out prompts are trained on"
     files = trial.config.prompts
@@ -60,8 +60,8 @@ def leak(trial: Trial) -> Finding:
 def chat_template(trial: Trial) -> Finding:
     """A chat model reads its template, once."""
     ask = Question("prompts.chat_template", "messages go through the chat template, text does not")
-    tokenizer = trial.crew.policy.tokenizer
-    prompts = [*trial.crew.prompts, *trial.crew.heldout]
+    tokenizer = trial.components.policy.tokenizer
+    prompts = [*trial.components.prompts, *trial.components.heldout]
     special = [str(t) for t in tokenizer.all_special_tokens if len(str(t)) > 2]
     marks = [*_marks(tokenizer), *special]
     doubled = [p for p in prompts if not isinstance(p.content, str) and _marked(p, marks)]
@@ -96,8 +96,8 @@ def chat_template(trial: Trial) -> Finding:
 
 def _files(trial: Trial, guilty: list[Prompt]) -> str:
     """Where these prompts stand."""
-    crew, files = trial.crew, trial.config.prompts
-    held = {id(prompt) for prompt in crew.heldout}
+    components, files = trial.components, trial.config.prompts
+    held = {id(prompt) for prompt in components.heldout}
     names = dict.fromkeys(files.heldout if id(p) in held else files.train for p in guilty)
     return " and ".join(map(str, names))
 

@@ -5,12 +5,12 @@ from kleash.models.policy import check_compatible
 from kleash.models.reference_offload import underlying
 from kleash.preflight.findings import Finding, Question, some
 from kleash.preflight.probe_batch import Trial
-from kleash.training.components import Crew
+from kleash.training.components import Components
 
 
 def identity(trial: Trial) -> Finding:
     """Which reference this is, by its fingerprint."""
-    mine, theirs = trial.crew.policy.identity(), trial.crew.reference.identity()
+    mine, theirs = trial.components.policy.identity(), trial.components.reference.identity()
     measured = f"{theirs.how}, {theirs.dtype}, {theirs.sha256[:12]}… from {theirs.path}"
     ask = Question("reference.identity", "the policy's own weights, or reference_differs")
     differs = trial.config.reference.reference_differs
@@ -27,10 +27,10 @@ def identity(trial: Trial) -> Finding:
 def frozen(trial: Trial) -> Finding:
     """No parameter of the reference asks for a gradient or is in the optimiser."""
     ask = Question("reference.frozen", "no parameter of the reference can learn")
-    reference = underlying(trial.crew.reference)
+    reference = underlying(trial.components.reference)
     if reference.adapter is not None:
         return ask.skip("The reference is the policy with its adapter off.")
-    learning = {id(p) for group in trial.crew.optimizer.param_groups for p in group["params"]}
+    learning = {id(p) for group in trial.components.optimizer.param_groups for p in group["params"]}
     named = list(reference.model.named_parameters())
     guilty = [key for key, p in named if p.requires_grad or id(p) in learning]
     if not guilty:
@@ -46,7 +46,7 @@ def frozen(trial: Trial) -> Finding:
 def storage(trial: Trial) -> Finding:
     """The reference has weights of its own."""
     ask = Question("reference.storage", "no storage shared with weights that learn")
-    reference, policy = underlying(trial.crew.reference), trial.crew.policy
+    reference, policy = underlying(trial.components.reference), trial.components.policy
     if reference.adapter is not None:
         return _adapter_storage(trial, ask)
     learning = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -65,7 +65,7 @@ def storage(trial: Trial) -> Finding:
 def adapter(trial: Trial) -> Finding:
     """With an adapter, only it learns, and its off position is the model the run starts from."""
     ask = Question("reference.adapter", "the adapter starts as no change; only it learns")
-    policy, reference = trial.crew.policy, underlying(trial.crew.reference)
+    policy, reference = trial.components.policy, underlying(trial.components.reference)
     if policy.adapter is None:
         return ask.skip("No adapter: all weights are trained.")
     if reference.adapter is None:
@@ -86,10 +86,10 @@ def adapter(trial: Trial) -> Finding:
     )
 
 
-def vocabulary(crew: Crew) -> Finding:
+def vocabulary(components: Components) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
     ask = Question("reference.vocabulary", "the same id for every token in both models")
-    policy, reference = crew.policy, underlying(crew.reference)
+    policy, reference = components.policy, underlying(components.reference)
     try:
         check_compatible(policy, reference)
     except ModelError as error:
@@ -103,7 +103,7 @@ def vocabulary(crew: Crew) -> Finding:
 
 
 def _adapter_storage(trial: Trial, ask: Question) -> Finding:
-    named = trial.crew.policy.model.named_parameters()
+    named = trial.components.policy.model.named_parameters()
     base = [key for key, p in named if p.requires_grad and "lora_" not in key]
     if not base:
         return ask.ok("base weights learn nothing")

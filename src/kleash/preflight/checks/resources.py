@@ -17,7 +17,7 @@ from kleash.algorithms.common import select
 from kleash.preflight.findings import Finding, Question, skipped
 from kleash.preflight.probe_batch import Trial, read
 from kleash.training.backward import loss_of
-from kleash.training.components import Crew, learning
+from kleash.training.components import Components, learning
 from kleash.training.evaluation import write_responses
 from kleash.training.recovery import copy_bytes, keeps_copy, several_updates
 
@@ -58,11 +58,11 @@ def examine(trial: Trial) -> list[Finding]:
 def undo(trial: Trial) -> Finding:
     """What becomes of a step that is refused between its updates."""
     ask = Question("resources.undo", "a refused step that costs no more than itself")
-    config, crew = trial.config, trial.crew
+    config, components = trial.config, trial.components
     if not several_updates(config):
         return ask.ok("one update a step: it is refused before it is made")
-    size = f"{copy_bytes(crew) / _GIB:.2g} GiB"
-    if keeps_copy(config, crew):
+    size = f"{copy_bytes(components) / _GIB:.2g} GiB"
+    if keeps_copy(config, components):
         return ask.ok(f"a copy of {size} in main memory")
     every = config.logging.checkpoint_every
     if every:
@@ -76,9 +76,9 @@ def undo(trial: Trial) -> Finding:
     )
 
 
-def adam_bytes(crew: Crew) -> int:
+def adam_bytes(components: Components) -> int:
     """Adam's two moments, which exist from the first update on."""
-    return sum(2 * p.numel() * p.element_size() for p in learning(crew))
+    return sum(2 * p.numel() * p.element_size() for p in learning(components))
 
 
 def machine_bytes(device: torch.device) -> int:
@@ -89,11 +89,11 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
-    crew, config = trial.crew, trial.config
-    has = machine_bytes(crew.policy.device)
+    components, config = trial.components, trial.config
+    has = machine_bytes(components.policy.device)
     rows = min(config.ppo.microbatch_size, config.responses_per_step)
     grown = max(0, last.peak - first.before)
-    needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(crew)
+    needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(components)
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
     ask = Question("resources.memory", "at most nine tenths of the machine's memory")
     if needs <= 0.9 * has:
@@ -124,25 +124,25 @@ def _time(trial: Trial, cost: Cost) -> Finding:
 
 
 def _iterate(trial: Trial) -> Cost:
-    crew, config = trial.crew, trial.config
-    device = crew.policy.device
+    components, config = trial.components, trial.config
+    device = components.policy.device
     before, clock = _peak(device), time.perf_counter()
     group = config.rollout.responses_per_prompt
-    prompts = crew.prompts[: min(config.rollout.prompts_per_step, max(1, 64 // group))]
+    prompts = components.prompts[: min(config.rollout.prompts_per_step, max(1, 64 // group))]
     written = write_responses(
-        crew, prompts, responses_per_prompt=group, microbatch=config.rollout.microbatch_size
+        components, prompts, responses_per_prompt=group, microbatch=config.rollout.microbatch_size
     )
     responses = len(written.responses)
     wrote = time.perf_counter()
-    scored = read(crew, written, crew.reference)
+    scored = read(components, written, components.reference)
     was_read = time.perf_counter()
-    experience = dispatch.prepare(scored, 0.1, crew.settings)
+    experience = dispatch.prepare(scored, 0.1, components.settings)
     rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
     part = select(experience, rows)
-    loss, _ = loss_of(crew, part, tokens=int(part.mask.sum()))
+    loss, _ = loss_of(components, part, tokens=int(part.mask.sum()))
     loss.total.backward()
     peak = _peak(device)
-    crew.optimizer.zero_grad(set_to_none=True)
+    components.optimizer.zero_grad(set_to_none=True)
     learning = (time.perf_counter() - was_read) * responses / len(rows)
     return Cost(
         responses=responses,

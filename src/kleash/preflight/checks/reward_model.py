@@ -53,7 +53,7 @@ def head(trial: Trial) -> Finding:
                 f"{key}: head differs from {judge.path}",
                 f"The head of the reward model {key!r} is not that of its checkpoint: it was "
                 "freshly initialised, or lost while loading.",
-                "Load it with ClassifierReward (kleash.models.reward_model) from a checkpoint saved "
+                "Load it with ClassifierReward (kleash.models.reward_model) from what was saved "
                 "by AutoModelForSequenceClassification.",
             )
     return _done(trial, ask, "heads as saved")
@@ -64,7 +64,7 @@ def alone(trial: Trial) -> Finding:
     ask = Question("reward_model.alone", "each score is that of the text scored alone")
     prompts, responses = _sample(trial)
     worst, where = 0.0, ""
-    for key, (judge, _) in trial.crew.reward.rewards.items():
+    for key, (judge, _) in trial.components.reward.rewards.items():
         together = judge.score(prompts, responses)
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             gap = _relative(judge.score([prompt], [response])[0], together[i])
@@ -177,7 +177,7 @@ def probes(trial: Trial) -> Finding:
     bar = float(own.quantile(0.99))
     winners: list[str] = []
     for label, replies in _probe_replies(trial, prompts):
-        mean = float(trial.crew.reward.score(asked, replies).double().mean())
+        mean = float(trial.components.reward.score(asked, replies).double().mean())
         if mean > bar + 1e-6 * (1 + abs(bar)):
             winners.append(f"{label} ({mean:.3g})")
     measured = f"99 % of the policy's replies score at most {bar:.3g}"
@@ -198,8 +198,8 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     if not pairs:
         return ask.skip("No preference pairs were given (--pairs FILE).")
     prompts = [pair.prompt for pair in pairs]
-    chosen = trial.crew.reward.score(prompts, [pair.chosen for pair in pairs]).double()
-    rejected = trial.crew.reward.score(prompts, [pair.rejected for pair in pairs]).double()
+    chosen = trial.components.reward.score(prompts, [pair.chosen for pair in pairs]).double()
+    rejected = trial.components.reward.score(prompts, [pair.rejected for pair in pairs]).double()
     right = float(((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean())
     lengths = [len(t.split()) for p in pairs for t in (p.chosen, p.rejected)]
     scores = torch.stack([chosen, rejected], dim=1).flatten()
@@ -246,7 +246,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def classifiers(trial: Trial) -> Iterator[tuple[str, ClassifierReward]]:
     """The rewards that are sequence classifiers, by name."""
-    for key, (judge, _) in trial.crew.reward.rewards.items():
+    for key, (judge, _) in trial.components.reward.rewards.items():
         if isinstance(judge, ClassifierReward):
             yield key, judge
 

@@ -29,7 +29,7 @@ def ratio(trial: Trial) -> Finding:
     measured = f"mean ratio {mean:.4f}, {worst:.2g} nats apart at the worst token"
     if abs(mean - 1) <= 0.01 and worst <= 10 * trial.tolerance:
         return ask.ok(measured)
-    heat, asked = _sampler_heat(trial), trial.crew.sampling.temperature
+    heat, asked = _sampler_heat(trial), trial.components.sampling.temperature
     if heat is not None:
         cause = f"The sampler wrote at temperature {heat:g} and the trainer scores at {asked:g}."
         remedy = (
@@ -65,7 +65,7 @@ def mean_weight(trial: Trial) -> Finding:
         measured,
         "Responses are not samples of the policy that is scored: their weights against the "
         "reference do not average to 1.",
-        "Mend sampling.law, sampling.ratio or the scoring room, whichever fails.",
+        "Fix sampling.law, sampling.ratio or the scoring room, whichever fails.",
     )
 
 
@@ -86,7 +86,7 @@ def law(trial: Trial) -> Finding:
 def leftovers(trial: Trial) -> Finding:
     """Settings in the model's own generation_config.json: they do not apply here."""
     ask = Question("sampling.leftovers", "no sampling settings in generation_config.json")
-    found = overridden_settings(trial.crew.policy)
+    found = overridden_settings(trial.components.policy)
     if not found:
         return ask.ok("none")
     listed = some([f"{key} = {value}" for key, value in found.items()])
@@ -94,22 +94,25 @@ def leftovers(trial: Trial) -> Finding:
         listed,
         f"The model's generation_config.json sets {listed}; training puts it aside, but whoever "
         "samples from the trained model with the library's defaults will not.",
-        f"Remove {some(list(found))} from {trial.crew.policy.path}/generation_config.json.",
+        f"Remove {some(list(found))} from {trial.components.policy.path}/generation_config.json.",
     )
 
 
 def ending(trial: Trial) -> Finding:
     """The policy can end a response, and does."""
     ask = Question("sampling.ending", "responses end by themselves")
-    policy, ended = trial.crew.policy, trial.rollout.ended
+    policy, ended = trial.components.policy, trial.rollout.ended
     stops = [i for i in policy.stop_ids if i < policy.words]
     mass = max(
         float(
-            t.logprobs(trial.crew.sampling.temperature, policy.words).exp()[:, stops].sum(-1).max()
+            t.logprobs(trial.components.sampling.temperature, policy.words)
+            .exp()[:, stops]
+            .sum(-1)
+            .max()
         )
         for t in trial.texts
     )
-    share, limit = 1 - float(ended.double().mean()), trial.crew.sampling.max_new_tokens
+    share, limit = 1 - float(ended.double().mean()), trial.components.sampling.max_new_tokens
     measured = f"{share:.0%} cut at {limit} tokens; p(end) up to {mass:.2g}"
     names = some([str(w) for w in policy.tokenizer.convert_ids_to_tokens(list(policy.stop_ids))])
     rollout = trial.config.rollout
@@ -147,10 +150,12 @@ def _sampler_heat(trial: Trial) -> float | None:
     sampler, mask = trial.rollout.sampler_logprobs, trial.rollout.response_mask
     if sampler is None:
         return None
-    asked = trial.crew.sampling.temperature
+    asked = trial.components.sampling.temperature
     for heat in (1.0, *(asked / exponent for exponent in EXPONENTS)):
         gaps = [
-            t.logprobs(heat, trial.crew.policy.words).gather(1, t.response[:, None]).squeeze(1)
+            t.logprobs(heat, trial.components.policy.words)
+            .gather(1, t.response[:, None])
+            .squeeze(1)
             - sampler[t.row][mask[t.row]]
             for t in trial.texts
         ]
