@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tiny_models
-from fault_patches import chat, is_distributed, reward_by, set_key
+from fault_patches import chat, reward_by, set_key, several
 from fault_types import World, save_policy
 
 
@@ -30,7 +30,7 @@ def another_reference(world: World) -> None:
 
 
 VARIANTS: dict[str, Callable[[World], None]] = {
-    "as it is": is_distributed(),
+    "as it is": several(),
     "temperature 0.7": set_key("rollout.temperature", 0.7),
     "padding is the end token": other_tokenizer(pad="<eos>"),
     "one token begins and ends": other_tokenizer(bos="<eos>"),
