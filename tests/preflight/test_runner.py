@@ -25,7 +25,7 @@ from kleash.preflight.findings import Finding, Report, skipped
 from kleash.preflight.probe_batch import QUICK, Trial, draw
 from kleash.preflight.runner import check, examine_components, require_sound, run_checks
 from kleash.storage.run_directory import read_run
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 from kleash.training.loop import train
 
 FAIL = Finding("a.b", "fail", "2", "1", "It is [2].", "Make it 1.")

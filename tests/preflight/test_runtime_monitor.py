@@ -5,7 +5,6 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import fault_types
 import planted_faults
@@ -16,12 +15,14 @@ from scipy.stats import norm, t
 from kleash.config.schema import Config
 from kleash.kl.statistics import Estimate
 from kleash.preflight import runtime_monitor
-from kleash.preflight.probe_batch import read
+from kleash.preflight.probe_batch import MICROBATCH
 from kleash.preflight.runtime_monitor import symptom_of
+from kleash.rollout.prompts import Prompt
 from kleash.storage.run_directory import read_run
+from kleash.training.callbacks import RolloutEvent
 from kleash.training.components import Components
-from kleash.training.evaluation import Written, write_responses
 from kleash.training.loop import train
+from kleash.training.responses import JudgedResponses
 from kleash.types import Rollout, ScoredRollout
 
 
@@ -35,12 +36,35 @@ def world(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fa
     return fault_types.clean(material, "llama", monkeypatch, tmp_path)
 
 
-def batch(components: Components, *, seed: int = 0) -> tuple[Written, ScoredRollout]:
+def batch(components: Components, *, seed: int = 0) -> tuple[JudgedResponses, ScoredRollout]:
     torch.manual_seed(seed)
-    written = write_responses(
-        components, components.prompts, responses_per_prompt=4, microbatch=256
+    return judged_and_scored(components, components.prompts, per_prompt=4)
+
+
+def judged_and_scored(
+    components: Components, prompts: list[Prompt], *, per_prompt: int
+) -> tuple[JudgedResponses, ScoredRollout]:
+    written = components.write(prompts, responses_per_prompt=per_prompt, microbatch=256)
+    judged = components.judge(written)
+    return judged, components.score(judged.rollout, judged.raw_scores, microbatch=MICROBATCH)
+
+
+def event_of(
+    world: fault_types.World,
+    run: tuple[Config, Components],
+    batch: tuple[JudgedResponses, ScoredRollout],
+    *,
+    step: int,
+) -> RolloutEvent:
+    return RolloutEvent(
+        step=step,
+        config=run[0],
+        components=run[1],
+        judged=batch[0],
+        scored=batch[1],
+        folder=world.folder,
+        append_event=lambda event: None,
     )
-    return written, read(components, written, components.reference)
 
 
 def drifted(components: Components) -> Components:
@@ -95,10 +119,7 @@ def test_each_number_that_cannot_be_is_a_symptom(world: fault_types.World) -> No
 def test_a_few_responses_say_nothing_of_their_noise(world: fault_types.World) -> None:
     _, components = world.components()
     torch.manual_seed(0)
-    written = write_responses(
-        components, components.prompts[:2], responses_per_prompt=2, microbatch=4
-    )
-    scored = read(components, written, components.reference)
+    _, scored = judged_and_scored(components, components.prompts[:2], per_prompt=2)
     assert symptom(ill(scored)) == ""
 
 
@@ -121,12 +142,10 @@ def test_an_ill_batch_gets_its_cause(
     (fault,) = [fault for fault in planted_faults.FAULTS if fault.name == name]
     world.meddle.append(drifted)
     fault.plant(world)
-    config, components = world.components()
-    written, scored = batch(components)
+    run = world.components()
+    event = event_of(world, run, batch(run[1]), step=7)
     with caplog.at_level(logging.WARNING, logger="kleash"):
-        found = runtime_monitor.look(
-            config, components, written, scored, step=7, folder=world.folder
-        )
+        found = runtime_monitor.examine_batch(event)
     assert any(cause in finding.cause for finding in found), found
     assert caplog.messages[0].startswith("step 7: ")
     record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
@@ -176,7 +195,8 @@ def test_looking_leaves_the_random_numbers_alone(world: fault_types.World) -> No
     written, scored = batch(drifted(components))
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    runtime_monitor.look(config, components, written, ill(scored), step=1, folder=world.folder)
+    event = event_of(world, (config, components), (written, ill(scored)), step=1)
+    runtime_monitor.examine_batch(event)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -188,36 +208,31 @@ def test_only_the_first_batches_are_examined(
     (world.folder / "doctor").mkdir()
     for step in range(5):
         (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
-    assert (
-        runtime_monitor.look(config, components, written, ill(scored), step=6, folder=world.folder)
-        == []
-    )
+    event = event_of(world, (config, components), (written, ill(scored)), step=6)
+    assert runtime_monitor.examine_batch(event) == []
     assert "The first batches like it are in doctor/" in caplog.text
     assert len(list((world.folder / "doctor").iterdir())) == 5
     # A run that goes over an earlier step again tells of it as it did the first time.
     caplog.clear()
-    runtime_monitor.look(config, components, written, ill(scored), step=4, folder=world.folder)
+    runtime_monitor.examine_batch(replace(event, step=4))
     assert "step 4: " in caplog.text and "The first batches" not in caplog.text
     assert len(list((world.folder / "doctor").glob("*.json"))) == 5
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(
-    world: fault_types.World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    world: fault_types.World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.tree |= {"steps": 2, "output": str(world.folder / "run")}
     asked: list[int] = []
-    look = runtime_monitor.look
 
-    def spy(
-        config: Config, components: Components, written: Written, scored: Any, **where: Any
-    ) -> Any:
-        asked.append(where["step"])
-        rollout = scored.rollout
-        off = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
-        return look(config, components, written, replace(scored, rollout=off), **where)
+    class Shifted(runtime_monitor.RuntimeMonitor):
+        def on_rollout(self, event: RolloutEvent) -> None:
+            asked.append(event.step)
+            rollout = event.scored.rollout
+            off = replace(rollout, sampler_logprobs=rollout.sampler_logprobs - 0.1)
+            super().on_rollout(replace(event, scored=replace(event.scored, rollout=off)))
 
-    monkeypatch.setattr(runtime_monitor, "look", spy)
-    path = train(world.config())
+    path = train(world.config(), callbacks=[Shifted()])
     assert asked == [1, 2]
     assert "kl_sampler" in caplog.text
     assert len(list((path / "doctor").glob("*.json"))) == 2

@@ -1,4 +1,4 @@
-"""A process that lends a hand to as many runs as it is told of, one line of JSON each.
+"""A process that serves as many runs as it is given, one line of JSON each.
 
     {"port": 29501, "rank": 1, "size": 2, "fault": null}
 
@@ -12,14 +12,14 @@ import sys
 import pytest
 import torch
 
-import kleash.training.backward
-import kleash.training.distributed
+import kleash.training.worker
 from kleash.errors import NonFiniteError
+from kleash.training.components import Components
 
 
 def break_something(patch: pytest.MonkeyPatch, fault: str) -> None:
     """Make this process misbehave."""
-    assemble, backward = kleash.training.distributed.assemble, kleash.training.backward.backward
+    assemble, backward = kleash.training.worker.assemble, Components.backward
 
     def other_reference(config):
         components = assemble(config)
@@ -37,11 +37,11 @@ def break_something(patch: pytest.MonkeyPatch, fault: str) -> None:
 
     match fault:
         case "other reference":
-            patch.setattr(kleash.training.distributed, "assemble", other_reference)
+            patch.setattr(kleash.training.worker, "assemble", other_reference)
         case "not finite":
-            patch.setattr(kleash.training.backward, "backward", not_finite)
+            patch.setattr(Components, "backward", not_finite)
         case "broken":
-            patch.setattr(kleash.training.backward, "backward", broken)
+            patch.setattr(Components, "backward", broken)
         case _:
             raise ValueError(fault)
 
@@ -49,18 +49,18 @@ def break_something(patch: pytest.MonkeyPatch, fault: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
-        told = json.loads(line)
+        given = json.loads(line)
         os.environ |= {
-            "WORLD_SIZE": str(told["size"]),
-            "RANK": str(told["rank"]),
-            "LOCAL_RANK": str(told["rank"]),
+            "WORLD_SIZE": str(given["size"]),
+            "RANK": str(given["rank"]),
+            "LOCAL_RANK": str(given["rank"]),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(told["port"]),
+            "MASTER_PORT": str(given["port"]),
         }
         with pytest.MonkeyPatch.context() as patch:
-            if told["fault"]:
-                break_something(patch, told["fault"])
-            kleash.training.distributed.serve_requests()
+            if given["fault"]:
+                break_something(patch, given["fault"])
+            kleash.training.worker.serve_requests()
 
 
 if __name__ == "__main__":

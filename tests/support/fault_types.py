@@ -23,7 +23,8 @@ from kleash.preflight import runner
 from kleash.preflight.checks import resources
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import Size, draw
-from kleash.training.components import Components, assemble
+from kleash.training.assembly import assemble
+from kleash.training.components import Components
 
 Kind = Literal["gpt2", "llama", "gemma2"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "gemma2")
@@ -159,7 +160,7 @@ def only(name: str, size: Size | None = None) -> Callable[[Config, Components], 
         if name == "assembly":
             return [Finding(name, "ok", "assembled", "no error")]
         if name == "reference.vocabulary":
-            return [runner.reference.vocabulary(components)]
+            return [runner.reference.vocabulary(components.policy, components.reference)]
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             trial = draw(config, components, size or (MANY if name == "sampling.law" else FEW))

@@ -12,8 +12,8 @@ import scipy.stats
 import small_run
 import torch
 from small_run import numbers, policy_weights, save_material, two_words
+from training_hooks import interrupt_after
 
-import kleash.training.loop
 from kleash.algorithms.dispatch import Settings, trained_scores
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
@@ -25,8 +25,8 @@ from kleash.kl.control.groups import OTHERS
 from kleash.preflight.runner import check
 from kleash.report.html import write_report
 from kleash.storage.run_directory import read_run
+from kleash.training.assembly import assemble
 from kleash.training.calibration import draw
-from kleash.training.components import assemble
 from kleash.training.loop import train
 from kleash.training.metadata import objective_line
 from kleash.types import Rollout, ScoredRollout
@@ -82,15 +82,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     plan = {"prompts": 4, "responses": 4}
     whole = train(settings(material, tmp_path / "whole", algorithm, leash=leash, plan=plan))
     broken = settings(material, tmp_path / "broken", algorithm, leash=leash, plan=plan)
-    step = kleash.training.loop._step
-
-    def dies_at_three(*arguments: Any) -> Any:
-        if arguments[3].step == 2:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", dies_at_three)
+        interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     resumed = train(broken)

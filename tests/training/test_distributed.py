@@ -18,12 +18,13 @@ import pytest
 import small_run
 import torch
 from small_run import numbers, policy_weights, save_material
+from training_hooks import interrupt_after
 
 from kleash.cli import main
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
 from kleash.storage.run_directory import read_run
-from kleash.training.distributed import _runs
+from kleash.training.distributed import runs
 from kleash.training.loop import train
 from kleash.training.process_group import Message, _pack, _unpack, is_distributed, is_leader
 
@@ -81,9 +82,9 @@ def together(hands: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
             port = probe.getsockname()[1]
         for rank in range(1, size):
             broken = fault if rank == size - 1 else None
-            told = {"port": port, "rank": rank, "size": size, "fault": broken}
+            given = {"port": port, "rank": rank, "size": size, "fault": broken}
             stream = cast(Any, hands[rank - 1].stdin)
-            stream.write(json.dumps(told) + "\n")
+            stream.write(json.dumps(given) + "\n")
             stream.flush()
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
         with monkeypatch.context() as patch:
@@ -137,30 +138,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = together(lambda: train(settings(material, tmp_path / "whole")))
     broken = settings(material, tmp_path / "broken")
 
-    def dies(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("kleash.training.loop.reanchor_if_due", _at_step(3, dies))
+        interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             together(lambda: train(broken))
     resumed = together(lambda: train(broken))
     assert numbers(resumed) == numbers(whole)
     for name, tensor in policy_weights(whole).items():
         torch.testing.assert_close(policy_weights(resumed)[name], tensor, rtol=0, atol=0)
-
-
-def _at_step(step: int, then: Callable[..., None]) -> Callable[..., Any]:
-    import kleash.training.loop
-
-    usual = kleash.training.loop.reanchor_if_due
-
-    def maybe(config: Config, components: Any, state: Any, *rest: Any) -> Any:
-        if state.step == step:
-            then()
-        return usual(config, components, state, *rest)
-
-    return maybe
 
 
 def test_a_refusal_elsewhere_names_the_response(
@@ -228,17 +213,17 @@ def test_without_the_others_there_is_one_sentence(
         train(settings(material, tmp_path / "run"))
 
 
-def test_another_than_the_leader_lends_a_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_than_the_leader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """It needs no configuration: the leader sends one."""
     helped: list[bool] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("kleash.training.distributed.serve_requests", lambda: helped.append(True))
+    monkeypatch.setattr("kleash.training.worker.serve_requests", lambda: helped.append(True))
     main.app(["train", "no-such-file.yaml"])
     assert helped == [True]
 
 
-def test_letters_arrive_as_they_were_sent() -> None:
+def test_messages_arrive_as_they_were_sent() -> None:
     tensors = {"a": torch.tensor([[True], [False]]), "b": torch.randn(2, 3, dtype=torch.float64)}
     message = Message("score", {"rows": [1, 2], "text": "β ± \x00"}, tensors)
     got = _unpack(_pack(message))
@@ -251,9 +236,9 @@ def test_rows_are_dealt_out_once_and_evenly() -> None:
     draw = random.Random(0)
     for _ in range(200):
         count, size = draw.randrange(1, 40), draw.randrange(1, 9)
-        runs = _runs(count, size)
-        dealt = [row for run in runs for row in range(run.start, run.stop)]
+        shares = runs(count, size)
+        dealt = [row for run in shares for row in range(run.start, run.stop)]
         assert dealt == list(range(count))
-        sizes = [run.stop - run.start for run in runs]
+        sizes = [run.stop - run.start for run in shares]
         assert max(sizes) - min(sizes) <= 1
         assert sizes[0] == max(sizes)

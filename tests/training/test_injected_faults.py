@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from small_run import numbers, weights
+from training_hooks import before_each_step
 from training_material import mark_unfinished, settings
 from training_material import material as material  # the fixture
 
-import kleash.training.loop
+import kleash.training.session
 from kleash.config.schema import Config
 from kleash.errors import KleashError, NonFiniteScoreError
 from kleash.storage.run_directory import read_run
 from kleash.training.loop import train
+from kleash.training.optimization import PolicyUpdater
+from kleash.training.session import Session
 from kleash.training.state import latest_checkpoint
 
 broken = {"reward": False}
@@ -42,15 +45,13 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(config: Config, sentence: str, at: Any = None) -> Path:
     """Train with a fault before step 3; the run says why it ended."""
-    step = kleash.training.loop._step
 
-    def faulty(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
-        if at is not None and state.step == 2:
-            at(components)
-        return step(config, components, controller, state, *rest)
+    def faulty(session: Session) -> None:
+        if at is not None and session.state.step == 2:
+            at(session.components)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", faulty)
+        before_each_step(patch, faulty)
         with pytest.raises(KleashError, match=sentence) as caught:
             train(config)
     message = str(caught.value)
@@ -102,16 +103,16 @@ def test_a_reference_overwritten(material: Path, tmp_path: Path, whole: Path) ->
     """Written to during step 2, found before step 3 reads it."""
 
     config = configuration(material, tmp_path / "run")
-    update = kleash.training.loop.update
+    update = PolicyUpdater.update
 
-    def overwrites(config: Config, components: Any, *rest: Any, done: int) -> Any:
+    def overwrites(self: PolicyUpdater, experience: Any, *, done: int) -> Any:
         if done == 2:
             with torch.no_grad():
-                next(components.reference.model.parameters()).view(-1)[3] += 1e-6
-        return update(config, components, *rest, done=done)
+                next(self.components.reference.model.parameters()).view(-1)[3] += 1e-6
+        return update(self, experience, done=done)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "update", overwrites)
+        patch.setattr(PolicyUpdater, "update", overwrites)
         path = refused(config, "the reference changed while training: .* step 4 was not made")
     assert latest_checkpoint(path / "checkpoints") == path / "checkpoints" / "step-000003"
     require_unharmed(config, whole)
@@ -121,7 +122,7 @@ def test_a_disk_that_is_full_while_saving(material: Path, tmp_path: Path, whole:
     """A real refusal of the kernel: files may not grow beyond a limit while step 4 is saved."""
     config = configuration(material, tmp_path / "run")
     save, limits = (
-        kleash.training.recovery.save_run_state,
+        kleash.training.session.save_run_state,
         resource.getrlimit(resource.RLIMIT_FSIZE),
     )
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -137,7 +138,7 @@ def test_a_disk_that_is_full_while_saving(material: Path, tmp_path: Path, whole:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kleash.training.recovery, "save_run_state", limited)
+            patch.setattr(kleash.training.session, "save_run_state", limited)
             path = refused(config, r"cannot write the checkpoint .*step-000004: .*(large|written)")
     finally:
         signal.signal(signal.SIGXFSZ, before)

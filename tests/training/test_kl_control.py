@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoint_tensors import everything
 from small_run import numbers
+from training_hooks import interrupt_after
 from training_material import material as material  # the fixture
 from training_material import settings
 
-import kleash.training.loop
 from kleash.config.loading import load_config
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, PromptError
@@ -88,16 +88,9 @@ def test_groups_are_held_apart_and_resumed_to_the_bit(material: Path, tmp_path: 
     assert [len(group.prompts) for group in plan.groups.values()] == [2, 2, 2]
     assert all(labels[number] == "far" for number in plan.groups["far"].prompts)
 
-    step = kleash.training.loop._step
-
-    def interrupted(config: Config, components: Any, leash: Any, state: Any, *rest: Any) -> Any:
-        if state.step == 3:
-            raise KeyboardInterrupt
-        return step(config, components, leash, state, *rest)
-
     broken = run_of(material, tmp_path / "broken", labels, **leash)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", interrupted)
+        interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     train(broken)

@@ -9,12 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 from small_run import numbers, weights
+from training_hooks import before_each_step, interrupt_after
 from training_material import mark_unfinished, settings
 from training_material import material as material  # the fixture
 
-import kleash.training.distributed
-import kleash.training.loop
-from kleash.config.schema import Config
 from kleash.errors import (
     ConfigError,
     KleashError,
@@ -29,7 +27,9 @@ from kleash.report.metric_charts import chart_groups
 from kleash.scoring import float64_check
 from kleash.storage.plan_file import read_frontier
 from kleash.storage.run_directory import Run, read_run
+from kleash.training.components import Components
 from kleash.training.loop import train
+from kleash.training.session import Session
 
 
 def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: Path) -> None:
@@ -97,17 +97,8 @@ def test_interrupted_and_resumed_is_the_run_that_was_not(
     whole = train(settings(material, tmp_path / "whole", **changes))
 
     config = settings(material, tmp_path / "broken", **changes)
-    step = kleash.training.loop._step
-
-    def interrupted(
-        config: Config, components: Any, controller: Any, state: Any, *rest: Any
-    ) -> Any:
-        if state.step == 3:
-            raise KeyboardInterrupt
-        return step(config, components, controller, state, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", interrupted)
+        interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert read_run(tmp_path / "broken").status == "interrupted"
@@ -413,14 +404,12 @@ def rewrite_manifest(directory: Path) -> None:
 def test_a_reference_that_changes_stops_the_run(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = kleash.training.loop._step
-
-    def meddling(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
+    def meddling(session: Session) -> None:
         with torch.no_grad():
-            next(components.reference.model.parameters()).add_(1e-3)
-        return step(config, components, controller, replace(state, step=max(state.step, 1)), *rest)
+            next(session.components.reference.model.parameters()).add_(1e-3)
+        session.state = replace(session.state, step=max(session.state.step, 1))
 
-    monkeypatch.setattr(kleash.training.loop, "_step", meddling)
+    before_each_step(monkeypatch, meddling)
     with pytest.raises(RunError, match="the reference changed while training"):
         train(settings(material, tmp_path / "run"))
 
@@ -430,7 +419,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     before: dict[str, torch.Tensor] = {}
     seen: list[Any] = []
-    backward = kleash.training.distributed.backward
+    backward = Components.backward_of_minibatch
 
     def poisoned(components: Any, minibatch: Any, **numbers: Any) -> Any:
         passed = backward(components, minibatch, **numbers)
@@ -441,7 +430,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
         next(iter(components.policy.parameters())).grad[0] = float("inf")
         return passed
 
-    monkeypatch.setattr(kleash.training.distributed, "backward", poisoned)
+    monkeypatch.setattr(Components, "backward_of_minibatch", poisoned)
     with pytest.raises(NonFiniteError, match="the update was refused"):
         train(settings(material, tmp_path / "run"))
     after = dict(seen[0].policy.model.named_parameters())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import numbers, weights
+from training_hooks import before_each_step
 from training_material import mark_unfinished, settings
 from training_material import material as material  # the fixture
 
@@ -14,11 +15,16 @@ import kleash.algorithms.ppo
 import kleash.training.distributed
 import kleash.training.loop
 import kleash.training.recovery
+from kleash.config.leash import TripwiresConfig
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, NonFiniteError, RefusedError, TripwireError
 from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
 from kleash.storage.run_directory import Run, read_run
+from kleash.training.components import Components
+from kleash.training.evaluation import HeldoutEvaluator
 from kleash.training.loop import train
+from kleash.training.optimization import PolicyUpdater
+from kleash.training.session import Session
 from kleash.training.snapshot import put_back, remember
 
 LORA = {"lora": {"rank": 2, "targets": ["q_proj"]}}
@@ -87,7 +93,7 @@ def test_a_rollback_goes_behind_the_fault_and_shortens_the_leash(
     bound = (kls[2] + kls[3]) / 2
     assert kls[2] < bound < kls[3], "the runs of this test are meant to drift"
     wires = {"stop_kl": bound, "then": "rollback", "beta_factor": 1000}
-    check, trips = kleash.training.loop.check_bounds, [0]
+    check, trips = kleash.training.recovery.check_bounds, [0]
 
     def once(*arguments: Any) -> None:
         """A bound for the first policy that passes it: what follows may drift as it likes."""
@@ -120,14 +126,14 @@ def test_what_the_last_update_did_is_looked_at(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """A jump in the last update of all, which no later step would see."""
-    update, jumps = kleash.training.loop.update, [0]
+    update, jumps = PolicyUpdater.update, [0]
 
-    def leaps(config: Config, components: Any, experience: Any, *, done: int) -> Any:
-        numbers = update(config, components, experience, done=done)
-        if done == config.steps - 1 and jumps[0] == 0:
+    def leaps(self: PolicyUpdater, experience: Any, *, done: int) -> Any:
+        numbers = update(self, experience, done=done)
+        if done == self.config.steps - 1 and jumps[0] == 0:
             jumps[0] += 1
             with torch.no_grad():
-                for parameter in components.policy.parameters():
+                for parameter in self.components.policy.parameters():
                     parameter.mul_(1.5)
         return numbers
 
@@ -135,7 +141,7 @@ def test_what_the_last_update_did_is_looked_at(
         often = {"checkpoint_every": 1, "keep": 3}
         return settings(material, tmp_path / name, logging=often, tripwires=wires)
 
-    monkeypatch.setattr(kleash.training.loop, "update", leaps)
+    monkeypatch.setattr(PolicyUpdater, "update", leaps)
     unbound = train(config("unbound"))
     assert "objective/kl_after" not in numbers(unbound)[-1]
     far = numbers(unbound)[-1]["heldout/kl_ref"]
@@ -174,19 +180,15 @@ def test_rollbacks_come_to_an_end(material: Path, tmp_path: Path) -> None:
     rising = {"bound": 1e9}
     check = kleash.training.loop.check_bounds
 
-    def tightening(config: Config, *rest: Any) -> None:
-        wires = config.tripwires.model_copy(update={"stop_kl": rising["bound"]})
-        check(config.model_copy(update={"tripwires": wires}), *rest)
+    def tightening(wires: TripwiresConfig, *rest: Any) -> None:
+        check(wires.model_copy(update={"stop_kl": rising["bound"]}), *rest)
 
-    step = kleash.training.loop._step
-
-    def late(config: Config, components: Any, controller: Any, state: Any, *rest: Any) -> Any:
-        rising["bound"] = 1e-3 if state.step >= 2 else 1e9
-        return step(config, components, controller, state, *rest)
+    def late(session: Session) -> None:
+        rising["bound"] = 1e-3 if session.state.step >= 2 else 1e9
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kleash.training.loop, "check_bounds", tightening)
-        patch.setattr(kleash.training.loop, "_step", late)
+        before_each_step(patch, late)
         with pytest.raises(TripwireError, match=r"rollbacks so far: 2, no more are allowed"):
             train(config)
     run = read_run(tmp_path / "run")
@@ -210,7 +212,7 @@ def test_a_fault_between_updates_undoes_those_before_it(
     """The third update of step 3 meets an infinite advantage; the second has moved the weights."""
     config = settings(material, tmp_path / "run", tripwires={"undo": undo}, steps=4)
     whole = train(settings(material, tmp_path / "whole", steps=4))
-    backward, calls, poisoned = kleash.training.distributed.backward, [0], [-1]
+    backward, calls, poisoned = Components.backward_of_minibatch, [0], [-1]
 
     def poison(components: Any, minibatch: Any, **numbers: Any) -> Any:
         calls[0] += 1
@@ -220,7 +222,7 @@ def test_a_fault_between_updates_undoes_those_before_it(
         return backward(components, minibatch, **numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kleash.training.distributed, "backward", poison)
+        patch.setattr(Components, "backward_of_minibatch", poison)
         with pytest.raises(
             NonFiniteError, match=r"step 3 was not made, the run stands at .*000002"
         ):
@@ -258,15 +260,13 @@ def test_what_is_put_back_is_what_was(
     material: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Weights, moments and random numbers of a step that is made and then undone, twice over."""
-    step = kleash.training.loop._step
     seen: list[dict[str, torch.Tensor]] = []
 
-    def twice(
-        config: Config, components: Any, controller: Any, state: Any, run: Any, *rest: Any
-    ) -> Any:
-        before = remember(components, weights=True)
+    def twice(session: Session) -> None:
+        components = session.components
+        before = remember(components.optimizer, weights=True)
         draws = torch.rand(3)
-        put_back(components, before)
+        put_back(components.optimizer, before)
         assert torch.equal(torch.rand(3), draws)
         with torch.no_grad():
             for parameter in components.policy.parameters():
@@ -274,13 +274,12 @@ def test_what_is_put_back_is_what_was(
         for moments in components.optimizer.state.values():
             moments["exp_avg"].add_(1)
             moments["step"].add_(1)
-        put_back(components, before)
+        put_back(components.optimizer, before)
         seen.append({n: p.detach().clone() for n, p in components.policy.model.named_parameters()})
-        return step(config, components, controller, state, run, *rest)
 
     whole = train(settings(material, tmp_path / "whole", **changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", twice)
+        before_each_step(patch, twice)
         path = train(settings(material, tmp_path / "run", **changes))
     assert numbers(path) == numbers(whole)
     assert len(seen) == 4
@@ -297,16 +296,16 @@ def test_the_best_checkpoint_stays(material: Path, tmp_path: Path) -> None:
         logging={"checkpoint_every": 1, "keep": 1},
     )
     best = {"step": 0}
-    evaluate = kleash.training.loop.evaluate_heldout
+    evaluate = HeldoutEvaluator.evaluate
 
-    def peaked(components: Any, *, step: int, **rest: Any) -> Any:
-        metrics, samples = evaluate(components, step=step, **rest)
+    def peaked(self: HeldoutEvaluator, *, step: int, **rest: Any) -> Any:
+        metrics, samples = evaluate(self, step=step, **rest)
         metrics["heldout/rlhf_reward"] = -abs(step - 3.0)
         best["step"] = step
         return metrics, samples
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "evaluate_heldout", peaked)
+        patch.setattr(HeldoutEvaluator, "evaluate", peaked)
         train(config)
     assert steps(tmp_path / "run") == ["step-000003", "step-000008"]
     assert read_run(tmp_path / "run").meta["best_checkpoint"] == 3

@@ -15,7 +15,8 @@ from kleash.config.schema import Config
 from kleash.errors import NonFiniteError
 from kleash.preflight.checks.resources import undo
 from kleash.preflight.probe_batch import QUICK, draw
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
+from kleash.training.components import Components
 from kleash.training.loop import train
 from kleash.training.snapshot import remember
 
@@ -35,7 +36,7 @@ def settings(material: Path, output: Path, **changes: Any) -> Config:
 
 def poisoned_at(call: int, patch: pytest.MonkeyPatch) -> None:
     """The gradients of one minibatch are infinite."""
-    backward, calls = kleash.training.distributed.backward, [0]
+    backward, calls = Components.backward_of_minibatch, [0]
 
     def poison(components: Any, minibatch: Any, **rest: Any) -> Any:
         passed = backward(components, minibatch, **rest)
@@ -44,22 +45,22 @@ def poisoned_at(call: int, patch: pytest.MonkeyPatch) -> None:
             next(iter(components.policy.parameters())).grad[0] = float("inf")
         return passed
 
-    patch.setattr(kleash.training.distributed, "backward", poison)
+    patch.setattr(Components, "backward_of_minibatch", poison)
 
 
 def test_a_single_update_needs_no_copy(material: Path, tmp_path: Path) -> None:
     whole = train(settings(material, tmp_path / "whole"))
     copies: list[bool] = []
-    attempt_step = kleash.training.loop.attempt_step
+    begin_step = kleash.training.loop.begin_step
 
     def seen(*arguments: Any) -> Any:
-        attempt = attempt_step(*arguments)
-        copies.append(attempt.undo.weights is not None)
-        return attempt
+        pending = begin_step(*arguments)
+        copies.append(pending.undo.weights is not None)
+        return pending
 
     config = settings(material, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "attempt_step", seen)
+        patch.setattr(kleash.training.loop, "begin_step", seen)
         poisoned_at(3, patch)
         with pytest.raises(NonFiniteError, match=r"step 3 was not made, the run stands at .*00002"):
             train(config)
@@ -89,10 +90,10 @@ def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> N
     components = assemble(settings(material, tmp_path / "run"))
     for parameter in components.policy.parameters():
         parameter.grad = torch.ones_like(parameter)
-    first = remember(components, weights=True)
+    first = remember(components.optimizer, weights=True)
     components.optimizer.step()
-    second = remember(components, weights=True, reuse=first)
-    third = remember(components, weights=True, reuse=second)
+    second = remember(components.optimizer, weights=True, reuse=first)
+    third = remember(components.optimizer, weights=True, reuse=second)
     assert first.weights is not None
     assert third.weights is not None
     for old, new, parameter in zip(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from checkpoint_tensors import everything
 from small_run import numbers
+from training_hooks import interrupt_after
 from training_material import material as material  # the fixture
 from training_material import settings
 
-import kleash.training.loop
 from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.storage.atomic_directories import save_tensors
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 from kleash.training.loop import train
 from kleash.training.state import _load_policy, latest_checkpoint
 
@@ -64,17 +64,8 @@ def test_twenty_steps_are_ten_and_ten(
         )
 
     whole = train(made("whole"))
-    step = kleash.training.loop._step
-
-    def interrupted(
-        config: Config, components: Any, controller: Any, state: Any, *rest: Any
-    ) -> Any:
-        if state.step == 10:
-            raise KeyboardInterrupt
-        return step(config, components, controller, state, *rest)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kleash.training.loop, "_step", interrupted)
+        interrupt_after(patch, 10)
         with pytest.raises(KeyboardInterrupt):
             train(made("halves"))
     train(made("halves"))
@@ -104,4 +95,4 @@ def test_a_checkpoint_of_another_model(material: Path, tmp_path: Path) -> None:
     path.mkdir()
     save_tensors(path / "model.safetensors", {"stranger": torch.zeros(2)})
     with pytest.raises(RunError, match=r"holds another model: .*unknown \['stranger'\]"):
-        _load_policy(path, components)
+        _load_policy(path, components.policy)

@@ -1,5 +1,7 @@
 """One loop for all algorithms: whose `prepare` and `loss` it is, the settings say."""
 
+from typing import Any, Protocol, runtime_checkable
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,34 +15,28 @@ from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 Settings = PPOSettings | GRPOSettings | RLOOSettings
 
 
-def prepare(scored: ScoredRollout, beta: Beta, settings: Settings) -> Experience:
-    """Rewards and advantages of a rollout: `ppo.prepare`, `grpo.prepare` or `rloo.prepare`.
+@runtime_checkable
+class Algorithm(Protocol):
+    """What each algorithm's module has; see `ppo`, `grpo`, `rloo`."""
 
-    Raises:
-        ValueError, NonFiniteError: as theirs.
-    """
+    def prepare(self, scored: ScoredRollout, beta: Beta, settings: Any, /) -> Experience:
+        """Rewards and advantages of a rollout."""
+        ...
+
+    def loss(self, experience: Experience, fresh: Fresh, settings: Any, /, *, tokens: int) -> Loss:
+        """The loss of a microbatch, divided by the tokens of its whole minibatch."""
+        ...
+
+
+def algorithm_of(settings: Settings) -> Algorithm:
+    """The module whose `prepare` and `loss` take these settings."""
     match settings:
         case PPOSettings():
-            return ppo.prepare(scored, beta, settings)
+            return ppo
         case GRPOSettings():
-            return grpo.prepare(scored, beta, settings)
+            return grpo
         case _:
-            return rloo.prepare(scored, beta, settings)
-
-
-def loss(experience: Experience, fresh: Fresh, settings: Settings, *, tokens: int) -> Loss:
-    """The loss of a microbatch: `ppo.loss`, `grpo.loss` or `rloo.loss`.
-
-    Raises:
-        ValueError, NonFiniteError: as theirs.
-    """
-    match settings:
-        case PPOSettings():
-            return ppo.loss(experience, fresh, settings, tokens=tokens)
-        case GRPOSettings():
-            return grpo.loss(experience, fresh, settings, tokens=tokens)
-        case _:
-            return rloo.loss(experience, fresh, settings, tokens=tokens)
+            return rloo
 
 
 def trained_scores(scored: ScoredRollout, settings: Settings) -> Float[Tensor, " batch"]:

@@ -32,6 +32,7 @@ from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.playground.build import build_world
 from kleash.preflight.runner import check
+from kleash.preflight.runtime_monitor import RuntimeMonitor
 from kleash.report.html import write_report
 from kleash.storage.plan_file import Frontier
 from kleash.storage.run_directory import holds_run, read_run
@@ -97,9 +98,9 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
         told = told_by(frontier, question)
         plan_page = write_plan(output / "leashed", frontier, told, title="the embedded world")
     with parts.next("leashed", "training on the leash"):
-        train(leashed)
+        train(leashed, callbacks=[RuntimeMonitor()])
     with parts.next("free", "training off the leash"):
-        train(free)
+        train(free, callbacks=[RuntimeMonitor()])
     with parts.next("audit", "on prompts nobody trained on"):
         runs = read_run(output / "leashed"), read_run(output / "free")
         rows = (

@@ -8,6 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,6 @@ from kleash.kl.discrete import explicit_kl
 
 if TYPE_CHECKING:
     from kleash.config.schema import Config
-    from kleash.training.components import Components
 
 _EXAMPLES = """Examples:
 
@@ -157,21 +157,25 @@ def train(
 
     from kleash.config.loading import load_config
     from kleash.preflight.runner import require_sound
-    from kleash.training.distributed import serve_requests
-    from kleash.training.loop import train as run
+    from kleash.preflight.runtime_monitor import RuntimeMonitor
+    from kleash.training.loop import Trainer
     from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
-
-    def checked(assembled: "Config", components: "Components") -> list[str]:
-        with saying("check", Console()) as say:
-            return require_sound(assembled, components, say=say)
+    from kleash.training.worker import serve_requests
 
     quiet_libraries()
     if not is_leader():
         return serve_requests()
     with saying("train", Console()) as say:
         config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
-    directory = run(config, argv=sys.argv, preflight=None if no_check else checked)
+    checked = partial(require_sound, status=partial(saying, "check", Console()))
+    trainer = Trainer(
+        config,
+        callbacks=[RuntimeMonitor()],
+        preflight=None if no_check else checked,
+        argv=sys.argv,
+    )
+    directory = trainer.fit()
     print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 

@@ -27,8 +27,8 @@ from kleash.storage.plan_file import (
     read_frontier,
     write_frontier,
 )
+from kleash.training.assembly import assemble
 from kleash.training.calibration import about, draw, frontier_of, group_targets
-from kleash.training.components import assemble
 
 PAGE_FILE = "plan.html"
 
@@ -83,7 +83,7 @@ def plan(config: Config, question: Question) -> Frontier:
     try:
         return frontier_of(
             drawn,
-            about=about(config, components, drawn),
+            about=about(config, components.reference.identity(), drawn),
             targets=group_targets(config.leash, drawn.length),
             betas=question.betas,
             budgets=question.budgets,

@@ -19,14 +19,17 @@ from transformers import PreTrainedModel
 from kleash.config.schema import Config
 from kleash.models.lm_head import apply_head
 from kleash.models.policy import LanguageModel
-from kleash.models.reference_offload import underlying
-from kleash.rollout import scoring_pass as reading
+from kleash.models.reference_offload import FrozenReference, underlying
 from kleash.training.components import Components
-from kleash.training.evaluation import Written, write_responses
+from kleash.training.responses import JudgedResponses
 from kleash.types import Head, Rollout, ScoredRollout
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Nats by which a token's log-probability may differ between two ways to compute it."""
+
+
+MICROBATCH = 16
+"""Responses of the batch that are scored at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ class Trial:
 
     config: Config
     components: Components
-    written: Written
+    written: JudgedResponses
     scored: ScoredRollout
     tilted: ScoredRollout
     """The same batch against `Tilted`."""
@@ -95,6 +98,11 @@ class Trial:
     def tolerance(self) -> float:
         """Nats by which a log-probability may differ by rounding alone."""
         return _TOLERANCE[self.components.policy.head.weight.dtype]
+
+    def score(self, rollout: Rollout, reference: LanguageModel) -> ScoredRollout:
+        """Score texts as the loop does, against any reference; their scores do not matter."""
+        scores = self.written.raw_scores[: len(rollout.response_ids)]
+        return self.components.score(rollout, scores, microbatch=MICROBATCH, reference=reference)
 
     @property
     def rollout(self) -> Rollout:
@@ -123,27 +131,33 @@ def draw(config: Config, components: Components, size: Size) -> Trial:
     """
     order = random.Random(config.seed)
     chosen = order.sample(components.prompts, min(size.prompts, len(components.prompts)))
-    written = write_responses(
-        components,
-        chosen,
-        responses_per_prompt=size.responses_per_prompt,
-        microbatch=config.rollout.microbatch_size,
+    written = components.judge(
+        components.write(
+            chosen,
+            responses_per_prompt=size.responses_per_prompt,
+            microbatch=config.rollout.microbatch_size,
+        )
     )
-    scored = read(components, written, components.reference)
+    scored = components.score(written.rollout, written.raw_scores, microbatch=MICROBATCH)
     return examine(config, components, written, scored, texts=size.texts, at_start=True)
 
 
 def examine(
     config: Config,
     components: Components,
-    written: Written,
+    written: JudgedResponses,
     scored: ScoredRollout,
     *,
     texts: int,
     at_start: bool,
 ) -> Trial:
     """Make a trial of a batch that is there already."""
-    tilted = read(components, written, Tilted(components.policy))
+    tilted = components.score(
+        written.rollout,
+        written.raw_scores,
+        microbatch=MICROBATCH,
+        reference=Tilted(components.policy),
+    )
     return Trial(
         config=config,
         components=components,
@@ -151,32 +165,10 @@ def examine(
         scored=scored,
         tilted=tilted,
         texts=tuple(
-            _text(components, written.rollout, row) for row in _rows(written.rollout, texts)
+            _text(components.policy.model, written.rollout, row)
+            for row in _rows(written.rollout, texts)
         ),
         at_start=at_start,
-    )
-
-
-@torch.no_grad()
-def read(components: Components, written: Written, reference: LanguageModel) -> ScoredRollout:
-    """Score a batch as the loop does, against any reference."""
-    return score_rollout(components, written.rollout, reference, written.raw_scores)
-
-
-def score_rollout(
-    components: Components,
-    rollout: Rollout,
-    reference: LanguageModel,
-    scores: Float[Tensor, " batch"],
-) -> ScoredRollout:
-    """The loop's own scoring, looked up when it is called."""
-    return reading.score(
-        rollout,
-        policy=components.policy,
-        reference=reference,
-        scores=scores,
-        value=components.value,
-        temperature=components.sampling.temperature,
     )
 
 
@@ -234,9 +226,9 @@ def own_reading(
 
 
 @torch.no_grad()
-def reference_logits(components: Components, text: Text) -> Float[Tensor, "token vocab"]:
+def reference_logits(model: FrozenReference, text: Text) -> Float[Tensor, "token vocab"]:
     """The reference's own logits of a response."""
-    reference = underlying(components.reference)
+    reference = underlying(model)
     off = (
         contextlib.nullcontext()
         if reference.adapter is None
@@ -255,8 +247,8 @@ def _rows(rollout: Rollout, count: int) -> list[int]:
     return [order[round(step * number)] for number in range(count)]
 
 
-def _text(components: Components, rollout: Rollout, row: int) -> Text:
+def _text(model: PreTrainedModel, rollout: Rollout, row: int) -> Text:
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
     response = rollout.response_ids[row][rollout.response_mask[row]]
-    states, logits = own_reading(components.policy.model, prompt, response)
+    states, logits = own_reading(model, prompt, response)
     return Text(row=row, prompt=prompt, response=response, states=states, logits=logits)

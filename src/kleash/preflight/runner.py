@@ -1,8 +1,10 @@
 """All checks in order over one shared batch, and what a run makes of their answer."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -21,10 +23,13 @@ from kleash.preflight.checks import (
 from kleash.preflight.checks.reward_model import Pair
 from kleash.preflight.findings import Finding, Report
 from kleash.preflight.probe_batch import QUICK, WHOLE, Trial, draw
-from kleash.training.components import Components, assemble
+from kleash.training.assembly import assemble
+from kleash.training.components import Components
 
 TrialCheck = Callable[[Trial], Finding]
 Say = Callable[[str], None]
+Status = Callable[[], AbstractContextManager[Say | None]]
+"""Opens a status line, which is given what is being done; or nothing."""
 _BATCH = "batch"
 """Where nothing can be written, judged or scored; training would stop at it too."""
 
@@ -134,7 +139,7 @@ def examine_components(
     devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        findings = [reference.vocabulary(components)]
+        findings = [reference.vocabulary(components.policy, components.reference)]
         size = QUICK if quick else WHOLE
         say(f"writing {size.responses_per_prompt} responses to each of {size.prompts} prompts")
         try:
@@ -190,13 +195,21 @@ def refused(name: str, error: Exception) -> Finding:
     )
 
 
-def require_sound(config: Config, components: Components, *, say: Say = silent) -> list[str]:
+def require_sound(
+    config: Config, components: Components, *, status: Status = contextlib.nullcontext
+) -> list[str]:
     """The quick part, before a run: its warnings, for the record.
+
+    Args:
+        config: the run.
+        components: what was assembled for it.
+        status: opens a status line, which is given what is being done.
 
     Raises:
         PreflightError: a check failed.
     """
-    report = examine_components(config, components, quick=True, say=say)
+    with status() as say:
+        report = examine_components(config, components, quick=True, say=say or silent)
     if report.fails:
         first, more = report.fails[0], len(report.fails) - 1
         if first.name == _BATCH:

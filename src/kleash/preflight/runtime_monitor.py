@@ -15,23 +15,20 @@ four sums.
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.config.schema import Config
 from kleash.errors import KleashError
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import examine
 from kleash.preflight.runner import OF_A_BATCH, refused, run_checks
 from kleash.storage.atomic_directories import save_tensors
-from kleash.storage.events import Event, new_event
-from kleash.training.components import Components
-from kleash.training.evaluation import Written
+from kleash.storage.events import new_event
+from kleash.training.callbacks import RolloutEvent
 from kleash.types import ScoredRollout
 
 _NOISE = 5.0
@@ -46,54 +43,46 @@ _MOST = 5
 _LOG = logging.getLogger("kleash")
 
 
-def look(
-    config: Config,
-    components: Components,
-    written: Written,
-    scored: ScoredRollout,
-    *,
-    step: int,
-    folder: Path,
-    tell: Callable[[Event], None] | None = None,
-) -> list[Finding]:
+class RuntimeMonitor:
+    """A training callback that examines a batch whose numbers cannot be."""
+
+    def on_rollout(self, event: RolloutEvent) -> None:
+        """Examine the batch; a batch that is well costs four sums."""
+        examine_batch(event)
+
+
+def examine_batch(event: RolloutEvent) -> list[Finding]:
     """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
 
-    Args:
-        config: the run.
-        components: its models, as they were when they wrote and scored the batch.
-        written: what was written.
-        scored: what everyone says of it.
-        step: number of the step.
-        folder: where to keep the batch and the findings: `doctor/step-000001.*`.
-        tell: takes the alarm as an event; None: the log alone has it.
+    The batch and the findings are kept as `doctor/step-000001.*` in the run directory.
 
     Returns:
-        The findings that failed; the log has their causes.
+        The findings that failed; the log and an event of the run have their causes.
     """
+    components, scored, step = event.components, event.scored, event.step
     symptom = symptom_of(scored, dtype=components.policy.head.weight.dtype)
     if symptom is None:
         return []
-    # Earlier ones alone: a run that is resumed comes to the same alarms, each told once.
-    own = f"step-{step:06d}.json"
-    if sum(file.name < own for file in (folder / "doctor").glob("*.json")) >= _MOST:
-        _sound(step, symptom, "The first batches like it are in doctor/.", tell)
+    # Earlier ones alone: a run that is resumed comes to the same alarms, each reported once.
+    own, folder = f"step-{step:06d}.json", event.folder / "doctor"
+    if sum(file.name < own for file in folder.glob("*.json")) >= _MOST:
+        _raise_alarm(event, symptom, "The first batches like it are in doctor/.")
         return []
     devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        findings = diagnose(config, components, written, scored)
+        findings = diagnose(event)
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: look at lr and at this step's samples."
-    _sound(step, symptom, named or unnamed, tell)
-    _keep(folder / "doctor", step, symptom, findings, scored)
+    _raise_alarm(event, symptom, named or unnamed)
+    _keep(folder, step, symptom, findings, scored)
     return causes
 
 
-def _sound(step: int, symptom: str, cause: str, tell: Callable[[Event], None] | None) -> None:
-    """The alarm, into the log and into the run."""
-    _LOG.warning("step %d: %s %s", step, symptom, cause)
-    if tell is not None:
-        tell(new_event(step, "alarm", f"{symptom} {cause}"))
+def _raise_alarm(event: RolloutEvent, symptom: str, cause: str) -> None:
+    """Into the log and into the run's events."""
+    _LOG.warning("step %d: %s %s", event.step, symptom, cause)
+    event.append_event(new_event(event.step, "alarm", f"{symptom} {cause}"))
 
 
 def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
@@ -132,12 +121,17 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
     return None
 
 
-def diagnose(
-    config: Config, components: Components, written: Written, scored: ScoredRollout
-) -> list[Finding]:
+def diagnose(event: RolloutEvent) -> list[Finding]:
     """The preflight's checks of policy, reference and sampler, on this batch."""
     try:
-        trial = examine(config, components, written, scored, texts=_TEXTS, at_start=False)
+        trial = examine(
+            event.config,
+            event.components,
+            event.judged,
+            event.scored,
+            texts=_TEXTS,
+            at_start=False,
+        )
     except (KleashError, ValueError) as error:
         return [refused("batch", error)]
     return run_checks(OF_A_BATCH, trial)

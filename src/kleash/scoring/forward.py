@@ -1,8 +1,6 @@
 """The walk over all tiles that sums them up, and the scores read off the sums."""
 
-import functools
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +51,7 @@ def sum_up(
     want: tuple[Quantity, ...],
     top_k: int | None,
     tiles: Tiles,
-    keep_bytes: int,
+    keep_bytes: int = 0,
 ) -> Summed:
     """Make each tile of logits once, and sum it up for everything that is wanted.
 
@@ -68,7 +66,7 @@ def sum_up(
     needs = _needs_of(want)
     names = sum_names(needs, two_models=len(sides) == 2)
     rows, words = targets.shape[0], sides[0].weight.shape[0]
-    body = _body(tiles, sides[0])
+    way = body_for(tiles, sides[0])
     gains = [side.gain for side in sides]
     products = _Products(sides, tiles, keep_bytes)
     most = min(tiles.rows, max(rows, 1))
@@ -81,7 +79,15 @@ def sum_up(
         top = None if top_k is None else TopK(sides, span.stop - span.start, top_k)
         for cols in spans(words, tiles.columns):
             bare = products.tile(hidden, span, cols)
-            body(bare, needs, tally.slot())
+            out = tally.slot()
+            if way == "triton":
+                # Deferred: an optional dependency.
+                importlib.import_module("kleash.scoring.triton").tile_sums(bare, needs, out)
+            elif way == "compiled" and is_whole(bare[0].product, tiles):
+                out.copy_(compiled(tile_sums)(bare, needs))
+            else:  # plain torch, a few rows at a time: every intermediate stays in the cache
+                for piece in slices(*bare[0].product.shape):
+                    out[:, piece] = tile_sums([one.cut(piece) for one in bare], needs)
             aim.look(bare, cols)
             if top is not None:
                 top.add([raw_logits(one) for one in bare])
@@ -195,27 +201,3 @@ class _Aim:
             raw = raw_logits(Bare(found, bias, side.inner, side.gain))
             named[name] = raw.double() * side.gain
         return named
-
-
-def _body(tiles: Tiles, side: Side) -> Callable[[list[Bare], Needs, Tensor], None]:
-    body = body_for(tiles, side)
-    if body == "triton":
-        # Deferred: an optional dependency.
-        return importlib.import_module("kleash.scoring.triton").tile_sums
-    return _plain_sums if body == "plain" else functools.partial(_compiled_sums, tiles)
-
-
-def _plain_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
-    """Plain torch, a few rows at a time so that every intermediate stays in the cache."""
-    rows, columns = bare[0].product.shape
-    for span in slices(rows, columns):
-        out[:, span] = tile_sums([one.cut(span) for one in bare], needs)
-
-
-def _compiled_sums(
-    tiles: Tiles, bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]
-) -> None:
-    if is_whole(bare[0].product, tiles):
-        out.copy_(compiled(tile_sums)(bare, needs))
-    else:
-        _plain_sums(bare, needs, out)

@@ -105,6 +105,12 @@ def token_scores(
         else (reference[0], reference[1].weight, reference[1].bias)
     )
     inputs = (hidden, head.weight, head.bias, ref_hidden, ref_weight, ref_bias)
+    if not torch.is_grad_enabled():
+        with torch.autocast(hidden.device.type, enabled=False):
+            sides = request.sides(*inputs)
+            summed = sum_up(sides, targets, want=request.want, top_k=request.top_k, tiles=tiles)
+            scores = scores_of(summed, sides, targets)
+        return TokenScores(**{name: scores[name].to(request.dtype) for name in request.want})
     values = cast(tuple[Tensor, ...], _Streamed.apply(*inputs, targets, request))
     return TokenScores(**dict(zip(request.want, values, strict=True)))
 

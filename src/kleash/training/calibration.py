@@ -22,9 +22,10 @@ from kleash.kl.control.controllers import initial_beta
 from kleash.kl.control.groups import is_grouped, rows_by_group
 from kleash.kl.planning.initial_beta import Start, starting_beta
 from kleash.kl.planning.tilting import spread
+from kleash.models.policy import Identity
 from kleash.storage.plan_file import Frontier, make_frontier
-from kleash.training.components import Components, target_per_response
-from kleash.training.evaluation import reference_scores
+from kleash.training.assembly import target_per_response
+from kleash.training.components import Components
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,15 @@ def draw(config: Config, components: Components) -> Drawn:
     """
     prompts = _chosen(components.groups, config.plan.prompts, config.seed)
     groups = [components.groups[prompt] for prompt in prompts]
-    raw, length = reference_scores(
-        components,
-        prompts,
-        responses=config.plan.responses,
-        microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
+    written = components.judge(
+        components.write(
+            [components.prompts[prompt] for prompt in prompts],
+            responses_per_prompt=config.plan.responses,
+            microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
+        )
     )
+    raw = written.raw_scores.view(len(prompts), config.plan.responses)
+    length = float(written.rollout.response_mask.sum(-1).double().mean())
     statistics = ScoreStatistics().update(raw.flatten())
     if config.algorithm == "grpo":
         rows = torch.arange(len(raw)).repeat_interleave(raw.shape[1])
@@ -116,7 +120,9 @@ def begin(config: Config, components: Components) -> Beginning:
         name: replace(_start(config, drawn.scores_of(name), target), response_length=length)
         for name, target in targets.items()
     }
-    return Beginning(drawn.statistics, starts, _frontier(config, components, drawn, targets))
+    return Beginning(
+        drawn.statistics, starts, _frontier(config, components.reference.identity(), drawn, targets)
+    )
 
 
 def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str, float]:
@@ -140,9 +146,9 @@ def _start(config: Config, scores: Float[Tensor, "prompt sample"], target: float
         raise RewardError(f"before the first update: {error}") from error
 
 
-def start_lines(config: Config, starts: Mapping[str, Start]) -> list[str]:
+def start_lines(leash: LeashConfig, starts: Mapping[str, Start]) -> list[str]:
     """Where the β of each group starts and why, in sentences for the run's log."""
-    leashes = config.leash.each()
+    leashes = leash.each()
     return [
         f"{f'{name}: ' if is_grouped(leashes) else ''}{_start_line(leashes[name], start)}"
         for name, start in starts.items()
@@ -152,7 +158,7 @@ def start_lines(config: Config, starts: Mapping[str, Start]) -> list[str]:
 def _start_line(leash: LeashConfig, start: Start) -> str:
     match start.source:
         case "given":
-            how = "as it was told"
+            how = "from leash.initial_beta"
         case "plan":
             target = target_per_response(leash, start.response_length)
             how = f"the plan's for {target:.4g} nats"
@@ -163,10 +169,10 @@ def _start_line(leash: LeashConfig, start: Start) -> str:
     return f"β starts near {start.beta:.4g}: {how}"
 
 
-def about(config: Config, components: Components, drawn: Drawn) -> dict[str, Any]:
+def about(config: Config, reference: Identity, drawn: Drawn) -> dict[str, Any]:
     """What a plan was made for."""
     return {
-        "reference": asdict(components.reference.identity()),
+        "reference": asdict(reference),
         "reward_models": {
             name: reward.model_dump(mode="json", exclude_none=True)
             for name, reward in config.reward_models.items()
@@ -181,7 +187,7 @@ def about(config: Config, components: Components, drawn: Drawn) -> dict[str, Any
 
 
 def _frontier(
-    config: Config, components: Components, drawn: Drawn, targets: Mapping[str, float]
+    config: Config, reference: Identity, drawn: Drawn, targets: Mapping[str, float]
 ) -> Frontier | None:
     """The plan in the units of training; where those are not the score's own, there is none.
 
@@ -191,7 +197,7 @@ def _frontier(
     moving = moving or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None
-    return frontier_of(drawn, about=about(config, components, drawn), targets=targets)
+    return frontier_of(drawn, about=about(config, reference, drawn), targets=targets)
 
 
 def frontier_of(

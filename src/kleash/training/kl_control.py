@@ -18,7 +18,7 @@ from kleash.kl.control.state import BetaState
 from kleash.kl.planning.initial_beta import Start
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.storage.plan_file import Frontier
-from kleash.training.components import target_per_response
+from kleash.training.assembly import target_per_response
 from kleash.training.metrics import Number, variance_of, with_error
 from kleash.types import ScoredRollout
 

@@ -13,9 +13,9 @@ from kleash import __version__
 from kleash.config.schema import Config
 from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
-from kleash.models.policy import Identity
+from kleash.models.policy import Identity, Policy
 from kleash.rollout.sampling import overridden_settings
-from kleash.training.components import Components
+from kleash.training.state import TrainingState
 
 
 def objective_line(config: Config, betas: States) -> str:
@@ -51,24 +51,23 @@ def objective_line(config: Config, betas: States) -> str:
 
 def run_meta(
     config: Config,
-    components: Components,
+    policy: Policy,
     reference: Identity,
     argv: Sequence[str],
     *,
-    betas: States,
-    starts: Mapping[str, Start],
+    state: TrainingState,
 ) -> dict[str, Any]:
     """The contents of run.json: who, with what, from which seed."""
     return {
         "argv": list(argv),
         "seed": config.seed,
-        "device": str(components.policy.device),
-        "objective": objective_line(config, betas),
-        "start": _starts(starts),
+        "device": str(policy.device),
+        "objective": objective_line(config, state.betas),
+        "start": _starts(state.starts),
         "reference": dataclasses.asdict(reference),
-        "policy": dataclasses.asdict(components.policy.identity()),
+        "policy": dataclasses.asdict(policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.
-        "sampling_put_aside": overridden_settings(components.policy),
+        "sampling_put_aside": overridden_settings(policy),
         "versions": {
             "kleash": __version__,
             "python": platform.python_version(),
@@ -80,7 +79,7 @@ def run_meta(
 
 
 def _starts(starts: Mapping[str, Start]) -> dict[str, Any] | None:
-    """Where β started, or that of each group by its name; None where it was told."""
+    """Where β started, or that of each group by its name; None where it was given."""
     if is_grouped(starts):
         return {name: dataclasses.asdict(start) for name, start in starts.items()} or None
     return dataclasses.asdict(starts[OTHERS])

@@ -5,22 +5,26 @@ printed for each step, so that a log can be read and searched.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kleash.training.callbacks import RefusalEvent, StartEvent, StepEvent
+
 
 class TrainingDisplay:
     """Show steps, score, KL against its target, β, speed and the time left."""
 
-    def __init__(self, steps: int, *, title: str, target_kl: float | None, done: int = 0) -> None:
+    target_kl: float | None = None
+    """The budget in nats per response, shown beside the KL."""
+
+    def __init__(self, steps: int, *, title: str) -> None:
         self._console = Console(highlight=False)
         self._steps = steps
         self._title = title
-        self._target = "" if target_kl is None else f" of {target_kl:g}"
         self._live = self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -30,7 +34,7 @@ class TrainingDisplay:
             TimeRemainingColumn(compact=True),
             console=self._console,
         )
-        self._task: TaskID = self._progress.add_task(title, total=steps, completed=done, line="")
+        self._task: TaskID = self._progress.add_task(title, total=steps, line="")
 
     def __enter__(self) -> "TrainingDisplay":
         if self._live:
@@ -46,16 +50,24 @@ class TrainingDisplay:
         if self._live:
             self._progress.stop()
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence above the line."""
-        self._console.print(sentence, markup=False)
+    def on_start(self, event: StartEvent) -> None:
+        """Print the objective, the warnings and where β starts."""
+        self._progress.update(self._task, completed=event.done)
+        for line in event.lines:
+            self._console.print(line, markup=False)
 
-    def show(self, metrics: Mapping[str, float | int | None]) -> None:
+    def on_refusal(self, event: RefusalEvent) -> None:
+        """Print that a step was refused, and why."""
+        self._console.print(f"step {event.step} refused: {event.reason}", markup=False)
+
+    def on_step(self, event: StepEvent) -> None:
         """Show the numbers of a finished step."""
+        metrics = event.metrics
+        target = "" if self.target_kl is None else f" of {self.target_kl:g}"
         line = (
             f"score {_number(metrics['objective/scores'], '+.3f')}  "
             f"KL {_number(metrics['objective/kl_ref'], '.2f')}"
-            f"±{_number(metrics['objective/kl_ref_se'], '.2f')}{self._target} nats  "
+            f"±{_number(metrics['objective/kl_ref_se'], '.2f')}{target} nats  "
             f"β {_number(metrics['objective/beta'], '.4g')}  "
             f"{_number(metrics['tokens_per_second'], '.0f')} tok/s"
         )

@@ -1,8 +1,9 @@
-"""What keeps a run on its leash: sealed references, refused steps, rollbacks, anchors, checkpoints.
+"""Refused steps: undone, kept as evidence, and answered by stopping or by a rollback.
 
-The loop attempts a step. If it is refused, everything is put back to where it was before, the
-batch goes into the run directory with the offender's name, the refusal into its log, and the run
-stops, or returns to the last good checkpoint with a higher β.
+A step is refused when a tripwire's bound is passed or a number is not finite. Everything is put
+back to where it was before the step, the batch goes into the run directory with the offender's
+name, the refusal into its log, and the run stops, or returns to the last good checkpoint with a
+higher β.
 """
 
 from dataclasses import replace
@@ -12,36 +13,21 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kleash.config.leash import TripwiresConfig
 from kleash.config.schema import Config
 from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError, TripwireError
 from kleash.kl.control.groups import key_of, raise_betas
 from kleash.kl.statistics import clustered_mean, response_kl
-from kleash.rollout.prompts import PromptCursor
 from kleash.rollout.scoring_pass import score
-from kleash.storage.atomic_directories import (
-    drop_directory,
-    list_checkpoints,
-    step_of,
-)
+from kleash.storage.atomic_directories import drop_directory, list_checkpoints, step_of
 from kleash.storage.events import new_event
-from kleash.storage.run_directory import RunWriter
-from kleash.training.components import Components, learning
-from kleash.training.evaluation import write_answers
-from kleash.training.evidence import Attempt, keep_evidence
+from kleash.training.callbacks import RefusalEvent
+from kleash.training.components import trained_parameters
+from kleash.training.evidence import PendingStep, keep_evidence
 from kleash.training.metrics import Number, with_error
-from kleash.training.reference_guard import Seal, reference_changed, seal
-from kleash.training.snapshot import (
-    put_back,
-    remember,
-    weights_are_finite,
-)
-from kleash.training.state import (
-    TrainingState,
-    latest_checkpoint,
-    restore_anchor,
-    restore_run_state,
-    save_run_state,
-)
+from kleash.training.session import Session
+from kleash.training.snapshot import put_back, remember, weights_are_finite
+from kleash.training.state import TrainingState, latest_checkpoint
 from kleash.training.tripwires import check_entropy, check_kl
 from kleash.types import ScoredRollout
 
@@ -53,22 +39,20 @@ _OTHER_DRAWS = 0x9E3779B9
 """Added to the seed with each rollback, so that the same responses are not drawn again."""
 
 
-def attempt_step(
-    config: Config, components: Components, state: TrainingState, before: Attempt | None = None
-) -> Attempt:
+def begin_step(session: Session, previous: PendingStep | None = None) -> PendingStep:
     """The next step, before anything of it has happened.
 
     Args:
-        config: the run.
-        components: whose step it is.
-        state: after the step before.
-        before: the attempt before, whose memory is used again.
+        session: the run.
+        previous: the step before, whose memory is used again.
     """
+    config, step = session.config, session.state.step + 1
     # What follows the last update may still refuse it, so a step of one update is copied there.
-    risky = several_updates(config) or state.step + 1 == config.steps
-    reuse = None if before is None else before.undo
-    undo = remember(components, weights=risky and keeps_copy(config, components), reuse=reuse)
-    return Attempt(state.step + 1, undo)
+    risky = several_updates(config) or step == config.steps
+    optimizer = session.components.optimizer
+    copy = risky and undone_in_memory(config.tripwires, optimizer)
+    reuse = None if previous is None else previous.undo
+    return PendingStep(step, remember(optimizer, weights=copy, reuse=reuse))
 
 
 def several_updates(config: Config) -> bool:
@@ -76,38 +60,36 @@ def several_updates(config: Config) -> bool:
     return config.ppo.epochs * config.ppo.minibatches > 1
 
 
-def keeps_copy(config: Config, components: Components) -> bool:
-    """Whether a step is undone by a copy of what learns, and not by the last checkpoint."""
-    if config.tripwires.undo is not None:
-        return config.tripwires.undo == "memory"
-    return copy_bytes(components) <= _LARGEST_COPY
+def undone_in_memory(tripwires: TripwiresConfig, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is undone by a copy of what is trained, and not by the last checkpoint."""
+    if tripwires.undo is not None:
+        return tripwires.undo == "memory"
+    return copy_bytes(optimizer) <= _LARGEST_COPY
 
 
-def copy_bytes(components: Components) -> int:
-    """Weights that learn and their two moments."""
-    return sum(3 * p.numel() * p.element_size() for p in learning(components))
+def copy_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Trained weights and their two moments."""
+    return sum(3 * p.numel() * p.element_size() for p in trained_parameters(optimizer))
 
 
-def check_bounds(config: Config, scored: ScoredRollout, original_kl: Tensor) -> None:
+def check_bounds(tripwires: TripwiresConfig, scored: ScoredRollout, original_kl: Tensor) -> None:
     """The tripwires on a rollout; the KL is that to the reference the run began with.
 
     Raises:
         TripwireError: a bound was passed.
     """
     mask = scored.rollout.response_mask
-    if config.tripwires.stop_kl is not None:
-        check_kl(original_kl, mask, stop_kl=config.tripwires.stop_kl)
-    if config.tripwires.min_entropy is not None:
-        check_entropy(scored.entropy, mask, min_entropy=config.tripwires.min_entropy)
+    if tripwires.stop_kl is not None:
+        check_kl(original_kl, mask, stop_kl=tripwires.stop_kl)
+    if tripwires.min_entropy is not None:
+        check_entropy(scored.entropy, mask, min_entropy=tripwires.min_entropy)
 
 
-def check_last(
-    config: Config, components: Components, cursor: PromptCursor, attempt: Attempt
-) -> dict[str, Number]:
-    """After the last update of a run: the policy it leaves keeps the bounds too.
+def check_after_last_update(session: Session, pending: PendingStep) -> dict[str, Number]:
+    """The policy that a run leaves keeps the bounds too.
 
     No later rollout would show it, so one is written to the prompts that come next, of which
-    nothing is learnt. Its answers take the place of the attempt's: they are the evidence.
+    nothing is learnt. It takes the place of the step's own rollout: it is the evidence.
 
     Returns:
         What was measured; nothing where there is no bound.
@@ -115,18 +97,20 @@ def check_last(
     Raises:
         TripwireError: a bound was passed, by the policy as the last update left it.
     """
+    config, components = session.config, session.components
     if config.tripwires.stop_kl is None and config.tripwires.min_entropy is None:
         return {}
-    numbers, _ = cursor.take(config.rollout.prompts_per_step)
-    attempt.answers, attempt.scores, attempt.scored = None, None, None
-    attempt.answers = write_answers(
-        components,
+    count = config.rollout.prompts_per_step
+    # The step has not moved the cursor yet: the prompts after its own.
+    numbers, _ = session.state.cursor.take(count)[1].take(count)
+    pending.responses, pending.scores, pending.scored = None, None, None
+    pending.responses = components.write(
         [components.prompts[number] for number in numbers],
         responses_per_prompt=config.rollout.responses_per_prompt,
         microbatch=config.responses_per_step,
     )
-    rollout = attempt.answers.rollout
-    attempt.scored = score(
+    rollout = pending.responses.rollout
+    pending.scored = score(
         rollout,
         policy=components.policy,
         reference=components.original,
@@ -135,132 +119,81 @@ def check_last(
         microbatch=config.rollout.microbatch_size,
     )
     try:
-        check_bounds(config, attempt.scored, attempt.scored.kl)
+        check_bounds(config.tripwires, pending.scored, pending.scored.kl)
     except TripwireError as error:
         error.args = (f"after the last update, {error}",)
         raise
-    spent = response_kl(attempt.scored.kl, rollout.response_mask)
+    spent = response_kl(pending.scored.kl, rollout.response_mask)
     return with_error("objective/kl_after", clustered_mean(spent, rollout.prompt_index))
 
 
-def save_if_due(
-    config: Config,
-    components: Components,
-    state: TrainingState,
-    metrics: dict[str, Number],
-    sealed: Seal,
-    run: RunWriter,
-) -> TrainingState:
-    """A checkpoint where one is due; the references must have the weights they had, every bit.
-
-    Returns:
-        The state, with the best held-out objective so far if this step has it.
-
-    Raises:
-        RunError: a reference changed, or the checkpoint cannot be written.
-    """
-    every = config.logging.checkpoint_every
-    if state.step < config.steps and not (every and state.step % every == 0):
-        return state
-    if components.original.identity() != sealed.original:
-        raise reference_changed(components.original, sealed.original)
-    if (
-        components.reference is not components.original
-        and components.reference.identity() != sealed.anchor
-    ):
-        raise reference_changed(components.reference, sealed.anchor)
-    objective = metrics.get("heldout/rlhf_reward")
-    best = state.best_objective
-    if objective is not None and (best is None or objective > best):
-        state = replace(state, best_step=state.step, best_objective=objective)
-    save_run_state(run.checkpoints, components, state, sealed.original, keep=config.logging.keep)
-    run.update_meta(best_checkpoint=state.best_step, best_objective=state.best_objective)
-    return state
-
-
-def refuse(
-    error: RefusedError,
-    attempt: Attempt,
-    config: Config,
-    components: Components,
-    state: TrainingState,
-    sealed: Seal,
-    run: RunWriter,
-) -> tuple[Components, TrainingState, Seal]:
+def recover(error: RefusedError, pending: PendingStep, session: Session) -> None:
     """Undo a refused step, keep the evidence, and stop or go back to a good checkpoint.
 
-    Returns:
-        Everyone as of that checkpoint, with a higher β; later metrics are dropped.
+    Afterwards the session is as of that checkpoint, with a higher β; later metrics are dropped.
 
     Raises:
         RefusedError: the error, where the run stops; it says where the run stands.
     """
-    put_back(components, attempt.undo)
+    run, state, wires = session.run, session.state, session.config.tripwires
+    put_back(session.components.optimizer, pending.undo)
     sentence = str(error)
-    where = keep_evidence(run.path / "refused", error, attempt, components, state)
+    evidence = run.path / "refused" / f"step-{pending.step:06d}-{state.rollbacks}"
+    keep_evidence(evidence, error, pending, session.components.policy.tokenizer)
     event = new_event(
-        attempt.step,
+        pending.step,
         "refused",
         sentence,
         wire=error.wire,
         response=error.response,
         token=error.token,
-        evidence=str(where.relative_to(run.path)),
+        evidence=str(evidence.relative_to(run.path)),
     )
     run.append_event(event)
-    undone = not attempt.updating or attempt.undo.weights is not None
-    wires = config.tripwires
+    session.callbacks.on_refusal(
+        RefusalEvent(pending.step, sentence, error.response, error.token, evidence)
+    )
     if wires.then == "stop" or isinstance(error, ReferenceChangedError):
-        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
+        _stop(error, pending, session, evidence)
     if state.rollbacks == (wires.max_rollbacks or MAX_ROLLBACKS):
         error.args = (f"{sentence} (rollbacks so far: {state.rollbacks}, no more are allowed)",)
-        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
+        _stop(error, pending, session, evidence)
     # A policy that was out of bounds when it wrote is that of the step before: no way back to it.
-    guilty = not attempt.within_bounds and not isinstance(error, NonFiniteScoreError)
-    limit = state.step - 1 if guilty else state.step
-    good = [c for c in list_checkpoints(run.checkpoints) if step_of(c) <= limit]
+    at_fault = not pending.within_bounds and not isinstance(error, NonFiniteScoreError)
+    limit = state.step - 1 if at_fault else state.step
+    good = [step_of(c) for c in list_checkpoints(run.checkpoints) if step_of(c) <= limit]
     if not good:
         error.args = (f"{sentence}; there is no good checkpoint to go back to yet",)
-        _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
-    return _roll_back(good[-1], config, components, state, sealed, run, refused=attempt.step)
+        _stop(error, pending, session, evidence)
+    _roll_back(session, good[-1], refused=pending.step)
 
 
-def _roll_back(
-    checkpoint: Path,
-    config: Config,
-    components: Components,
-    state: TrainingState,
-    sealed: Seal,
-    run: RunWriter,
-    *,
-    refused: int,
-) -> tuple[Components, TrainingState, Seal]:
+def _roll_back(session: Session, step: int, *, refused: int) -> None:
     """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
-    rollbacks = state.rollbacks + 1
-    restored = restore_run_state(checkpoint, components, sealed.original)
-    components = restore_anchor(checkpoint, components, restored)
-    factor = config.tripwires.beta_factor or BETA_FACTOR
-    raised = raise_betas(restored.betas, factor)
-    after = replace(restored, betas=raised, rollbacks=rollbacks)
+    config, run, wires = session.config, session.run, session.config.tripwires
+    rollbacks = session.state.rollbacks + 1
+    session.restore(step)
+    restored = session.state
+    raised = raise_betas(restored.betas, wires.beta_factor or BETA_FACTOR)
+    session.state = after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
     run.append_event(
         new_event(
             refused,
             "rolled_back",
-            f"from step {refused} back to step {after.step}, {_moves(restored, after)} (rollback "
-            f"{rollbacks} of {config.tripwires.max_rollbacks or MAX_ROLLBACKS})",
-            to_step=after.step,
+            f"from step {refused} back to step {step}, {_moves(restored, after)} (rollback "
+            f"{rollbacks} of {wires.max_rollbacks or MAX_ROLLBACKS})",
+            to_step=step,
             **{key_of("beta_before", g, raised): s.beta for g, s in restored.betas.items()},
             **{key_of("beta", g, raised): s.beta for g, s in raised.items()},
         )
     )
     # The newest go first: the last one left is always one that a run can resume from.
     for later in reversed(list_checkpoints(run.checkpoints)):
-        if step_of(later) > after.step:
+        if step_of(later) > step:
             drop_directory(later)
-    save_run_state(run.checkpoints, components, after, sealed.original, keep=config.logging.keep)
-    run.rewind(after.step)
-    return components, after, seal(components)
+    session.save(keep=config.logging.keep)
+    run.rewind(step)
 
 
 def _moves(before: TrainingState, after: TrainingState) -> str:
@@ -271,29 +204,20 @@ def _moves(before: TrainingState, after: TrainingState) -> str:
     )
 
 
-def _stop(
-    error: RefusedError,
-    attempt: Attempt,
-    config: Config,
-    components: Components,
-    state: TrainingState,
-    sealed: Seal,
-    run: RunWriter,
-    *,
-    where: Path,
-    undone: bool,
-) -> NoReturn:
+def _stop(error: RefusedError, pending: PendingStep, session: Session, evidence: Path) -> NoReturn:
     """End the run with one sentence; the state before the refused step is on the disk."""
+    state, run, parameters = session.state, session.run, session.components.parameters()
     newest = latest_checkpoint(run.checkpoints)
     saved = -1 if newest is None else step_of(newest)
-    if undone and saved < state.step and state.step > 0 and weights_are_finite(components):
+    undone = not pending.updating or pending.undo.weights is not None
+    if undone and saved < state.step and state.step > 0 and weights_are_finite(parameters):
         # One more than usual, so that no good checkpoint goes for one that may not be.
-        keep = config.logging.keep + 1
-        newest = save_run_state(run.checkpoints, components, state, sealed.original, keep=keep)
+        session.save(keep=session.config.logging.keep + 1)
+        newest = latest_checkpoint(run.checkpoints)
     stands = "at its beginning" if newest is None else f"at {newest}"
     error.args = (
-        f"{error}; step {attempt.step} was not made, the run stands {stands}, and the batch is in "
-        f"{where}",
+        f"{error}; step {pending.step} was not made, the run stands {stands}, and the batch is in "
+        f"{evidence}",
     )
-    run.append_event(new_event(attempt.step, "stopped", str(error)))
+    run.append_event(new_event(pending.step, "stopped", str(error)))
     raise error

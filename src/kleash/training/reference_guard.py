@@ -1,74 +1,74 @@
 """The references stay what they were: their weights are compared before every step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kleash.config.schema import Config
 from kleash.errors import ReferenceChangedError
 from kleash.models.policy import Identity
-from kleash.models.reference_offload import FrozenReference, anchor_at
-from kleash.storage.events import new_event
-from kleash.storage.run_directory import RunWriter
-from kleash.training.components import Components
-from kleash.training.state import (
-    TrainingState,
-)
+from kleash.models.reference_offload import FrozenReference
 
 
-@dataclass(frozen=True)
-class Seal:
-    """Which weights the references have, as a hash and as a sum that is cheap to compare."""
+@dataclass(frozen=True, eq=False)
+class SealedReference:
+    """A reference and the weights it had, as a hash and as a sum that is cheap to compare."""
 
-    original: Identity
-    original_sum: int
-    anchor: Identity
-    anchor_sum: int
+    reference: FrozenReference
+    identity: Identity
+    checksum: int
 
+    @classmethod
+    def of(cls, reference: FrozenReference) -> "SealedReference":
+        """Record which weights a reference has."""
+        return cls(reference, reference.identity(), reference.fingerprint())
 
-def seal(components: Components) -> Seal:
-    """Take down which weights the references have."""
-    original, total = components.original.identity(), components.original.fingerprint()
-    if components.reference is components.original:
-        return Seal(original, total, original, total)
-    return Seal(
-        original, total, components.reference.identity(), components.reference.fingerprint()
-    )
+    def require_checksum(self) -> None:
+        """Cheap, before every step.
 
+        Raises:
+            ReferenceChangedError: the sum of the weights is another.
+        """
+        if self.reference.fingerprint() != self.checksum:
+            raise self._changed()
 
-def require_unchanged(components: Components, sealed: Seal) -> None:
-    """Before every step: the references still have the sum of weights they had.
+    def require_hash(self) -> None:
+        """Every bit, before a checkpoint.
 
-    Raises:
-        ReferenceChangedError: one of them has not.
-    """
-    if components.original.fingerprint() != sealed.original_sum:
-        raise reference_changed(components.original, sealed.original)
-    if (
-        components.reference is not components.original
-        and components.reference.fingerprint() != sealed.anchor_sum
-    ):
-        raise reference_changed(components.reference, sealed.anchor)
+        Raises:
+            ReferenceChangedError: a weight is another.
+        """
+        if self.reference.identity() != self.identity:
+            raise self._changed()
 
-
-def reference_changed(reference: FrozenReference, was: Identity) -> ReferenceChangedError:
-    """The error that says which weights a reference had and which it has."""
-    return ReferenceChangedError(
-        f"the reference changed while training: its weights were {was.sha256[:12]}…, got "
-        f"{reference.identity().sha256[:12]}…; find what writes into them (a shared parameter, a "
-        "reward function) and resume"
-    )
+    def _changed(self) -> ReferenceChangedError:
+        return ReferenceChangedError(
+            f"the reference changed while training: its weights were {self.identity.sha256[:12]}…, "
+            f"got {self.reference.identity().sha256[:12]}…; find what writes into them (a shared "
+            "parameter, a reward function) and resume"
+        )
 
 
-def reanchor_if_due(
-    config: Config, components: Components, state: TrainingState, sealed: Seal, run: RunWriter
-) -> tuple[Components, TrainingState, Seal]:
-    """Tie the leash to the policy as it now is, where the configuration says so."""
-    every = config.leash.reanchor_every
-    if every is None or state.step % every or state.step == config.steps:
-        return components, state, sealed
-    components = replace(
-        components, reference=anchor_at(components.policy, state.step, like=components.original)
-    )
-    run.append_event(
-        new_event(state.step, "reanchored", f"the leash is tied to the policy of step {state.step}")
-    )
-    return components, replace(state, anchored=state.step), seal(components)
+@dataclass(frozen=True, eq=False)
+class ReferenceGuard:
+    """Watches the original reference and, once the run has re-anchored, the anchor too."""
+
+    sealed: tuple[SealedReference, ...]
+
+    @classmethod
+    def of(cls, original: FrozenReference, anchor: FrozenReference) -> "ReferenceGuard":
+        """Record which weights both have; they may be one model."""
+        distinct = (original,) if anchor is original else (original, anchor)
+        return cls(tuple(SealedReference.of(reference) for reference in distinct))
+
+    @property
+    def original(self) -> Identity:
+        """The identity of the reference that the run began with."""
+        return self.sealed[0].identity
+
+    def require_checksums(self) -> None:
+        """See `SealedReference.require_checksum`."""
+        for reference in self.sealed:
+            reference.require_checksum()
+
+    def require_hashes(self) -> None:
+        """See `SealedReference.require_hash`."""
+        for reference in self.sealed:
+            reference.require_hash()

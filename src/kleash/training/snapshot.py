@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kleash.training.components import Components, learning
+from kleash.training.components import trained_parameters
 from kleash.training.random_state import random_states, restore_random_states
 
 
@@ -20,24 +20,21 @@ class Undo:
     moments: Sequence[Mapping[str, Tensor]] = ()
 
 
-def remember(components: Components, *, weights: bool, reuse: Undo | None = None) -> Undo:
+def remember(optimizer: torch.optim.Optimizer, *, weights: bool, reuse: Undo | None = None) -> Undo:
     """The random generators before a step and, if wanted, all that learns.
 
     Args:
-        components: whose step it is.
+        optimizer: of all that is trained.
         weights: also keep the parameters and the optimiser's moments, in main memory.
         reuse: what was remembered before and is needed no more: its memory is written over.
     """
     if not weights:
         return Undo(random_states(), None)
-    parameters = learning(components)
+    parameters = trained_parameters(optimizer)
     old = Undo({}, None) if reuse is None else reuse
     places = old.weights or [None] * len(parameters)
     moments = [
-        {
-            name: _kept(tensor, into.get(name))
-            for name, tensor in components.optimizer.state.get(p, {}).items()
-        }
+        {name: _kept(tensor, into.get(name)) for name, tensor in optimizer.state.get(p, {}).items()}
         for p, into in zip(parameters, old.moments or [{}] * len(parameters), strict=True)
     ]
     copies = [_kept(p, into) for p, into in zip(parameters, places, strict=True)]
@@ -45,26 +42,26 @@ def remember(components: Components, *, weights: bool, reuse: Undo | None = None
 
 
 @torch.no_grad()
-def put_back(components: Components, undo: Undo) -> None:
+def put_back(optimizer: torch.optim.Optimizer, undo: Undo) -> None:
     """Everything as it was when it was remembered; gradients are dropped."""
     restore_random_states(undo.random)
-    components.optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     if undo.weights is None:
         return
-    components.optimizer.state.clear()
+    optimizer.state.clear()
     for parameter, weights, moments in zip(
-        learning(components), undo.weights, undo.moments, strict=True
+        trained_parameters(optimizer), undo.weights, undo.moments, strict=True
     ):
         parameter.copy_(weights)
         if moments:
-            components.optimizer.state[parameter] = {
+            optimizer.state[parameter] = {
                 name: tensor.to(parameter.device, copy=True) for name, tensor in moments.items()
             }
 
 
-def weights_are_finite(components: Components) -> bool:
-    """Whether no weight that learns is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in learning(components))
+def weights_are_finite(parameters: Sequence[Tensor]) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(parameter.isfinite().all()) for parameter in parameters)
 
 
 def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ Nothing is written before everything that can be wrong at the start has been loo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,56 +16,45 @@ from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.kl.control.groups import Leash
 from kleash.kl.planning.initial_beta import Start
-from kleash.models.policy import Identity
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import Run, RunWriter, holds_run, read_run
+from kleash.training.assembly import assemble, make_leash
 from kleash.training.calibration import begin
-from kleash.training.components import Components, assemble, make_leash
-from kleash.training.distributed import assemble_everywhere
+from kleash.training.callbacks import Callbacks
+from kleash.training.components import Components
 from kleash.training.metadata import run_meta
 from kleash.training.process_group import WorkerGroup
+from kleash.training.reference_guard import ReferenceGuard
+from kleash.training.session import Session
 from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
     restore_run_state,
 )
-from kleash.training.trackers import Trackers
+from kleash.training.worker import assemble_everywhere
 
 Preflight = Callable[[Config, Components], list[str]]
 """Looks at what was assembled; raises what must stop the run, and returns its warnings."""
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A run that is ready for its next step."""
-
-    components: Components
-    leash: Leash
-    state: TrainingState
-    run: RunWriter
-    trackers: Trackers
-    warnings: list[str]
-    """What the preflight said; nothing where a run is continued."""
-    fresh: bool
-    """No step of it has been kept: it begins with what the reference does."""
-
-
-def open_run(
+def open_session(
     config: Config,
     *,
-    argv: Sequence[str] = (),
-    preflight: Preflight | None = None,
-    workers: WorkerGroup | None = None,
-) -> Opened:
-    """Assemble everyone and open the run directory.
+    argv: Sequence[str],
+    preflight: Preflight | None,
+    group: WorkerGroup | None,
+    callbacks: Callbacks,
+) -> Session:
+    """Assemble the components and open the run directory.
 
     Args:
         config: the run; `{world}` already replaced.
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
-        workers: the other processes, if there are any.
+        group: the other processes, if there are any.
+        callbacks: of the run.
 
     Raises:
         KleashError: something the user can fix; nothing was begun.
@@ -75,46 +64,37 @@ def open_run(
     if begun:
         _require_same_run(config, read_run(path))
     torch.manual_seed(config.seed)
-    components = assemble(config) if workers is None else assemble_everywhere(workers, config)
+    components = assemble(config) if group is None else assemble_everywhere(group, config)
     warnings = preflight(config, components) if preflight is not None and not begun else []
-    reference = components.reference.identity()
-    trackers = Trackers(config.logging.trackers, path)
+    guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
     if checkpoint is None:
         frontier, state = _begin(config, components)
     else:
-        state = restore_run_state(checkpoint, components, reference)
-        components = restore_anchor(checkpoint, components, state)
+        state = restore_run_state(checkpoint, components, guard.original)
+        anchor = restore_anchor(checkpoint, components.policy, components.original, state)
+        components = replace(components, reference=anchor)
+        guard = ReferenceGuard.of(components.original, anchor)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     if begun:
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
     else:
-        run = _create(config, components, state, reference, argv=argv, warnings=warnings)
+        meta = run_meta(config, components.policy, guard.original, argv, state=state)
+        tree = yaml.safe_load(dump_config(config))
+        run = RunWriter.create(path, config=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None:
         write_frontier(path / PLAN_FILE, frontier)
-    return Opened(
+    return Session(
+        config=config,
         components=replace(components, frontier=frontier),
         leash=_leash(config, state.starts),
         state=state,
         run=run,
-        trackers=trackers,
+        guard=guard,
+        callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
     )
-
-
-def _create(
-    config: Config,
-    components: Components,
-    state: TrainingState,
-    reference: Identity,
-    *,
-    argv: Sequence[str],
-    warnings: list[str],
-) -> RunWriter:
-    meta = run_meta(config, components, reference, argv, betas=state.betas, starts=state.starts)
-    tree = yaml.safe_load(dump_config(config))
-    return RunWriter.create(Path(config.output), config=tree, meta={**meta, "warnings": warnings})
 
 
 def _begin(config: Config, components: Components) -> tuple[Frontier | None, TrainingState]:

@@ -13,7 +13,7 @@ For the length of one step the same is kept in main memory, so that the step can
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ from kleash.errors import RunError
 from kleash.kl.control.controllers import BetaState
 from kleash.kl.control.groups import States
 from kleash.kl.planning.initial_beta import Start
-from kleash.models.policy import Identity
-from kleash.models.reference_offload import anchor_at, underlying
+from kleash.models.policy import Identity, Policy
+from kleash.models.reference_offload import FrozenReference, anchor_at, underlying
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.atomic_directories import (
@@ -118,7 +118,7 @@ def restore_run_state(
     verify_checkpoint(directory)
     record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
     _require_reference(directory, record["reference"], reference)
-    _load_policy(directory / "policy", components)
+    _load_policy(directory / "policy", components.policy)
     device = components.policy.device
     if components.value is not None:
         critic = load_tensors(directory / "value.safetensors", device)
@@ -142,16 +142,18 @@ def restore_run_state(
     )
 
 
-def restore_anchor(directory: Path, components: Components, state: TrainingState) -> Components:
-    """Tie the leash to the policy it was tied to when the checkpoint was written."""
+def restore_anchor(
+    directory: Path, policy: Policy, original: FrozenReference, state: TrainingState
+) -> FrozenReference:
+    """The reference that the leash was tied to when the checkpoint was written."""
     if not state.anchored:
-        return replace(components, reference=components.original)
-    anchor = anchor_at(components.policy, state.anchored, like=components.original)
+        return original
+    anchor = anchor_at(policy, state.anchored, like=original)
     stored = load_tensors(directory / _ANCHOR)
     with torch.no_grad():
         for name, parameter in underlying(anchor).model.named_parameters():
             parameter.copy_(stored[name])
-    return replace(components, reference=anchor)
+    return anchor
 
 
 def _module(value: ValueFunction) -> nn.Module:
@@ -168,17 +170,17 @@ def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity
         )
 
 
-def _load_policy(directory: Path, components: Components) -> None:
+def _load_policy(directory: Path, policy: Policy) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(file, device=str(components.policy.device))
-    if components.policy.adapter is not None:
+        tensors |= load_file(file, device=str(policy.device))
+    if policy.adapter is not None:
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(components.policy.adapter, tensors)
+        set_peft_model_state_dict(policy.adapter, tensors)
         return
     # Tied weights are stored once, under one of their names.
-    known = components.policy.model.state_dict(keep_vars=True)
+    known = policy.model.state_dict(keep_vars=True)
     stored = {known[name].data_ptr() for name in tensors if name in known}
     missing = [n for n, tensor in known.items() if tensor.data_ptr() not in stored]
     unknown = [name for name in tensors if name not in known]
@@ -186,4 +188,4 @@ def _load_policy(directory: Path, components: Components) -> None:
         raise RunError(
             f"{directory} holds another model: weights missing {missing[:3]}, unknown {unknown[:3]}"
         )
-    components.policy.model.load_state_dict(tensors, strict=False)
+    policy.model.load_state_dict(tensors, strict=False)

@@ -1,6 +1,6 @@
 """Metrics to TensorBoard, Weights & Biases or trackio, through accelerate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +8,7 @@ from types import TracebackType
 from accelerate import Accelerator
 
 from kleash.errors import ConfigError
+from kleash.training.callbacks import StepEvent
 
 
 class Trackers:
@@ -25,14 +26,14 @@ class Trackers:
                     f"the tracker {name!r} is not installed: pip install 'kleash[{name}]', or "
                     "leave it out of logging.trackers"
                 )
-        self._accelerator = (
-            Accelerator(log_with=list(names), project_dir=str(directory)) if names else None
-        )
-        self._name = directory.name
+        self._names, self._directory = list(names), directory
+        self._accelerator: Accelerator | None = None
 
     def __enter__(self) -> "Trackers":
-        if self._accelerator is not None:
-            self._accelerator.init_trackers(self._name)
+        if self._names:
+            folder = str(self._directory)
+            self._accelerator = Accelerator(log_with=self._names, project_dir=folder)
+            self._accelerator.init_trackers(self._directory.name)
         return self
 
     def __exit__(
@@ -44,8 +45,8 @@ class Trackers:
         if self._accelerator is not None:
             self._accelerator.end_training()
 
-    def log(self, metrics: Mapping[str, float | int | None]) -> None:
+    def on_step(self, event: StepEvent) -> None:
         """Send the numbers of a step; those that do not exist are left out."""
         if self._accelerator is not None:
-            numbers = {key: value for key, value in metrics.items() if value is not None}
-            self._accelerator.log(numbers, step=int(metrics["step"] or 0))
+            numbers = {key: value for key, value in event.metrics.items() if value is not None}
+            self._accelerator.log(numbers, step=event.step)

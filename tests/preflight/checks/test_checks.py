@@ -25,7 +25,7 @@ from kleash.preflight.comparison import gap
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import QUICK, Tilted, Trial, draw, own_reading, rollout_of
 from kleash.rollout.prompts import Prompt
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,8 @@ def test_a_text_is_read_as_the_model_reads_it(trial: Trial) -> None:
 def test_what_is_skipped_says_why(trial: Trial) -> None:
     later = replace(trial, at_start=False)
     no_sampler = replace(trial.rollout, sampler_logprobs=None)
-    blind = replace(trial, written=replace(trial.written, rollout=no_sampler))
+    written = replace(trial.written.responses, rollout=no_sampler)
+    blind = replace(trial, written=replace(trial.written, responses=written))
     far = replace(trial, scored=replace(trial.scored, kl=trial.scored.kl + 1))
     free = replace(trial, config=trial.config.model_copy(
         update={"leash": trial.config.leash.model_copy(update={"beta": 0.0})}

@@ -19,7 +19,6 @@ from kleash.preflight.probe_batch import (
     logprobs_at,
     reference_logits,
     rollout_of,
-    score_rollout,
     states_of,
 )
 from kleash.scoring import token_scores
@@ -91,9 +90,7 @@ def live_dropouts(model: nn.Module) -> list[str]:
 def self_kl(trial: Trial) -> Finding:
     """The policy scored against itself."""
     ask = Question("logprobs.self_kl", "KL of the policy to itself 0, log π = log π_ref")
-    scored = score_rollout(
-        trial.components, trial.rollout, trial.components.policy, trial.written.raw_scores
-    )
+    scored = trial.score(trial.rollout, trial.components.policy)
     kl = float(scored.kl.abs().max())
     apart = float((scored.rollout_logprobs - scored.ref_logprobs).abs().max())
     measured = f"KL {kl:.2g}, log-ratio {apart:.2g} nats at the worst token"
@@ -259,12 +256,7 @@ def batching(trial: Trial) -> Finding:
     ask = Question("logprobs.batching", "log π of a text does not depend on the rest of its batch")
     components, apart = trial.components, 0.0
     for text in trial.texts:
-        alone = score_rollout(
-            components,
-            rollout_of(text.prompt, text.response),
-            components.reference,
-            trial.written.raw_scores[:1],
-        )
+        alone = trial.score(rollout_of(text.prompt, text.response), components.reference)
         row = trial.scored.rollout_logprobs[text.row][trial.rollout.response_mask[text.row]]
         apart = max(apart, gap(alone.rollout_logprobs[0], row))
     measured = f"{apart:.2g} nats at the worst token"
@@ -294,7 +286,7 @@ def canary(trial: Trial) -> Finding:
     for text in trial.texts[:2]:
         words, top = greedy(trial, text.prompt)
         written = rollout_of(text.prompt, words)
-        seen = score_rollout(components, written, components.policy, trial.written.raw_scores[:1])
+        seen = trial.score(written, components.policy)
         scored.append(seen.rollout_logprobs[0].double())
         best.append(top)
     mine, top = torch.cat(scored), torch.cat(best)
@@ -445,7 +437,10 @@ def _heat_gap(trial: Trial, who: str, heat: float) -> float:
         if who == "policy":
             logits, scored = text.logits, trial.scored.rollout_logprobs
         else:
-            logits, scored = reference_logits(trial.components, text), trial.scored.ref_logprobs
+            logits, scored = (
+                reference_logits(trial.components.reference, text),
+                trial.scored.ref_logprobs,
+            )
         table = (logits[:, :words].double() / heat).log_softmax(-1)
         apart = max(apart, gap(at(table, text.response), scored[text.row][mask[text.row]]))
     return apart

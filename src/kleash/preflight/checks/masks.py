@@ -12,7 +12,7 @@ from kleash.algorithms import dispatch
 from kleash.kl.statistics import response_kl
 from kleash.models.lm_head import apply_head
 from kleash.preflight.findings import Finding, Question, some
-from kleash.preflight.probe_batch import Text, Tilted, Trial, score_rollout
+from kleash.preflight.probe_batch import Text, Tilted, Trial
 from kleash.training.metrics import objective_measures
 from kleash.types import Fresh, Rollout, ScoredRollout
 
@@ -83,7 +83,7 @@ def padding_ids(trial: Trial) -> Finding:
         prompt_ids=torch.where(rollout.prompt_mask, rollout.prompt_ids, word),
         response_ids=torch.where(rollout.response_mask, rollout.response_ids, word),
     )
-    again = score_rollout(trial.components, changed, Tilted(policy), trial.written.raw_scores)
+    again = trial.score(changed, Tilted(policy))
     names = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values")
     moved = {key: _apart(getattr(again, key), getattr(trial.tilted, key)) for key in names}
     measured = f"{max(moved.values()):.2g} at the worst number"
@@ -154,10 +154,12 @@ def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
     settings = replace(trial.components.settings, truncated="score", missing_eos_penalty=None)
     mask = trial.rollout.response_mask
     width = mask.shape[1]
-    experience = dispatch.prepare(scored, _BETA, settings)
+    experience = dispatch.algorithm_of(settings).prepare(scored, _BETA, settings)
     kl = scored.kl if experience.pathwise is not None else None
     now = Fresh(logprobs=scored.rollout_logprobs, values=scored.values, kl=kl)
-    loss = dispatch.loss(experience, now, settings, tokens=int(experience.mask.sum()))
+    loss = dispatch.algorithm_of(settings).loss(
+        experience, now, settings, tokens=int(experience.mask.sum())
+    )
     measures = objective_measures(scored, beta=_BETA)
     return {
         "rewards": torch.where(mask, experience.rewards[:, :width], 0.0),

@@ -9,7 +9,7 @@ from kleash.kl.placements import gradient_of
 from kleash.kl.planning.initial_beta import Start
 from kleash.preflight.findings import Finding, Question, some
 from kleash.preflight.probe_batch import Trial
-from kleash.training.components import make_leash, target_per_response
+from kleash.training.assembly import make_leash, target_per_response
 from kleash.training.metadata import objective_line
 from kleash.training.metrics import score_variance
 

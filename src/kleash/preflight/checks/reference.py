@@ -1,11 +1,10 @@
 """Room *reference*: which model holds the other end of the leash, and does it stay?"""
 
 from kleash.errors import ModelError
-from kleash.models.policy import check_compatible
-from kleash.models.reference_offload import underlying
+from kleash.models.policy import Policy, check_compatible
+from kleash.models.reference_offload import FrozenReference, underlying
 from kleash.preflight.findings import Finding, Question, some
 from kleash.preflight.probe_batch import Trial
-from kleash.training.components import Components
 
 
 def identity(trial: Trial) -> Finding:
@@ -86,10 +85,10 @@ def adapter(trial: Trial) -> Finding:
     )
 
 
-def vocabulary(components: Components) -> Finding:
+def vocabulary(model: Policy, frozen: FrozenReference) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
     ask = Question("reference.vocabulary", "the same id for every token in both models")
-    policy, reference = components.policy, underlying(components.reference)
+    policy, reference = model, underlying(frozen)
     try:
         check_compatible(policy, reference)
     except ModelError as error:

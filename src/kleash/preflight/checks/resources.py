@@ -8,18 +8,17 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.preflight.findings import Finding, Question, skipped
-from kleash.preflight.probe_batch import Trial, read
-from kleash.training.backward import loss_of
-from kleash.training.components import Components, learning
-from kleash.training.evaluation import write_responses
-from kleash.training.recovery import copy_bytes, keeps_copy, several_updates
+from kleash.preflight.probe_batch import MICROBATCH, Trial
+from kleash.training.recovery import copy_bytes, several_updates, undone_in_memory
 
 _ITERATIONS = 2
 _GIB = 2**30
@@ -61,8 +60,8 @@ def undo(trial: Trial) -> Finding:
     config, components = trial.config, trial.components
     if not several_updates(config):
         return ask.ok("one update a step: it is refused before it is made")
-    size = f"{copy_bytes(components) / _GIB:.2g} GiB"
-    if keeps_copy(config, components):
+    size = f"{copy_bytes(components.optimizer) / _GIB:.2g} GiB"
+    if undone_in_memory(config.tripwires, components.optimizer):
         return ask.ok(f"a copy of {size} in main memory")
     every = config.logging.checkpoint_every
     if every:
@@ -76,9 +75,9 @@ def undo(trial: Trial) -> Finding:
     )
 
 
-def adam_bytes(components: Components) -> int:
+def adam_bytes(parameters: Sequence[nn.Parameter]) -> int:
     """Adam's two moments, which exist from the first update on."""
-    return sum(2 * p.numel() * p.element_size() for p in learning(components))
+    return sum(2 * p.numel() * p.element_size() for p in parameters)
 
 
 def machine_bytes(device: torch.device) -> int:
@@ -93,7 +92,11 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
     has = machine_bytes(components.policy.device)
     rows = min(config.ppo.microbatch_size, config.responses_per_step)
     grown = max(0, last.peak - first.before)
-    needs = first.before + int(grown * max(1.0, rows / first.responses)) + adam_bytes(components)
+    needs = (
+        first.before
+        + int(grown * max(1.0, rows / first.responses))
+        + adam_bytes(components.parameters())
+    )
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
     ask = Question("resources.memory", "at most nine tenths of the machine's memory")
     if needs <= 0.9 * has:
@@ -129,17 +132,20 @@ def _iterate(trial: Trial) -> Cost:
     before, clock = _peak(device), time.perf_counter()
     group = config.rollout.responses_per_prompt
     prompts = components.prompts[: min(config.rollout.prompts_per_step, max(1, 64 // group))]
-    written = write_responses(
-        components, prompts, responses_per_prompt=group, microbatch=config.rollout.microbatch_size
+    microbatch = config.rollout.microbatch_size
+    written = components.judge(
+        components.write(prompts, responses_per_prompt=group, microbatch=microbatch)
     )
-    responses = len(written.responses)
+    responses = len(written.texts)
     wrote = time.perf_counter()
-    scored = read(components, written, components.reference)
+    scored = components.score(written.rollout, written.raw_scores, microbatch=MICROBATCH)
     was_read = time.perf_counter()
-    experience = dispatch.prepare(scored, 0.1, components.settings)
+    experience = dispatch.algorithm_of(components.settings).prepare(
+        scored, 0.1, components.settings
+    )
     rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
     part = select(experience, rows)
-    loss, _ = loss_of(components, part, tokens=int(part.mask.sum()))
+    loss, _ = components.loss(part, tokens=int(part.mask.sum()))
     loss.total.backward()
     peak = _peak(device)
     components.optimizer.zero_grad(set_to_none=True)

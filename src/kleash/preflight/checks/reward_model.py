@@ -280,7 +280,7 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
     """Empty, flattering, echoing, and the favourite word of the best replies over and over."""
     scores = trial.written.raw_scores
     best = scores.argsort(descending=True)[: max(1, len(scores) // 8)].tolist()
-    texts = trial.written.responses
+    texts = trial.written.texts
     everywhere = Counter(word for text in texts for word in text.split())
     at_best = Counter(word for row in best for word in texts[row].split())
     often = [word for word, count in at_best.items() if count > 1]
@@ -297,7 +297,7 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
 
 def _sample(trial: Trial) -> tuple[list[Content], list[str]]:
     """Texts of different lengths, so that a batch of them is padded."""
-    responses = trial.written.responses
+    responses = trial.written.texts
     order = sorted(range(len(responses)), key=lambda row: len(responses[row]))
     step = max(1, len(order) // _TEXTS)
     rows = order[::step][:_TEXTS]

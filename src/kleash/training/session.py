@@ -1,0 +1,81 @@
+"""What a run is at the moment: its models, its state, its directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+
+from kleash.config.schema import Config
+from kleash.kl.control.groups import Leash
+from kleash.models.reference_offload import anchor_at
+from kleash.storage.atomic_directories import list_checkpoints, step_of
+from kleash.storage.events import new_event
+from kleash.storage.run_directory import RunWriter
+from kleash.training.callbacks import Callbacks, CheckpointEvent
+from kleash.training.components import Components
+from kleash.training.metrics import Number
+from kleash.training.reference_guard import ReferenceGuard
+from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
+
+
+@dataclass(eq=False)
+class Session:
+    """A run that is ready for its next step. Steps, re-anchoring and rollbacks change it."""
+
+    config: Config
+    components: Components
+    leash: Leash
+    """The controller of each group's β."""
+    state: TrainingState
+    run: RunWriter
+    guard: ReferenceGuard
+    callbacks: Callbacks
+    warnings: list[str]
+    """What the preflight said; nothing where a run is continued."""
+    fresh: bool
+    """No step of it has been kept: it begins with what the reference does."""
+
+    def reanchor_if_due(self) -> None:
+        """Tie the leash to the policy as it now is, where the configuration says so."""
+        every, step = self.config.leash.reanchor_every, self.state.step
+        if every is None or step % every or step == self.config.steps:
+            return
+        anchor = anchor_at(self.components.policy, step, like=self.components.original)
+        self.components = replace(self.components, reference=anchor)
+        self.state = replace(self.state, anchored=step)
+        self.guard = ReferenceGuard.of(self.components.original, anchor)
+        sentence = f"the leash is tied to the policy of step {step}"
+        self.run.append_event(new_event(step, "reanchored", sentence))
+
+    def save_if_due(self, metrics: Mapping[str, Number]) -> None:
+        """A checkpoint where one is due; the best held-out objective so far is remembered.
+
+        Raises:
+            RunError: a reference changed, or the checkpoint cannot be written.
+        """
+        every, step = self.config.logging.checkpoint_every, self.state.step
+        if step < self.config.steps and not (every and step % every == 0):
+            return
+        self.guard.require_hashes()
+        objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
+        if objective is not None and objective > (-inf if best is None else best):
+            self.state = replace(self.state, best_step=step, best_objective=objective)
+        self.save(keep=self.config.logging.keep)
+        self.run.update_meta(
+            best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
+        )
+
+    def save(self, *, keep: int) -> None:
+        """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
+        path = save_run_state(
+            self.run.checkpoints, self.components, self.state, self.guard.original, keep=keep
+        )
+        self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
+
+    def restore(self, step: int) -> None:
+        """Everything as it was when the checkpoint of that step was written."""
+        (checkpoint,) = [c for c in list_checkpoints(self.run.checkpoints) if step_of(c) == step]
+        components = self.components
+        self.state = restore_run_state(checkpoint, components, self.guard.original)
+        anchor = restore_anchor(checkpoint, components.policy, components.original, self.state)
+        self.components = replace(components, reference=anchor)
+        self.guard = ReferenceGuard.of(components.original, anchor)
