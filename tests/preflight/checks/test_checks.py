@@ -160,7 +160,7 @@ def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPat
 def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
     components = trial.components
     learning = [*components.policy.parameters(), *components.value.parameters()]
-    assert resources.adam_bytes(components) == 8 * sum(p.numel() for p in learning)
+    assert resources.adam_bytes(components.parameters()) == 8 * sum(p.numel() for p in learning)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,8 @@ def test_a_tenth_of_a_nat_is_meant_per_token_if_responses_are_long(
     mask = (torch.arange(trial.rollout.response_mask.shape[1]) < tokens).expand_as(
         trial.rollout.response_mask
     )
-    long = replace(trial.written, rollout=replace(trial.rollout, response_mask=mask))
+    changed = replace(trial.rollout, response_mask=mask)
+    long = replace(trial.written, responses=replace(trial.written.responses, rollout=changed))
     found = objective.target(replace(trial, written=long, config=type(trial.config)(**tree)))
     assert found.verdict == verdict
     assert verdict == "ok" or "leash.target_kl_per_token: 0.1" in found.remedy
@@ -208,7 +209,8 @@ def test_an_empty_mask_row_is_no_hole(trial: Trial) -> None:
     assert masks.shape(trial).verdict == "ok"
     mask = trial.rollout.prompt_mask.clone()
     mask[0, -1] = False
-    broken = replace(trial.written, rollout=replace(trial.rollout, prompt_mask=mask))
+    changed = replace(trial.rollout, prompt_mask=mask)
+    broken = replace(trial.written, responses=replace(trial.written.responses, rollout=changed))
     assert "prompt mask has holes" in masks.shape(replace(trial, written=broken)).cause
 
 
