@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kleash.algorithms.advantages import group_relative
 from kleash.algorithms.rewards import ScoreStatistics
+from kleash.config.algorithm import GRPOConfig
 from kleash.config.leash import LeashConfig
 from kleash.config.schema import Config
 from kleash.errors import RewardError
@@ -75,9 +76,9 @@ def draw(config: Config, components: Components) -> Drawn:
         microbatch=max(config.responses_per_step, config.rollout.microbatch_size),
     )
     statistics = ScoreStatistics().update(raw.flatten())
-    if config.algorithm == "grpo":
+    if isinstance(config.algorithm, GRPOConfig):
         rows = torch.arange(len(raw)).repeat_interleave(raw.shape[1])
-        relative = group_relative(raw.flatten(), rows)
+        relative = group_relative(raw.flatten(), rows, epsilon=config.algorithm.epsilon)
         return Drawn(prompts, relative.view_as(raw), statistics, length, groups)
     if config.score_normalisation == "none":
         return Drawn(prompts, raw, statistics, length, groups)
@@ -106,7 +107,7 @@ def begin(config: Config, components: Components) -> Beginning:
     """
     leash = config.leash
     moves = leash.beta is None and leash.schedule is None
-    planned = moves and leash.initial_beta is None
+    planned = moves and leash.initial_beta == "auto"
     if not (planned or leash.target_kl_per_token or config.score_normalisation == "initial"):
         return Beginning(ScoreStatistics(), {}, None)
     drawn = draw(config, components)
@@ -128,7 +129,7 @@ def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str
 
 
 def _start(config: Config, scores: Float[Tensor, "prompt sample"], target: float) -> Start:
-    if config.leash.initial_beta is not None:
+    if config.leash.initial_beta != "auto":
         return Start(config.leash.initial_beta, "given")
     try:
         if config.reference.reference_differs:
@@ -152,7 +153,7 @@ def start_lines(config: Config, starts: Mapping[str, Start]) -> list[str]:
 def _start_line(leash: LeashConfig, start: Start) -> str:
     match start.source:
         case "given":
-            how = "as it was told"
+            how = "from leash.initial_beta"
         case "plan":
             target = target_per_response(leash, start.response_length)
             how = f"the plan's for {target:.4g} nats"
@@ -187,7 +188,7 @@ def _frontier(
 
     A policy that does not start at the reference wrote samples that plan nothing either.
     """
-    moving = config.score_normalisation == "running" or config.algorithm == "grpo"
+    moving = config.score_normalisation == "running" or isinstance(config.algorithm, GRPOConfig)
     moving = moving or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None

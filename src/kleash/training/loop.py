@@ -306,7 +306,7 @@ def _move(
     """Where every β goes after this rollout, and the numbers of what was read and decided."""
     trained = dispatch.trained_scores(scored, components.settings)
     readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
-    told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta is None)
+    told = measurements(readings, state.starts, follow_scores=config.leash.initial_beta == "auto")
     moved = leash.update(state.betas, told)
     return moved, {
         **leash_measures(config.leash, state.betas, readings, components.frontier),

@@ -16,6 +16,7 @@ from kleash.kl.planning.initial_beta import Start
 from kleash.models.policy import Identity
 from kleash.rollout.sampling import overridden_settings
 from kleash.training.components import Components
+from kleash.training.recovery import keeps_copy
 
 
 def objective_line(config: Config, betas: States) -> str:
@@ -27,7 +28,7 @@ def objective_line(config: Config, betas: States) -> str:
     )
     if config.score_normalisation != "none":
         score_text = f"({score_text} − mean)/sd"
-    if config.algorithm == "grpo":
+    if config.algorithm.name == "grpo":
         score_text = f"({score_text} − group mean)/group sd"
     leash = config.leash
     if leash.placement == "measure" or leash.beta == 0:
@@ -65,6 +66,7 @@ def run_meta(
         "device": str(components.policy.device),
         "objective": objective_line(config, betas),
         "start": _starts(starts),
+        "undo": "memory" if keeps_copy(config, components) else "checkpoint",
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(components.policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.

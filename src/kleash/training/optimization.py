@@ -6,6 +6,7 @@ response alone, and then each of its tokens.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from kleash.training.metrics import Number
 from kleash.training.pretraining_mix import pretraining_loss
 from kleash.types import Experience
 
-_LEAST_EFFECTIVE = 0.5
-"""Share of effective tokens that prefix weights must leave, where they are in the loss."""
 _FIRST_RATIO_TOLERANCE = 1e-3
 """How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
 
@@ -53,14 +52,14 @@ def update(
             minibatch = select(experience, chosen)
             components.optimizer.zero_grad(set_to_none=True)
             passed = distributed.backward(
-                components, minibatch, microbatch=config.ppo.microbatch_size
+                components, minibatch, microbatch=config.algorithm.microbatch_size
             )
             if first_error is None:
                 first_error = passed.ratio_error
                 _require_first_ratio(first_error)
             kept = effective_sample_size(passed.weights, minibatch.mask)
             effective = min(effective, float(kept) / int(minibatch.mask.sum()))
-            if made and effective < least_effective(config):
+            if made and effective < cast(float, config.algorithm.min_effective_samples):
                 break
             numbers = combine(passed.metrics) | _pretrain(components)
             numbers["optim/grad_norm"] = _optimise(config, components, minibatch)
@@ -84,17 +83,9 @@ def update(
 def _minibatches(config: Config, experience: Experience) -> Iterator[Tensor]:
     """Rows of each optimiser step: every kept response once in an epoch, in a new order."""
     rows = kept_rows(experience)
-    for _ in range(config.ppo.epochs):
+    for _ in range(config.algorithm.epochs):
         order = rows[torch.randperm(len(rows)).to(rows.device)]
-        yield from order.chunk(config.ppo.minibatches)
-
-
-def least_effective(config: Config) -> float:
-    """Share of effective tokens below which a rollout teaches no more; 0: no bound."""
-    told = config.ppo.min_effective_samples
-    if told is not None:
-        return told
-    return _LEAST_EFFECTIVE if config.leash.placement == "exact_weighted" else 0.0
+        yield from order.chunk(config.algorithm.minibatches)
 
 
 def _pretrain(components: Components) -> dict[str, float]:

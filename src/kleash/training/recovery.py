@@ -45,10 +45,6 @@ from kleash.training.state import (
 from kleash.training.tripwires import check_entropy, check_kl
 from kleash.types import ScoredRollout
 
-BETA_FACTOR, MAX_ROLLBACKS = 2.0, 3
-"""Of a rollback, unless the configuration says otherwise."""
-_LARGEST_COPY = 512 << 20
-"""Bytes of the copy that undoes a step, unless the configuration says otherwise."""
 _OTHER_DRAWS = 0x9E3779B9
 """Added to the seed with each rollback, so that the same responses are not drawn again."""
 
@@ -73,14 +69,14 @@ def attempt_step(
 
 def several_updates(config: Config) -> bool:
     """Whether a step can be refused when some of its updates are made already."""
-    return config.ppo.epochs * config.ppo.minibatches > 1
+    return config.algorithm.epochs * config.algorithm.minibatches > 1
 
 
 def keeps_copy(config: Config, components: Components) -> bool:
     """Whether a step is undone by a copy of what learns, and not by the last checkpoint."""
-    if config.tripwires.undo is not None:
+    if config.tripwires.undo != "auto":
         return config.tripwires.undo == "memory"
-    return copy_bytes(components) <= _LARGEST_COPY
+    return copy_bytes(components) <= config.tripwires.undo_copy_mib << 20
 
 
 def copy_bytes(components: Components) -> int:
@@ -212,7 +208,7 @@ def refuse(
     wires = config.tripwires
     if wires.then == "stop" or isinstance(error, ReferenceChangedError):
         _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
-    if state.rollbacks == (wires.max_rollbacks or MAX_ROLLBACKS):
+    if state.rollbacks == wires.max_rollbacks:
         error.args = (f"{sentence} (rollbacks so far: {state.rollbacks}, no more are allowed)",)
         _stop(error, attempt, config, components, state, sealed, run, where=where, undone=undone)
     # A policy that was out of bounds when it wrote is that of the step before: no way back to it.
@@ -239,7 +235,7 @@ def _roll_back(
     rollbacks = state.rollbacks + 1
     restored = restore_run_state(checkpoint, components, sealed.original)
     components = restore_anchor(checkpoint, components, restored)
-    factor = config.tripwires.beta_factor or BETA_FACTOR
+    factor = config.tripwires.beta_factor
     raised = raise_betas(restored.betas, factor)
     after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
@@ -248,7 +244,7 @@ def _roll_back(
             refused,
             "rolled_back",
             f"from step {refused} back to step {after.step}, {_moves(restored, after)} (rollback "
-            f"{rollbacks} of {config.tripwires.max_rollbacks or MAX_ROLLBACKS})",
+            f"{rollbacks} of {config.tripwires.max_rollbacks})",
             to_step=after.step,
             **{key_of("beta_before", g, raised): s.beta for g, s in restored.betas.items()},
             **{key_of("beta", g, raised): s.beta for g, s in raised.items()},
