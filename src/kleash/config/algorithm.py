@@ -85,7 +85,7 @@ class PPOConfig(UpdateConfig):
     value_coef: PositiveFloat = 0.1
     """Weight of the value loss."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token. 1 keeps the objective the sum that it says it is."""
+    """Discount per token. 1 keeps the return the plain sum of the rewards."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
     whiten_advantages: bool = True

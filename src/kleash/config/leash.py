@@ -14,7 +14,7 @@ from pydantic import (
 from kleash.config.section import InputKind, Section, SettingError
 from kleash.kl.control.controllers import ScheduledBeta
 from kleash.kl.control.groups import OTHERS
-from kleash.kl.placements import Placement
+from kleash.kl.placements import Placement, check_placement
 
 LEASH_KINDS = ("beta", "target_kl", "target_kl_per_token", "schedule")
 """Ways to give the strength of the leash; a run has one."""
@@ -72,6 +72,10 @@ class LeashConfig(Section):
             )
         if self.schedule is not None:
             _check_schedule(self.schedule)
+        try:
+            check_placement(self.placement, allow_biased=self.allow_biased)
+        except ValueError as error:
+            raise SettingError(f"{error}: true", "placement") from None
         if self.placement == "measure" and self.beta != 0:
             raise SettingError(
                 "`placement: measure` charges nothing: give `beta: 0` with it", "placement", *given

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.algorithms.common import Truncated, check_truncated
 from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
@@ -107,7 +108,7 @@ class RolloutConfig(Section):
     """Length limit of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits in sampling and in both scorings alike."""
-    truncated: Literal["score", "penalise", "drop", "bootstrap"] = "score"
+    truncated: Truncated = "score"
     """A response cut by the limit: score it as it stands, subtract a penalty, leave it out of the
     update, or continue it with the value of its last state."""
     missing_eos_penalty: PositiveFloat | None = None
@@ -117,13 +118,10 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _penalty_belongs(self) -> "RolloutConfig":
-        if (self.truncated == "penalise") != (self.missing_eos_penalty is not None):
-            raise SettingError(
-                "`missing_eos_penalty` goes with `truncated: penalise` and with nothing else, got "
-                f"truncated: {self.truncated}, missing_eos_penalty: {self.missing_eos_penalty}",
-                "missing_eos_penalty",
-                "truncated",
-            )
+        try:
+            check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
+        except ValueError as error:
+            raise SettingError(str(error), "missing_eos_penalty", "truncated") from None
         return self
 
 
@@ -267,11 +265,10 @@ class Config(Section):
                 "algorithm.name",
                 "rollout.responses_per_prompt",
             )
-        if self.rollout.truncated == "bootstrap":
-            raise SettingError(
-                f"`rollout.truncated: bootstrap` needs a critic, and `algorithm: {name}` has none",
-                "rollout.truncated",
-            )
+        try:
+            check_truncated(self.rollout.truncated, self.rollout.missing_eos_penalty, critic=False)
+        except ValueError as error:
+            raise SettingError(f"with `algorithm: {name}` {error}", "rollout.truncated") from None
         if self.leash.placement == "mixed":
             raise SettingError(
                 "`leash.placement: mixed` finds its coefficient by a critic's advantages, and "

@@ -358,25 +358,20 @@ def _settings(config: Config) -> Settings:
         "truncated": config.rollout.truncated,
         "missing_eos_penalty": config.rollout.missing_eos_penalty,
     }
-    try:
-        match algorithm:
-            case PPOConfig():
-                return PPOSettings(
-                    **common,
-                    gamma=algorithm.gamma,
-                    lam=algorithm.lam,
-                    value_clip_range=algorithm.value_clip_range,
-                    value_coef=algorithm.value_coef,
-                    whiten_advantages=algorithm.whiten_advantages,
-                )
-            case GRPOConfig():
-                return GRPOSettings(**common, epsilon=algorithm.epsilon)
-            case RLOOConfig():
-                return RLOOSettings(**common)
-    except ValueError as error:
-        raise ConfigError(
-            f"expected a sound `leash.placement`, or `leash.allow_biased: true`, got: {error}"
-        ) from None
+    match algorithm:
+        case PPOConfig():
+            return PPOSettings(
+                **common,
+                gamma=algorithm.gamma,
+                lam=algorithm.lam,
+                value_clip_range=algorithm.value_clip_range,
+                value_coef=algorithm.value_coef,
+                whiten_advantages=algorithm.whiten_advantages,
+            )
+        case GRPOConfig():
+            return GRPOSettings(**common, epsilon=algorithm.epsilon)
+        case RLOOConfig():
+            return RLOOSettings(**common)
 
 
 def _optimizer(
