@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from config_trees import minimal, write
 
 from kleash.config.loading import (
     dump_config,
@@ -15,25 +16,10 @@ from kleash.config.loading import (
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, UsageError
 
+FOLLOWS = minimal(leash={"target_kl": 5})
+STOPS = minimal(tripwires={"stop_kl": 5})
+RUNNING = minimal(score_normalisation="running")
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-
-
-def minimal(**changes: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = {
-        "policy": {"path": "p"},
-        "reward_models": {"r": {"callable": "m:f"}},
-        "prompts": {"train": "x.jsonl"},
-        "leash": {"beta": 0.1},
-        "output": "runs/x",
-    }
-    return tree | changes
-
-
-def write(folder: Path, tree: dict[str, Any]) -> Path:
-    """A configuration file with the prompts it names beside it."""
-    (folder / "x.jsonl").touch()
-    (folder / "c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    return folder / "c.yaml"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -158,3 +144,83 @@ def test_two_kinds_of_leash_on_the_command_line_are_refused(tmp_path: Path) -> N
     file = write(tmp_path, minimal())
     with pytest.raises(UsageError, match=r"^--leash.beta and --leash.target_kl: .*got beta, targ"):
         load_config(file, {"leash.beta": "1", "leash.target_kl": "6"}, base=file)
+
+
+def test_what_an_override_takes_the_place_of_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, minimal(leash={"target_kl": 5, "initial_beta": 0.2}))
+    said: list[str] = []
+    config = load_config(file, {"leash.beta": "0.1"}, base=file, say=said.append)
+    assert config.leash.beta == 0.1
+    assert said == [
+        f"{file}, line 9: `leash.target_kl: 5` is left out, because --leash.beta takes its place",
+        f"{file}, line 10: `leash.initial_beta: 0.2` is left out, because --leash.beta takes its "
+        "place",
+    ]
+    load_config(file, {"leash.beta": "0.1"}, base=file)
+    assert capsys.readouterr().err == "".join(f"kleash: {sentence}\n" for sentence in said)
+    load_config(file, {"leash.target-kl": "2", "steps": "3"}, base=file)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_other_key_of_the_file_is_dropped_for_an_override(tmp_path: Path) -> None:
+    tripwires = {"then": "rollback", "beta_factor": 3}
+    logging = {"checkpoint_every": 1}
+    file = write(tmp_path, minimal(tripwires=tripwires, logging=logging))
+    with pytest.raises(ConfigError, match=r"c.yaml, line 13: in `tripwires`: `beta_factor` is for"):
+        load_config(file, {"tripwires.then": "stop"}, base=file)
+    without = {"tripwires.then": "stop", "tripwires.beta-factor": "none"}
+    assert load_config(file, without, base=file).tripwires.then == "stop"
+
+
+@pytest.mark.parametrize(
+    ("tree", "overrides", "key", "expected"),
+    [
+        (FOLLOWS, {"leash.target-kl": "none", "leash.beta": "1"}, "leash.target_kl", None),
+        (STOPS, {"tripwires.stop-kl": "none"}, "tripwires.stop_kl", None),
+        (minimal(steps=7), {"steps": "none"}, "steps", 100),
+        (minimal(), {"algorithm.value-clip-range": "none"}, "algorithm.value_clip_range", None),
+        (minimal(algorithm={"value_clip_range": "none"}), {}, "algorithm.value_clip_range", None),
+        (minimal(pretraining={"texts": "x.jsonl"}), {"pretraining": "none"}, "pretraining", None),
+        (RUNNING, {"score-normalisation": "none"}, "score_normalisation", "none"),
+    ],
+)
+def test_none_is_no_value_as_the_documentation_prints_it(
+    tmp_path: Path, tree: dict[str, Any], overrides: dict[str, str], key: str, expected: object
+) -> None:
+    file = write(tmp_path, tree)
+    config = load_config(file, overrides, base=file)
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == expected
+    assert parse_config(yaml.safe_load(dump_config(config)), where="its own YAML") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"leash.beta": "-1"}, "^--leash.beta: `leash.beta`: .* got -1$"),
+        ({"leash.beta": "tight"}, "^--leash.beta: .*got 'tight'"),
+        ({"reward-models.r.weight": "x"}, "^--reward-models.r.weight: .*got 'x'"),
+        ({"algorithm": "pp0"}, "^--algorithm: `algorithm`: expected one of 'ppo'.*got 'pp0'"),
+        ({"leash.groups": "{a: "}, "^--leash.groups: cannot read .* at character 5"),
+        ({"ppo.epochs": "3"}, "^no option --ppo.epochs: it is now --algorithm.epochs"),
+        ({"optimizer.value-lr": "3"}, "it is now --algorithm.value.lr"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_blamed_on_it(
+    tmp_path: Path, overrides: dict[str, str], sentence: str
+) -> None:
+    file = write(tmp_path, minimal())
+    with pytest.raises(UsageError, match=sentence):
+        load_config(file, overrides, base=file)
+
+
+def test_a_contradiction_names_both_places(tmp_path: Path) -> None:
+    file = write(tmp_path, minimal(tripwires={"stop_kl": 2, "then": "rollback"}))
+    with pytest.raises(ConfigError, match=r"c.yaml, line 13: `tripwires.then: rollback` needs"):
+        load_config(file, {"leash.beta": "1"}, base=file)
+    with pytest.raises(UsageError, match=r"^--algorithm and --rollout.responses_per_prompt: "):
+        load_config(file, {"algorithm": "rloo", "rollout.responses_per_prompt": "1"}, base=file)

@@ -39,7 +39,7 @@ def _faults(error: ValidationError) -> Iterator[tuple[list[Key], str]]:
             inner = [(*key, *name.split(".")) for name in raised.keys]
             yield inner, _in_section(key, str(raised))
         else:
-            yield [key], _sentence(key, faults)
+            yield [_place_of(key, faults[0])], _sentence(key, faults)
 
 
 def _key_of(location: Key) -> Key:
@@ -53,6 +53,11 @@ def _key_of(location: Key) -> Key:
             continue
         key = (*key, part)
     return key
+
+
+def _place_of(key: Key, fault: dict[str, Any]) -> Key:
+    """The key that is wrong: where no algorithm has the name given, that is the name."""
+    return (*key, "name") if fault["type"] == "union_tag_invalid" else key
 
 
 def _in_section(key: Key, sentence: str) -> str:
