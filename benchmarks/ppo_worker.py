@@ -244,8 +244,12 @@ def kleash_config(
             "microbatch_size": shape.batch,
         },
         "leash": {"beta": BETA},
-        "ppo": {"epochs": epochs, "minibatches": 1, "microbatch_size": shape.batch},
-        "value": value,
+        "algorithm": {
+            "epochs": epochs,
+            "minibatches": 1,
+            "microbatch_size": shape.batch,
+            "value": value,
+        },
         "optimizer": {"lr": LEARNING_RATE},
         # Of eight responses, two with the likeliest words at each token would be a quarter.
         "logging": {"samples_per_step": 0},

@@ -70,7 +70,7 @@ def run(folder: Path, size: int, steps: int) -> list[dict[str, Any]]:
         "prompts": {"train": str(folder / "prompts.jsonl")},
         "rollout": {"prompts_per_step": PROMPTS, "max_new_tokens": NEW_TOKENS},
         "leash": {"beta": 0.1},
-        "ppo": {"epochs": 2, "minibatches": 1, "microbatch_size": 16},
+        "algorithm": {"epochs": 2, "minibatches": 1, "microbatch_size": 16},
         "optimizer": {"lr": 1e-3},
         "steps": steps,
         "output": str(output),

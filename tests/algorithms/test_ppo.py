@@ -453,7 +453,7 @@ def test_mixing_goes_with_mixed():
 
 @pytest.mark.parametrize("wrong", [{"truncated": "penalise"}, {"missing_eos_penalty": 1.0}])
 def test_the_penalty_goes_with_penalise(wrong):
-    with pytest.raises(ValueError, match="goes with truncated='penalise' and with nothing else"):
+    with pytest.raises(ValueError, match="goes with `truncated: penalise` and with nothing else"):
         PPOSettings(**wrong)
 
 

@@ -91,5 +91,5 @@ def test_there_is_no_critic_to_bootstrap_with():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="allow_biased"):
         RLOOSettings(placement="loss_k2")
-    with pytest.raises(ValueError, match="goes with truncated='penalise'"):
+    with pytest.raises(ValueError, match="goes with `truncated: penalise`"):
         RLOOSettings(missing_eos_penalty=1.0)

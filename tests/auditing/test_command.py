@@ -61,7 +61,7 @@ def kleash(folder, monkeypatch, capsys):
 def test_a_table_and_its_files(kleash, tmp_path) -> None:
     code, out, _ = kleash(
         "step-100", "base", "--prompts", "prompts.jsonl", "--both", "--max-new-tokens", "6",
-        "--keep", "3", "--into", str(tmp_path / "a"),
+        "--keep", "3", "--output", str(tmp_path / "a"),
     )  # fmt: skip
     assert code == 0
     for text in ("KL(policy ‖ reference)", "estimated by k3", "written by the reference", "floor"):
@@ -108,7 +108,7 @@ def test_the_cost_of_a_precision_is_said(kleash) -> None:
 def test_a_row_of_checkpoints_is_a_curve(kleash, tmp_path) -> None:
     code, _, _ = kleash(
         "step-100", "step-200", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "6",
-        "--keep", "2", "--into", str(tmp_path), "--fail-above", "0",
+        "--keep", "2", "--output", str(tmp_path), "--fail-above", "0",
     )  # fmt: skip
     drift = json.loads((tmp_path / "drift.json").read_text())
     assert code == 3 and [point["at"] for point in drift["points"]] == [100.0, 200.0]
@@ -138,7 +138,7 @@ def test_ctrl_c_leaves_a_result_that_can_be_resumed(kleash, tmp_path, monkeypatc
     into = tmp_path / "a"
     arguments = (
         "step-100", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "6",
-        "--batch-tokens", "40", "--keep", "2", "--into", str(into),
+        "--batch-tokens", "40", "--keep", "2", "--output", str(into),
     )  # fmt: skip
 
     def stop(_display, step) -> None:
@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_a_result_that_can_be_resumed(kleash, tmp_path, monkeypatc
 
 def test_bits_per_byte_of_different_tokens(kleash, tmp_path) -> None:
     code, out, _ = kleash(
-        "base", "other", "--texts", "texts.jsonl", "--bytes", "--into", str(tmp_path / "a")
+        "base", "other", "--texts", "texts.jsonl", "--bytes", "--output", str(tmp_path / "a")
     )
     assert code == 0 and "bits per byte" in out and "it is no KL" in out
     found = Audit.from_json((tmp_path / "a" / "audit.json").read_text())

@@ -61,7 +61,7 @@ def test_kl_as_json() -> None:
         (("audit", "a"), "needs two checkpoints"),
         (("audit", "a", "b"), "--prompts FILE, --texts FILE or --responses FILE"),
         (("audit", "a", "b", "--prompts", "p", "--bytes"), "give --texts FILE with it"),
-        (("audit", "a", "b", "--texts", "t", "--resume"), "--into DIR"),
+        (("audit", "a", "b", "--texts", "t", "--resume"), "--output DIR"),
         (("plan", "--beta", "tight"), "numbers separated by commas, got 'tight'"),
         (("plan", "--scores", "plan.json", "--responses", "8"), "--scores has its samples"),
         (("plan", "--leash.taget-kl", "6"), "did you mean --leash.target_kl?"),
@@ -115,7 +115,7 @@ def test_a_plan_is_printed_kept_and_asked_again(tmp_path: Path) -> None:
     made = make_frontier(scores, prompts=list(range(16)), about={})
     write_frontier(tmp_path / "plan.json", made)
     ask = ("plan", "--scores", str(tmp_path / "plan.json"), "--beta", "2,1", "--kl", "0.1,9")
-    result = kleash(*ask, "--into", str(tmp_path / "again"))
+    result = kleash(*ask, "--output", str(tmp_path / "again"))
     assert result.returncode == 0, result.stderr
     assert "E*[score]" in result.stdout and "not known, KL 9" in result.stdout
     assert (tmp_path / "again" / "plan.html").is_file()

@@ -38,7 +38,7 @@ VARIANTS: dict[str, Callable[[World], None]] = {
     "an adapter": set_key("policy.lora", {"rank": 2}),
     "bfloat16": set_key("policy.dtype", "bfloat16"),
     "a value model of its own": several(
-        set_key("value.kind", "model"), set_key("value.path", "{m}/reward")
+        set_key("algorithm", {"value": {"kind": "model", "path": "{m}/reward"}})
     ),
     "a budget": set_key("leash", {"target_kl": 3.0}),
     "the exact placement": set_key("leash", {"beta": 0.2, "placement": "exact"}),

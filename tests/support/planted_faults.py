@@ -580,6 +580,6 @@ FAULTS: tuple[Fault, ...] = (
         patch(
             "kleash.preflight.checks.resources.machine_bytes", lambda original: lambda device: 10**6
         ),
-        m.restored("Lower ppo.microbatch_size"),
+        m.restored("Lower algorithm.microbatch_size"),
     ),
 )

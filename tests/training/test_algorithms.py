@@ -44,9 +44,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_material(folder, prompts=two_words(range(8)), heldout=two_words(range(10, 13)))
 
 
-def settings(material: Path, output: Path, algorithm: str, **changes: Any) -> Config:
+def settings(material: Path, output: Path, name: str, **changes: Any) -> Config:
     """A small run with groups of four responses."""
-    return small_run.settings(material, output, {**LAYER, "algorithm": algorithm}, **changes)
+    return small_run.settings(material, output, {**LAYER, "algorithm": {"name": name}}, **changes)
 
 
 @pytest.mark.parametrize("algorithm", GROUPED)
@@ -161,11 +161,11 @@ def test_the_preflight_finds_nothing(material: Path, tmp_path: Path, algorithm: 
     ("changes", "sentence"),
     [
         (
-            {"ppo": {"lam": 0.9, "value_coef": 1.0}},
-            r"^the test: with `.*` these do nothing: ppo.value_coef, ppo.lam; leave",
+            {"algorithm": {"lam": 0.9, "value_coef": 1.0}},
+            r"^the test: `algorithm.lam` is for `algorithm: ppo` .*`algorithm.value_coef` is",
         ),
-        ({"value": {"kind": "trunk"}}, "do nothing: value"),
-        ({"optimizer": {"value_lr": 1e-3}}, "do nothing: optimizer.value_lr"),
+        ({"algorithm": {"value": {"kind": "trunk"}}}, "`algorithm.value` is for `algorithm: ppo`"),
+        ({"optimizer": {"value_lr": 1e-3}}, "`optimizer.value_lr` is now `algorithm.value.lr`"),
         ({"rollout": {"responses_per_prompt": 1}}, "`rollout.responses_per_prompt` of 2 or more"),
         ({"rollout": {"truncated": "bootstrap"}}, "needs a critic"),
         ({"leash": {"placement": "mixed"}}, "take `reward_k1` or `exact`"),
@@ -187,14 +187,14 @@ def test_a_group_is_normalised_once(material: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("placement", "bound", "enough"),
     [
-        ("reward_k1", None, True),
+        ("reward_k1", "auto", True),
         ("reward_k1", 0.8, False),
-        ("exact_weighted", None, False),
+        ("exact_weighted", "auto", False),
         ("exact_weighted", 0.0, True),
     ],
 )
 def test_updates_end_where_too_few_samples_are_effective(
-    material: Path, tmp_path: Path, placement: str, bound: float | None, enough: bool
+    material: Path, tmp_path: Path, placement: str, bound: float | str, enough: bool
 ) -> None:
     """Eight long strides: the policy leaves the one that wrote; only a bound ends the strides."""
     config = settings(
@@ -202,7 +202,12 @@ def test_updates_end_where_too_few_samples_are_effective(
         tmp_path / "run",
         "ppo",
         leash={"placement": placement},
-        ppo={"epochs": 4, "minibatches": 2, "clip_range": 10.0, "min_effective_samples": bound},
+        algorithm={
+            "epochs": 4,
+            "minibatches": 2,
+            "clip_range": 10.0,
+            "min_effective_samples": bound,
+        },
         optimizer={"lr": 0.02},
         steps=1,
     )
@@ -213,7 +218,7 @@ def test_updates_end_where_too_few_samples_are_effective(
         assert effective < 0.5
     else:
         assert 1 <= cast(int, updates) < 8
-        assert effective < (0.5 if bound is None else bound)
+        assert effective < (0.5 if bound == "auto" else bound)
 
 
 def test_small_strides_leave_every_sample_effective(material: Path, tmp_path: Path) -> None:

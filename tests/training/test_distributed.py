@@ -32,7 +32,7 @@ LAYER = {
     "rollout": {"prompts_per_step": 7, "microbatch_size": 4},
     "leash": {"beta": None, "target_kl": 0.3},
     "plan": {"prompts": 4, "responses": 4},
-    "ppo": {"minibatches": 1, "microbatch_size": 3},
+    "algorithm": {"minibatches": 1, "microbatch_size": 3},
     "logging": {"samples_per_step": 7},
     "steps": 3,
 }
@@ -103,14 +103,15 @@ def texts(path: Path) -> list[tuple[int, str]]:
 
 CASES = [
     pytest.param(2, {}, id="two"),
-    pytest.param(3, {"value": {"kind": "trunk"}, "leash": {"placement": "mixed"}}, id="three"),
+    pytest.param(
+        3, {"algorithm": {"value": {"kind": "trunk"}}, "leash": {"placement": "mixed"}}, id="three"
+    ),
     pytest.param(
         3,
         {
-            "algorithm": "grpo",
+            "algorithm": {"name": "grpo", "minibatches": 2},
             "rollout": {"prompts_per_step": 1, "responses_per_prompt": 2},
             "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
-            "ppo": {"minibatches": 2},
         },
         id="more-than-rows",
     ),

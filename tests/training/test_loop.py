@@ -82,7 +82,10 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         },
         {"rollout": {"truncated": "bootstrap", "responses_per_prompt": 2}},
         {"rollout": {"truncated": "penalise", "missing_eos_penalty": 1.0}},
-        {"value": {"kind": "trunk"}, "optimizer": {"schedule": "linear", "warmup_steps": 2}},
+        {
+            "algorithm": {"value": {"kind": "trunk"}},
+            "optimizer": {"schedule": "linear", "warmup_steps": 2},
+        },
         {"policy": {"lora": {"rank": 2, "targets": ["q_proj"]}}},
     ],
     ids=lambda changes: "-".join(
@@ -232,7 +235,7 @@ def test_a_value_model_of_its_own_and_a_pretraining_mix(material: Path, tmp_path
     config = settings(
         material,
         tmp_path / "run",
-        value={"kind": "model", "path": str(material / "reward")},
+        algorithm={"value": {"kind": "model", "path": str(material / "reward")}},
         reward_models={"rm": {"path": str(material / "reward"), "weight": 0.5}},
         pretraining={"texts": str(material / "texts.jsonl"), "texts_per_minibatch": 2},
     )
@@ -247,7 +250,7 @@ def test_the_gradient_does_not_depend_on_the_microbatch(material: Path, tmp_path
             settings(
                 material,
                 tmp_path / str(size),
-                ppo={"microbatch_size": size},
+                algorithm={"microbatch_size": size},
                 steps=1,
                 # Plain gradient descent would show it as well; Adam's first step is ±lr, so that
                 # a gradient of the wrong scale would hide: look at its norm instead.
@@ -262,7 +265,7 @@ def test_the_gradient_does_not_depend_on_the_microbatch(material: Path, tmp_path
 
 def test_keeping_logits_changes_no_number(material: Path, tmp_path: Path) -> None:
     kept, again = (
-        train(settings(material, tmp_path / str(mib), ppo={"keep_logits_mib": mib}))
+        train(settings(material, tmp_path / str(mib), algorithm={"keep_logits_mib": mib}))
         for mib in (1, 0)
     )
     assert numbers(kept) == numbers(again)

@@ -350,7 +350,7 @@ def test_a_moved_anchor_is_where_it_was_after_resuming(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"tripwires": {"beta_factor": 2}}, "are for `then: rollback` alone"),
+        ({"tripwires": {"beta_factor": 2}}, "is for `then: rollback` alone"),
         ({"tripwires": {"then": "rollback"}, "logging": {"checkpoint_every": 0}}, "needs `logging"),
         ({"tripwires": {"then": "rollback"}, "leash": {"beta": 0}}, "raises β, which is 0"),
         (

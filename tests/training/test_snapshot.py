@@ -20,7 +20,7 @@ from kleash.training.components import Components
 from kleash.training.loop import train
 from kleash.training.snapshot import remember
 
-ONE_UPDATE = {"prompts": {"heldout": None}, "ppo": {"epochs": 1, "minibatches": 1}}
+ONE_UPDATE = {"prompts": {"heldout": None}, "algorithm": {"epochs": 1, "minibatches": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +69,21 @@ def test_a_single_update_needs_no_copy(material: Path, tmp_path: Path) -> None:
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
+@pytest.mark.parametrize("limit", [0, 1024])
 def test_a_large_model_goes_back_to_its_checkpoint(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """The second update of step 4 is refused; a copy has step 3, the checkpoint step 2."""
-    monkeypatch.setattr(kleash.training.recovery, "_LARGEST_COPY", limit)
-    config = settings(material, tmp_path / "run", ppo={"minibatches": 2})
+    wires = {"undo_copy_mib": limit}
+    config = settings(material, tmp_path / "run", algorithm={"minibatches": 2}, tripwires=wires)
     stands = "000003" if limit else "000002"
     with monkeypatch.context() as patch:
         poisoned_at(8, patch)
         with pytest.raises(NonFiniteError, match=f"the run stands at .*{stands}"):
             train(config)
     train(config)
-    whole = train(settings(material, tmp_path / "whole", ppo={"minibatches": 2}))
-    assert numbers(tmp_path / "run") == numbers(whole)
+    whole = settings(material, tmp_path / "whole", algorithm={"minibatches": 2}, tripwires=wires)
+    assert numbers(tmp_path / "run") == numbers(train(whole))
 
 
 def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> None:
@@ -109,27 +109,30 @@ def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> N
     ("changes", "limit", "verdict", "measured"),
     [
         ({}, 0, "ok", "one update a step"),
-        ({"ppo": {"epochs": 2}}, 1 << 30, "ok", "a copy of"),
-        ({"ppo": {"epochs": 2}}, 0, "ok", "at most 2 steps"),
-        ({"ppo": {"epochs": 2}, "logging": {"checkpoint_every": 0}}, 0, "warn", "the beginning"),
+        ({"algorithm": {"epochs": 2}}, 1024, "ok", "a copy of"),
+        ({"algorithm": {"epochs": 2}}, 0, "ok", "at most 2 steps"),
+        (
+            {"algorithm": {"epochs": 2}, "logging": {"checkpoint_every": 0}},
+            0,
+            "warn",
+            "the beginning",
+        ),
     ],
 )
 def test_the_preflight_says_how_a_step_is_undone(
     material: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     limit: int,
     verdict: str,
     measured: str,
 ) -> None:
-    monkeypatch.setattr(kleash.training.recovery, "_LARGEST_COPY", limit)
-    config = settings(material, tmp_path / "run", **changes)
+    config = settings(material, tmp_path / "run", tripwires={"undo_copy_mib": limit}, **changes)
     finding = undo(draw(config, assemble(config), QUICK))
     assert finding.verdict == verdict
     assert measured in finding.measured
     if verdict == "warn":
         fixed = settings(
-            material, tmp_path / "run", ppo={"epochs": 2}, tripwires={"undo": "memory"}
+            material, tmp_path / "run", algorithm={"epochs": 2}, tripwires={"undo": "memory"}
         )
         assert undo(draw(fixed, assemble(fixed), QUICK)).verdict == "ok"

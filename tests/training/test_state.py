@@ -57,7 +57,7 @@ def test_twenty_steps_are_ten_and_ten(
             tmp_path / name,
             **changes,
             rollout={"prompts_per_step": 4, "max_new_tokens": 3},
-            ppo={"epochs": 1},
+            algorithm={"epochs": 1},
             logging={"checkpoint_every": 10, "samples_per_step": 0},
             heldout={"every": 0},
             steps=20,

@@ -44,31 +44,22 @@ def check_leash(placement: Placement, *, mixing: float | None, allow_biased: boo
     loss_weights(placement, mask=torch.tensor([[True]]), mixing=mixing)
 
 
-def check_truncated(truncated: Truncated, penalty: float | None) -> None:
-    """A penalty goes with `penalise`, and with nothing else.
+def check_truncated(truncated: Truncated, penalty: float | None, *, critic: bool) -> None:
+    """A penalty goes with `penalise`, and `bootstrap` with an algorithm that has a critic.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if they do not.
     """
+    if truncated == "bootstrap" and not critic:
+        raise ValueError(
+            "`truncated: bootstrap` continues a response by a critic's value and needs a critic, "
+            "got an algorithm without a critic: use PPO, or score, penalise or drop"
+        )
     if (truncated == "penalise") != (penalty is not None):
         raise ValueError(
-            "missing_eos_penalty goes with truncated='penalise' and with nothing else, got "
-            f"truncated={truncated!r} and missing_eos_penalty={penalty}"
+            "`missing_eos_penalty` goes with `truncated: penalise` and with nothing else, got "
+            f"truncated: {truncated}, missing_eos_penalty: {penalty}"
         )
-
-
-def check_critic_free(truncated: Truncated, penalty: float | None) -> None:
-    """As `check_truncated`, without a critic to bootstrap with.
-
-    Raises:
-        ValueError: if `truncated` is `bootstrap`, or the penalty does not fit.
-    """
-    if truncated == "bootstrap":
-        raise ValueError(
-            "truncated='bootstrap' continues a response by a critic's value, got an algorithm "
-            "without a critic: use PPO, or score, penalise or drop"
-        )
-    check_truncated(truncated, penalty)
 
 
 def settle_truncated(
@@ -123,6 +114,70 @@ def leash(
     if weight is None or not betas.any():
         return rewards, None
     return rewards, betas[:, None] * weight
+
+
+def response_experience(
+    scored: ScoredRollout,
+    *,
+    mask: Bool[Tensor, "batch token"],
+    rewards: Float[Tensor, "batch token"],
+    advantages: Float[Tensor, " batch"],
+    objective: Float[Tensor, " batch"],
+    pathwise: Float[Tensor, "batch token"] | None,
+) -> Experience:
+    """What is learnt from responses that are each one action: every token has its advantage.
+
+    Args:
+        scored: the rollout, its scores after the penalty of truncated responses.
+        mask: tokens that take part in the losses.
+        rewards: per token.
+        advantages: of each response.
+        objective: of each response, which `returns` holds at every kept token.
+        pathwise: weight of the differentiable KL, where there is one.
+
+    Raises:
+        NonFiniteError: if an advantage is not finite.
+    """
+    of_tokens = advantages[:, None].expand_as(rewards)
+    require_finite("advantage", of_tokens, mask)
+    return Experience(
+        scored=scored,
+        mask=mask,
+        rewards=rewards,
+        advantages=torch.where(mask, of_tokens, 0.0),
+        returns=torch.where(mask, objective[:, None], 0.0),
+        pathwise=pathwise,
+    )
+
+
+def critic_free_loss(
+    experience: Experience,
+    fresh: Fresh,
+    *,
+    placement: Placement,
+    clip_range: float,
+    tokens: int,
+) -> Loss:
+    """Clipped policy loss, and the differentiable KL where the placement has one.
+
+    Args:
+        experience: the rows of this microbatch.
+        fresh: what the policy gives for them now.
+        placement: where the KL is charged.
+        clip_range: ε of the clipped policy loss.
+        tokens: kept tokens of the whole minibatch, so that microbatches add.
+
+    Returns:
+        The loss to differentiate, and metrics as described at `finish`.
+
+    Raises:
+        ValueError: if the exact KL of a pathwise term is missing.
+        NonFiniteError: if a ratio or KL is not finite; it names response and token.
+    """
+    losses = policy_losses(
+        experience, fresh, placement=placement, clip_range=clip_range, tokens=tokens
+    )
+    return finish(losses, experience, fresh, weights={}, clip_range=clip_range, tokens=tokens)
 
 
 def policy_losses(

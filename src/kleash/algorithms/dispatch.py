@@ -1,4 +1,4 @@
-"""One loop for all algorithms: whose `prepare` and `loss` it is, the settings say."""
+"""One interface to all algorithms: the type of the settings selects `prepare` and `loss`."""
 
 from typing import Any, Protocol, runtime_checkable
 

@@ -36,7 +36,7 @@ class PPOSettings:
     """The numbers of PPO; each field's default is that of Stiennon et al. 2020 where it has one."""
 
     gamma: float = 1.0
-    """Discount per token; 1 keeps the objective the sum that it says it is."""
+    """Discount per token; 1 keeps the return the plain sum of the rewards."""
     lam: float = 0.95
     """λ of generalised advantage estimation."""
     clip_range: float = 0.2
@@ -60,7 +60,7 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
-        check_truncated(self.truncated, self.missing_eos_penalty)
+        check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
 
 
 def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experience:
@@ -140,7 +140,7 @@ def loss(experience: Experience, fresh: Fresh, settings: PPOSettings, *, tokens:
 
     Args:
         experience: the rows of this microbatch, cut out by `select`.
-        fresh: what the models say of them now.
+        fresh: what the models give for them now.
         settings: the numbers of PPO.
         tokens: kept tokens of the whole minibatch, so that microbatches add.
 

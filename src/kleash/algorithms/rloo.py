@@ -7,17 +7,14 @@ per token and clipped, as in PPO; on the first minibatch, where all are 1, this 
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from kleash.algorithms.advantages import leave_one_out
 from kleash.algorithms.common import (
     Truncated,
-    check_critic_free,
     check_leash,
-    finish,
+    check_truncated,
+    critic_free_loss,
     leash,
-    policy_losses,
-    require_finite,
+    response_experience,
     settle_truncated,
 )
 from kleash.kl.placements import Placement
@@ -44,7 +41,7 @@ class RLOOSettings:
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
-        check_critic_free(self.truncated, self.missing_eos_penalty)
+        check_truncated(self.truncated, self.missing_eos_penalty, critic=False)
 
 
 def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experience:
@@ -75,36 +72,23 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experi
     scores, mask = settle_truncated(scored, settings.truncated, settings.missing_eos_penalty)
     rewards, weight = leash(scored, scores, beta, settings.placement, mixing=settings.mixing)
     objective = masked_sum(rewards, scored.rollout.response_mask, dim=-1)
-    advantages = leave_one_out(objective, scored.rollout.prompt_index)[:, None].expand_as(rewards)
-    require_finite("advantage", advantages, mask)
-    return Experience(
-        scored=replace(scored, scores=scores),
+    advantages = leave_one_out(objective, scored.rollout.prompt_index)
+    return response_experience(
+        replace(scored, scores=scores),
         mask=mask,
         rewards=rewards,
-        advantages=torch.where(mask, advantages, 0.0),
-        returns=torch.where(mask, objective[:, None], 0.0),
+        advantages=advantages,
+        objective=objective,
         pathwise=weight,
     )
 
 
 def loss(experience: Experience, fresh: Fresh, settings: RLOOSettings, *, tokens: int) -> Loss:
-    """Clipped policy loss, and the differentiable KL where the placement has one.
-
-    Args:
-        experience: the rows of this microbatch.
-        fresh: what the policy says of them now.
-        settings: the numbers of RLOO.
-        tokens: kept tokens of the whole minibatch, so that microbatches add.
-
-    Returns:
-        The loss to differentiate, and metrics as described at `experience.finish`.
-
-    Raises:
-        ValueError: if the exact KL of a pathwise term is missing.
-        NonFiniteError: if a ratio or KL is not finite; it names response and token.
-    """
-    clip_range = settings.clip_range
-    losses = policy_losses(
-        experience, fresh, placement=settings.placement, clip_range=clip_range, tokens=tokens
+    """See `kleash.algorithms.common.critic_free_loss`."""
+    return critic_free_loss(
+        experience,
+        fresh,
+        placement=settings.placement,
+        clip_range=settings.clip_range,
+        tokens=tokens,
     )
-    return finish(losses, experience, fresh, weights={}, clip_range=clip_range, tokens=tokens)

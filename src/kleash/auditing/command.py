@@ -42,7 +42,7 @@ def run_order(order: Order) -> int:
         KleashError: as the audit does.
     """
     if order.resume and order.into is None:
-        raise UsageError("--resume needs the directory to resume: --into DIR")
+        raise UsageError("--resume needs the directory to resume: --output DIR")
     if order.bytewise:
         _check_bytewise(order)
     console = Console(highlight=False, stderr=order.as_json)

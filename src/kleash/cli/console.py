@@ -26,14 +26,22 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
     """Split `CONFIG --dotted.key VALUE …` into the path and the overrides.
 
     Raises:
-        UsageError: a value is missing, or there is more than one CONFIG.
+        UsageError: an option does not exist, is given twice or without a value, or there is more
+            than one CONFIG.
     """
+    from kleash.config.loading import key_of_flag, require_option
+
     path: Path | None = None
     overrides: dict[str, str] = {}
+    seen: set[tuple[str, ...]] = set()
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
+            require_option(key)
+            if key_of_flag(key) in seen:
+                raise UsageError(f"--{key} is given twice: leave one of them out")
+            seen.add(key_of_flag(key))
             if not equals:
                 found = next(rest, None)
                 if found is None or found.startswith("--"):
@@ -45,6 +53,16 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
         else:
             raise UsageError(f"expected one CONFIG, got {str(path)!r} and {argument!r}")
     return path, overrides
+
+
+def refuse_into(into: Path | None) -> None:
+    """Answer the name that `--output` once had.
+
+    Raises:
+        UsageError: it was given.
+    """
+    if into is not None:
+        raise UsageError(f"--into is now --output, as in all commands: write --output {into}")
 
 
 def explicit_as_json(result: ExplicitKL) -> dict[str, object]:

@@ -20,6 +20,7 @@ from kleash.cli.console import (
     numbers,
     print_explicit,
     quiet_libraries,
+    refuse_into,
     split_overrides,
 )
 from kleash.errors import ConfigError, KleashError, UsageError
@@ -57,6 +58,7 @@ app = App(
 
 _EMBEDDED_WORLD = Path(__file__).parents[1] / "playground" / "recipes" / "leashed.yaml"
 
+_OldInto = Annotated[Path | None, Parameter(name="--into", show=False)]
 _Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
 
 
@@ -167,7 +169,7 @@ def train(
     if not is_leader():
         return serve_requests()
     with saying("train", Console()) as say:
-        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
     checked = partial(require_sound, status=partial(saying, "check", Console()))
     trainer = Trainer(
         config,
@@ -229,7 +231,7 @@ def check(
         path, overrides = split_overrides(arguments)
         quiet_libraries()
         with saying("check", Console(quiet=as_json)) as say:
-            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
             given = read_pairs(pairs) if pairs else ()
             report = examine(config, quick=quick, pairs=given, say=say)
     if as_json:
@@ -253,8 +255,8 @@ def _build_world(config: "Config", say: Callable[[str], object]) -> "Config":
 @app.command(
     name="plan",
     help_epilogue="Examples:\n\n    kleash plan\n\n    kleash plan recipes/stories.yaml "
-    "--kl 0.5,1,2 --responses 128 --into runs/plan\n\n    kleash plan --scores runs/plan/plan.json "
-    "--beta 0.2,0.1",
+    "--kl 0.5,1,2 --responses 128 --output runs/plan\n\n    kleash plan --scores "
+    "runs/plan/plan.json --beta 0.2,0.1",
 )
 def plan_command(
     *arguments: Annotated[
@@ -265,7 +267,8 @@ def plan_command(
     responses: int | None = None,
     prompts: int | None = None,
     scores: Path | None = None,
-    into: Path | None = None,
+    output: Path | None = None,
+    into: _OldInto = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -285,12 +288,15 @@ def plan_command(
         Prompts to draw them for; by default `plan.prompts`.
     scores
         An earlier plan.json: ask its samples instead of drawing new ones.
-    into
+    output
         Directory for plan.json and plan.html.
+    into
+        The earlier name of --output.
     as_json
         Print plan.json instead of a table.
     """
     del debug
+    refuse_into(into)
     path, overrides = split_overrides(arguments)
     if scores is not None and (path is not None or responses or prompts):
         raise UsageError("--scores has its samples already: give no CONFIG, no --responses")
@@ -314,7 +320,7 @@ def plan_command(
         sizes = {"plan.responses": responses, "plan.prompts": prompts}
         overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
         with saying("plan", Console(quiet=as_json)) as say:
-            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD), say)
+            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
         question = planning.question_of(config.leash, betas=betas, budgets=budgets)
         frontier = planning.plan(config, question)
     told = planning.told_by(frontier, question)
@@ -322,10 +328,10 @@ def plan_command(
         print(plain_json(frontier_json(frontier)))
     else:
         planning.print_plan(frontier, told)
-    if into is not None:
+    if output is not None:
         title = str(path or scores or "the embedded world")
-        page = planning.write_plan(into, frontier, told, title=title)
-        print(f"{into / 'plan.json'}\n{page}", file=sys.stderr if as_json else sys.stdout)
+        page = planning.write_plan(output, frontier, told, title=title)
+        print(f"{output / 'plan.json'}\n{page}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(help_epilogue="Examples:\n\n    kleash demo\n\n    kleash demo --seed 3")
@@ -348,8 +354,8 @@ def demo(*, seed: int = 0, output: Path = Path("runs/demo"), debug: _Debug = Fal
 
 @app.command(
     help_epilogue="Examples:\n\n    kleash audit runs/tuned models/sft --prompts prompts.jsonl"
-    "\n\n    kleash audit quantised full --texts texts.jsonl --into audits/quantised"
-    "\n\n    kleash audit step-100 step-200 step-300 sft --prompts prompts.jsonl --into drift"
+    "\n\n    kleash audit quantised full --texts texts.jsonl --output audits/quantised"
+    "\n\n    kleash audit step-100 step-200 step-300 sft --prompts prompts.jsonl --output drift"
     "\n\n    kleash audit new old --prompts prompts.jsonl --fail-above 0.05"
 )
 def audit(
@@ -372,7 +378,8 @@ def audit(
     keep: int = 40,
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
-    into: Path | None = None,
+    output: Path | None = None,
+    into: _OldInto = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
@@ -419,8 +426,10 @@ def audit(
         Of parameters and arithmetic; auto: each model as it is stored.
     device
         A torch device.
-    into
+    output
         Directory for audit.html, audit.json and the scored responses.
+    into
+        The earlier name of --output.
     resume
         Go on with the audit in that directory.
     as_json
@@ -432,6 +441,7 @@ def audit(
     from kleash.auditing.inputs import Source
     from kleash.auditing.runner import Settings
 
+    refuse_into(into)
     if not others:
         raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")
     try:
@@ -458,7 +468,7 @@ def audit(
             ),
             dtype=dtype,
             device=device,
-            into=into,
+            into=output,
             resume=resume,
             as_json=as_json,
             bytewise=bytewise,

@@ -1,10 +1,8 @@
-"""What every section of a configuration is, and those of the leash, its plan and both its ends."""
+"""The sections of the leash: its strength, its reference, its bounds and its plan."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -13,21 +11,13 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.config.section import InputKind, Section, SettingError
 from kleash.kl.control.controllers import ScheduledBeta
 from kleash.kl.control.groups import OTHERS
-from kleash.kl.placements import Placement
+from kleash.kl.placements import Placement, check_placement
 
-
-class Section(BaseModel):
-    """Keys with defaults; unknown ones are errors, and nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-WAYS = ("beta", "target_kl", "target_kl_per_token", "schedule")
-"""Kinds of leash; a run has one."""
-MOVING = {"controller", "initial_beta", "horizon"}
-"""What goes with a β that follows a target."""
+LEASH_KINDS = ("beta", "target_kl", "target_kl_per_token", "schedule")
+"""Ways to give the strength of the leash; a run has one."""
 
 
 class LeashConfig(Section):
@@ -44,13 +34,13 @@ class LeashConfig(Section):
     `target_kl` beside it is for all other prompts."""
     schedule: list[tuple[NonNegativeInt, NonNegativeFloat]] | None = None
     """β along straight lines between points [steps done, β], constant beyond the ends."""
-    controller: Literal["budget", "ziegler_paper", "ziegler_code"] | None = None
-    """How β moves towards `target_kl`; budget unless said."""
-    initial_beta: PositiveFloat | None = None
-    """Where a moving β starts; none: at the plan's, or where it cannot say, at that of the
-    spread of the scores."""
-    horizon: PositiveInt | None = None
-    """Responses over which Ziegler's code moves β; 10,000 unless said."""
+    controller: Literal["budget", "ziegler_paper", "ziegler_code"] = "budget"
+    """How a β that follows a target moves."""
+    initial_beta: PositiveFloat | Literal["auto"] = "auto"
+    """Where a β that follows a target starts; auto: at the plan's, or where that cannot say, at
+    that of the spread of the scores. `run.json` records it as `start`."""
+    horizon: PositiveInt = 10_000
+    """Responses over which `controller: ziegler_code` moves β."""
     placement: Placement = "reward_k1"
     """Where the KL is charged, and by which estimator."""
     allow_biased: bool = False
@@ -59,27 +49,37 @@ class LeashConfig(Section):
     """Steps after which the leash is tied to the policy as it then is; none: to the reference for
     good. The KL to the original reference stays a series of its own, `objective/kl_original`."""
 
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: what moves β, where it is fixed."""
+        fixed = next((key for key in ("beta", "schedule") if getattr(self, key) is not None), None)
+        if fixed is not None:
+            why = f"does nothing with a fixed `{fixed}`"
+            return dict.fromkeys(("controller", "initial_beta", "horizon"), why)
+        if self.controller != "ziegler_code":
+            return {"horizon": "is for `controller: ziegler_code` alone"}
+        return {}
+
     @model_validator(mode="after")
     def _fixed_or_moving(self) -> "LeashConfig":
-        given = [name for name in WAYS if getattr(self, name) is not None]
+        given = [name for name in LEASH_KINDS if getattr(self, name) is not None]
         if self.groups is not None:
             _check_groups(self.groups, beside=set(given) - {"target_kl"})
         elif len(given) != 1:
-            raise ValueError(
+            raise SettingError(
                 "give exactly one of `beta` (fixed), `target_kl` (adaptive), "
-                f"`target_kl_per_token` and `schedule`, got {', '.join(given) or 'none of them'}"
-            )
-        moving = MOVING & self.model_fields_set
-        if moving and given and given[0] in ("beta", "schedule"):
-            raise ValueError(
-                f"{sorted(moving)} do nothing with a fixed `{given[0]}`: leave them out"
+                f"`target_kl_per_token` and `schedule`, got {', '.join(given) or 'none of them'}",
+                *given,
             )
         if self.schedule is not None:
-            ScheduledBeta(tuple(self.schedule))  # says itself what is wrong with its points
-        if self.horizon is not None and self.controller != "ziegler_code":
-            raise ValueError("`horizon` is for `controller: ziegler_code` alone")
+            _check_schedule(self.schedule)
+        try:
+            check_placement(self.placement, allow_biased=self.allow_biased)
+        except ValueError as error:
+            raise SettingError(f"{error}: true", "placement") from None
         if self.placement == "measure" and self.beta != 0:
-            raise ValueError("`placement: measure` charges nothing: give `beta: 0` with it")
+            raise SettingError(
+                "`placement: measure` charges nothing: give `beta: 0` with it", "placement", *given
+            )
         return self
 
     def each(self) -> dict[str, "LeashConfig"]:
@@ -95,44 +95,76 @@ class LeashConfig(Section):
 
 def _check_groups(groups: dict[str, float], *, beside: set[str]) -> None:
     if beside:
-        raise ValueError(
+        raise SettingError(
             f"`groups` hold a KL each, and only `target_kl` goes with them, got {sorted(beside)} "
-            "too: take one of them"
+            "too: take one of them",
+            "groups",
+            *sorted(beside),
         )
     if OTHERS in groups:
-        raise ValueError(
+        raise SettingError(
             f"a group may not be named `{OTHERS}`, which is what prompts without a target of their "
-            "own are called: rename it, or give `target_kl` for them"
+            "own are called: rename it, or give `target_kl` for them",
+            f"groups.{OTHERS}",
         )
+
+
+def _check_schedule(points: list[tuple[int, float]]) -> None:
+    try:
+        ScheduledBeta(tuple(points))
+    except ValueError as error:
+        raise SettingError(str(error), "schedule") from None
 
 
 class ReferenceConfig(Section):
     """The frozen model the leash is tied to."""
 
-    path: str | None = None
+    path: Annotated[str | None, InputKind.MODEL] = None
     """Directory or hub name; none: the policy as it is before the first update."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, InputKind.MODEL] = None
     """Directory of a LoRA adapter that is merged into the model at `path`."""
-    kind: Literal["copy", "adapter_off", "cpu_offload", "cached"] | None = None
+    kind: Literal["auto", "copy", "adapter_off", "cpu_offload", "cached"] = "auto"
     """Where it lives: a copy beside the policy; the policy's own weights with the adapter off; a
-    copy in main memory, lent to the device; or a copy whose hidden states are kept on the disk.
-    None: adapter_off where an adapter is trained and no `path` is given, else copy."""
+    copy in main memory, moved to the device when it is used; or a copy whose hidden states are
+    kept on the disk. auto: adapter_off where an adapter is trained and no `path` is given, else
+    copy."""
     cache: str | None = None
     """Directory of `kind: cached`; it belongs to one reference."""
     reference_differs: bool = False
     """Say that the policy does not start at the reference. Otherwise that is an error."""
 
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: what goes with a model of its own, or with a cache."""
+        idle: dict[str, str] = {}
+        if self.path is None:
+            why = "goes with `path`, without which the reference is the policy at its start"
+            idle |= dict.fromkeys(("revision", "adapter"), why)
+        if self.kind != "cached":
+            idle["cache"] = "goes with `kind: cached` and with nothing else"
+        return idle
+
     @model_validator(mode="after")
-    def _parts_agree(self) -> "ReferenceConfig":
-        if self.path is None and (self.revision or self.adapter):
-            raise ValueError("`revision` and `adapter` go with `path`: without it all is as policy")
+    def _kind_fits(self) -> "ReferenceConfig":
         if self.path is not None and self.kind == "adapter_off":
-            raise ValueError("`kind: adapter_off` reads the policy's own weights: give no `path`")
-        if (self.kind == "cached") != (self.cache is not None):
-            raise ValueError("`cache` goes with `kind: cached` and with nothing else")
+            raise SettingError(
+                "`kind: adapter_off` reads the policy's own weights: give no `path`", "kind", "path"
+            )
+        if self.kind == "cached" and self.cache is None:
+            raise SettingError("`kind: cached` needs `cache`, a directory to keep it in", "kind")
         return self
+
+    def with_kind(self, *, adapter: bool) -> "ReferenceConfig":
+        """These settings with the kind that `auto` stands for.
+
+        Args:
+            adapter: whether the policy trains one.
+        """
+        if self.kind != "auto":
+            return self
+        own = adapter and self.path is None
+        return self.model_copy(update={"kind": "adapter_off" if own else "copy"})
 
 
 class TripwiresConfig(Section):
@@ -145,21 +177,27 @@ class TripwiresConfig(Section):
     """Least entropy of a rollout, in nats per token; none: no bound."""
     then: Literal["stop", "rollback"] = "stop"
     """After a refused step: stop, or return to the last good checkpoint with a higher β."""
-    beta_factor: float | None = Field(default=None, gt=1)
-    """What β is multiplied by in a rollback; 2 unless said."""
-    max_rollbacks: PositiveInt | None = None
-    """Rollbacks of one run, 3 unless said; the refusal after the last of them stops it."""
-    undo: Literal["memory", "checkpoint"] | None = None
+    beta_factor: float = Field(default=2.0, gt=1)
+    """What β is multiplied by in a rollback."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks of one run; the refusal after the last of them stops it."""
+    undo: Literal["auto", "memory", "checkpoint"] = "auto"
     """How a step that is refused between its updates is undone: by a copy in main memory of what
     learns and of its two moments, or by going back to the last checkpoint, which costs nothing
-    until it happens. None: memory where the copy takes at most 512 MiB, else checkpoint. A step of
-    a single update needs neither."""
+    until it happens. auto: memory where the copy takes at most `undo_copy_mib`, else checkpoint. A
+    step of a single update needs neither."""
+    undo_copy_mib: NonNegativeInt = 512
+    """Largest copy that `undo: auto` makes, in MiB; `run.json` records what it chose."""
 
-    @model_validator(mode="after")
-    def _rollback_alone(self) -> "TripwiresConfig":
-        if self.then == "stop" and (self.beta_factor or self.max_rollbacks):
-            raise ValueError("`beta_factor` and `max_rollbacks` are for `then: rollback` alone")
-        return self
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: what a rollback needs, where there is none."""
+        idle: dict[str, str] = {}
+        if self.then == "stop":
+            why = "is for `then: rollback` alone"
+            idle |= dict.fromkeys(("beta_factor", "max_rollbacks"), why)
+        if self.undo != "auto":
+            idle["undo_copy_mib"] = "is for `undo: auto` alone"
+        return idle
 
 
 class PlanConfig(Section):

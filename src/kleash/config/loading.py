@@ -1,59 +1,66 @@
-"""Read a configuration from YAML and dotted overrides, validate it, and write it out again."""
+"""Read a configuration from YAML and dotted overrides, validate it, and write it out again.
 
-from difflib import get_close_matches
+An override wins over the file. It never drops another key of the file, with one exception, which
+is said aloud: there is one kind of leash, so `--leash.beta` on a file with `leash.target_kl` takes
+its place. `--section.key none` takes a key of the file away.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from kleash.config.leash import (
-    MOVING,
-    WAYS,
-    Section,
-)
-from kleash.config.schema import Config, RewardConfig
+from kleash.config.faults import sentences_of
+from kleash.config.inputs import resolve_inputs
+from kleash.config.keys import field_at, moved_to, names_free, nearest, sections_at
+from kleash.config.leash import LEASH_KINDS, LeashConfig
+from kleash.config.schema import Config
+from kleash.config.section import allows_none, allows_text_none
+from kleash.config.sources import Key, Sources, read_yaml
 from kleash.errors import ConfigError, UsageError
 
 
-def load_config(path: Path | None, overrides: dict[str, str], *, base: Path) -> Config:
+def load_config(
+    path: Path | None,
+    overrides: Mapping[str, str],
+    *,
+    base: Path,
+    say: Callable[[str], object] | None = None,
+) -> Config:
     """Read a configuration and apply dotted overrides to it.
 
     Args:
         path: the YAML file, or None to start from `base`.
         overrides: dotted key → value as written on the command line; `-` and `_` are the same.
+            `none` takes the file's key away, or switches off what is on by default.
         base: the configuration to start from when no path is given.
+        say: gets a sentence for each key of the file that an override takes the place of; None:
+            to standard error.
 
     Returns:
-        The validated configuration.
+        The validated configuration; relative paths are resolved as `kleash.config.inputs` says.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or does not validate.
-        UsageError: an override names a key that does not exist.
+        ConfigError: the file is missing, is not YAML, does not validate, or names a file that does
+            not exist.
+        UsageError: an override names a key that does not exist, or has an impossible value.
     """
-    tree = _read_yaml(path or base)
-    named = {dotted.replace("-", "_"): value for dotted, value in overrides.items()}
-    _give_way(tree, set(named))
-    for dotted, value in named.items():
-        _set(tree, dotted, value)
-    return parse_config(tree, where=str(path or base))
-
-
-def _give_way(tree: dict[str, Any], named: set[str]) -> None:
-    """Drop from the file what an override puts another in place of: there is one kind of leash."""
-    leash = tree.get("leash")
-    together = {"target_kl", "groups"}
-    told = {dotted.split(".")[1] for dotted in named if dotted.startswith("leash.")}
-    told &= {*WAYS, *together}
-    if not told or not isinstance(leash, dict):
-        return
-    gone = {*WAYS, "groups", *(() if told & {"target_kl_per_token", *together} else MOVING)}
-    if told <= together:
-        gone -= together
-    tree["leash"] = {key: value for key, value in leash.items() if key not in gone}
+    file = path or base
+    tree, lines = read_yaml(file)
+    _write_out(tree)
+    named = {key_of_flag(flag): (f"--{flag}", text) for flag, text in overrides.items()}
+    sources = Sources(str(file), lines, {key: flag for key, (flag, _) in named.items()})
+    _replace_leash(tree, sources, say or _to_standard_error)
+    for key, (flag, text) in named.items():
+        _set(tree, key, text, flag)
+    missing = resolve_inputs(tree, sources)
+    config = _validated(tree, sources)
+    if missing:
+        raise ConfigError("; ".join(missing))
+    return config
 
 
 def parse_config(tree: dict[str, Any], *, where: str) -> Config:
@@ -62,17 +69,12 @@ def parse_config(tree: dict[str, Any], *, where: str) -> Config:
     Raises:
         ConfigError: a key is unknown, missing or has an impossible value.
     """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        faults = "; ".join(_fault(cast("dict[str, Any]", e)) for e in error.errors())
-        raise ConfigError(f"{where}: {faults}") from None
+    return _validated(tree, Sources(where))
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML: reading it back gives an equal configuration."""
-    tree = config.model_dump(mode="json", exclude_unset=False)
-    return yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True)
+    """Every value in force as YAML: reading it back gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def with_world(config: Config, directory: Path) -> Config:
@@ -81,85 +83,101 @@ def with_world(config: Config, directory: Path) -> Config:
     return parse_config(yaml.safe_load(text), where="the embedded world's configuration")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def key_of_flag(flag: str) -> Key:
+    """The key that an option names, without its dashes.
+
+    Example:
+        >>> key_of_flag("leash.target-kl"), key_of_flag("algorithm")
+        (('leash', 'target_kl'), ('algorithm', 'name'))
+    """
+    key = tuple(flag.replace("-", "_").split("."))
+    return ("algorithm", "name") if key == ("algorithm",) else key
+
+
+def require_option(flag: str) -> None:
+    """Refuse an option that no key belongs to.
+
+    Raises:
+        UsageError: it names the nearest one.
+    """
+    key = key_of_flag(flag)
+    for depth, name in enumerate(key):
+        parents = key[:depth]
+        sections = sections_at(parents)
+        if names_free(parents):
+            continue
+        if not sections:
+            raise UsageError(f"--{flag}: `{'.'.join(parents)}` is a single value, not a section")
+        known = dict.fromkeys(name for section in sections for name in section.model_fields)
+        if name not in known:
+            moved = moved_to(key)
+            prefix = "--" + "".join(f"{parent}." for parent in parents)
+            hint = f": it is now --{moved}" if moved else nearest(name, known, prefix=prefix)
+            raise UsageError(f"no option --{flag}{hint}")
+
+
+def _validated(tree: dict[str, Any], sources: Sources) -> Config:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at {path}: check the path") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a directory: give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{path} is not YAML: {reason}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} should hold keys and values, got {type(tree).__name__}")
-    return cast("dict[str, Any]", tree)
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        sentences, on_command_line = sentences_of(error, sources)
+        kind = UsageError if on_command_line else ConfigError
+        raise kind("; ".join(sentences)) from None
 
 
-def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
-    """Set one dotted key, checking each name on the way against the sections' fields."""
-    section: type[BaseModel] | None = Config
-    *parents, last = dotted.split(".")
-    for depth, name in enumerate([*parents, last]):
-        if section is not None and name not in section.model_fields:
-            prefix = "".join(f"{parent}." for parent in parents[:depth])
-            hint = _nearest(name, list(section.model_fields), prefix="--" + prefix)
-            raise UsageError(f"no option --{dotted}{hint}")
-        section = _section_of(section, name)
+def _write_out(tree: dict[str, Any]) -> None:
+    """The short form of `algorithm` as the section it stands for, so that overrides add to it."""
+    if isinstance(tree.get("algorithm"), str):
+        tree["algorithm"] = {"name": tree["algorithm"]}
+
+
+def _replace_leash(tree: dict[str, Any], sources: Sources, say: Callable[[str], object]) -> None:
+    """Take out of the file the kind of leash that an override puts another in place of."""
+    leash, together = tree.get("leash"), {"target_kl", "groups"}
+    named = {key[1] for key in sources.flags if key[0] == "leash" and len(key) > 1}
+    kinds = named & {*LEASH_KINDS, *together}
+    if not kinds or not isinstance(leash, dict):
+        return
+    given = cast("dict[str, Any]", leash)
+    gone = {*LEASH_KINDS, "groups"} - (together if kinds <= together else set())
+    if not kinds & {"target_kl_per_token", *together}:
+        # Of a β that is fixed nothing moves, and these keys would be refused.
+        gone |= {*LeashConfig(beta=0.0).idle()}
+    flags = " and ".join(
+        sources.flags["leash", kind] for kind in sorted(kinds) if ("leash", kind) in sources.flags
+    )
+    for key in [key for key in given if key in gone and key not in named]:
+        say(
+            f"{sources.of(('leash', key))}: `leash.{key}: {given.pop(key)}` is left out, because "
+            f"{flags} takes its place"
+        )
+
+
+def _set(tree: dict[str, Any], key: Key, text: str, flag: str) -> None:
+    """Set one key to the value an option gives it, or take it away."""
+    require_option(flag.removeprefix("--"))
+    *parents, last = key
     for name in parents:
         inner: object = tree.setdefault(name, {})
+        if inner is None:
+            inner = tree[name] = {}
         if not isinstance(inner, dict):
-            raise UsageError(f"--{dotted}: `{name}` is a single value, not a section")
+            raise UsageError(f"{flag}: `{name}` is a single value, not a section")
         tree = cast("dict[str, Any]", inner)
+    field = field_at(key)
+    if text == "none" and not (field is not None and allows_text_none(field)):
+        if field is not None and allows_none(field) and field.default is not None:
+            tree[last] = None
+        else:
+            tree.pop(last, None)
+        return
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--{dotted}: cannot read the value {text!r}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at character {mark.column + 1}"
+        raise UsageError(f"{flag}: cannot read the value {text!r}{where}") from None
 
 
-def _section_of(section: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
-    """The section a field holds, or None where names are free (`reward_models`) or it is a leaf."""
-    if section is None or name not in section.model_fields:
-        return RewardConfig if section is None else None
-    annotation = section.model_fields[name].annotation
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, Section) and name != _FREE:
-            return candidate
-    return None
-
-
-_FREE = "reward_models"
-
-
-def _fault(error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = Config
-        for name in location[:-1]:
-            section = _section_of(section, name)
-        names = list(section.model_fields) if section else []
-        return f"unknown key `{dotted}`{_nearest(location[-1], names)}"
-    if error["type"] == "missing":
-        return f"`{dotted}` is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:  # of the whole: it names its keys itself
-        return message
-    return f"`{dotted}`: {message[0].lower()}{message[1:]}" + (
-        f", got {error['input']!r}" if not isinstance(error["input"], dict) else ""
-    )
-
-
-def _nearest(name: str, names: list[str], *, prefix: str = "") -> str:
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f": did you mean {prefix}{close[0]}?"
-    return f": known here are {', '.join(prefix + known for known in names)}" if names else ""
-
-
-def _without_none(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        items = cast("dict[str, Any]", tree).items()
-        return {key: _without_none(value) for key, value in items if value is not None}
-    return tree
+def _to_standard_error(sentence: str) -> None:
+    print(f"kleash: {sentence}", file=sys.stderr)

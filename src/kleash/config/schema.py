@@ -1,11 +1,10 @@
-"""One run, written down: the sections of a configuration, their defaults, and how they are read.
+"""A whole run, and the sections that are not in `leash` or `algorithm`.
 
-A configuration is YAML, or dotted overrides on the command line, or both; the overrides win.
-Every field has its sentence underneath. Unknown keys are errors that name the nearest key.
-Configurations stop at the door: `train` and `assembly` take them apart into tensors and numbers.
+Every default stands here, and every field has its sentence underneath. A value that follows from
+another key is `auto` until `Config` puts in what it stands for.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -16,13 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-from kleash.config.leash import (
-    LeashConfig,
-    PlanConfig,
-    ReferenceConfig,
-    Section,
-    TripwiresConfig,
-)
+from kleash.algorithms.common import Truncated, check_truncated
+from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
+from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
+from kleash.config.section import InputKind, Section, SettingError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -35,18 +31,19 @@ class LoraConfig(Section):
     """Rank of the adapter."""
     alpha: PositiveInt = 32
     """Scale of the adapter; its output is multiplied by alpha / rank."""
-    targets: list[str] | None = None
-    """Names of the modules to adapt; none: what peft chooses for this architecture."""
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = "auto"
+    """Names of the modules to adapt; auto: what PEFT chooses for this architecture. The adapter's
+    own `adapter_config.json` in a checkpoint records them."""
 
 
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    path: str
+    path: Annotated[str, InputKind.MODEL]
     """Directory of a Hugging Face causal language model, or its hub name."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, InputKind.MODEL] = None
     """Directory of a trained LoRA adapter that is merged into the weights first. Where supervised
     training left an adapter: policy and reference both begin as base + adapter."""
     dtype: Dtype = "float32"
@@ -57,37 +54,46 @@ class PolicyConfig(Section):
     """Train an adapter instead of all weights."""
 
 
-class RewardConfig(Section):
-    """One reward model: a sequence classifier by its path, or a Python callable."""
+class ScorerConfig(Section):
+    """What gives a response a score: a sequence classifier by its path, or a Python callable."""
 
-    path: str | None = None
+    path: Annotated[str | None, InputKind.MODEL] = None
     """Directory or hub name of a sequence classifier with one output."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
-    callable: str | None = None
+    callable: Annotated[str | None, InputKind.CALLABLE] = None
     """`module:function`; called with lists of prompts and responses, returns a score for each."""
-    weight: float = 1.0
-    """Weight in the sum of reward models."""
-    template: str | None = None
-    """How a classifier reads a prompt and its response; none: `{prompt}{response}`."""
+    template: str = "{prompt}{response}"
+    """How a classifier reads a prompt and its response."""
+
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: what only a classifier has."""
+        if self.callable is None:
+            return {}
+        return dict.fromkeys(
+            ("revision", "template"), "is for a classifier and does nothing for a callable"
+        )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "RewardConfig":
+    def _one_kind(self) -> "ScorerConfig":
         if (self.path is None) == (self.callable is None):
-            raise ValueError("give exactly one of `path` and `callable`")
-        if self.callable is not None and (self.template or self.revision):
-            raise ValueError(
-                "`template` and `revision` are for a classifier and do nothing for a callable"
-            )
+            raise SettingError("give exactly one of `path` and `callable`", "path", "callable")
         return self
+
+
+class RewardConfig(ScorerConfig):
+    """One reward model: a sequence classifier by its path, or a Python callable."""
+
+    weight: float = 1.0
+    """Weight in the sum of reward models."""
 
 
 class PromptsConfig(Section):
     """What the policy answers."""
 
-    train: str
+    train: Annotated[str, InputKind.FILE]
     """JSONL or Parquet file with `prompt` text or chat `messages`."""
-    heldout: str | None = None
+    heldout: Annotated[str | None, InputKind.FILE] = None
     """Prompts never trained on, for evaluation."""
 
 
@@ -102,7 +108,7 @@ class RolloutConfig(Section):
     """Length limit of a response."""
     temperature: PositiveFloat = 1.0
     """Divides the logits in sampling and in both scorings alike."""
-    truncated: Literal["score", "penalise", "drop", "bootstrap"] = "score"
+    truncated: Truncated = "score"
     """A response cut by the limit: score it as it stands, subtract a penalty, leave it out of the
     update, or continue it with the value of its last state."""
     missing_eos_penalty: PositiveFloat | None = None
@@ -112,72 +118,18 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _penalty_belongs(self) -> "RolloutConfig":
-        if (self.truncated == "penalise") != (self.missing_eos_penalty is not None):
-            raise ValueError(
-                "`missing_eos_penalty` goes with `truncated: penalise` and with nothing else, got "
-                f"truncated: {self.truncated}, missing_eos_penalty: {self.missing_eos_penalty}"
-            )
-        return self
-
-
-class PPOConfig(Section):
-    """How the policy climbs. What speaks of a critic, λ or whitening is PPO's alone; the rest is
-    that of GRPO and RLOO too, which make the same clipped updates."""
-
-    epochs: PositiveInt = 2
-    """Passes over a rollout."""
-    minibatches: PositiveInt = 2
-    """Optimiser steps in one pass."""
-    microbatch_size: PositiveInt = 64
-    """Responses in one backward pass; changes memory and speed, not the gradient."""
-    keep_logits_mib: NonNegativeInt = 512
-    """MiB of logits kept from forward to backward; the others are computed a second time. Changes
-    memory and speed, not the gradient."""
-    clip_range: PositiveFloat = 0.2
-    """ε of the clipped policy loss."""
-    min_effective_samples: float | None = Field(default=None, ge=0, lt=1)
-    """Least share of a minibatch's tokens that the prefix weights Π π/π_rollout may leave
-    effective; below it the policy is too far from the one that wrote, and the rest of the updates
-    to this rollout is left out (`policy/updates` counts those made). None: 0.5 where the placement
-    `exact_weighted` has the weights in its loss, otherwise no bound."""
-    value_clip_range: PositiveFloat | None = 0.2
-    """ε of the clipped value loss; none: not clipped."""
-    value_coef: PositiveFloat = 0.1
-    """Weight of the value loss."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token. 1 keeps the objective the sum that it says it is."""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """λ of generalised advantage estimation."""
-    whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the rollout."""
-
-
-_OF_PPO = ("value_clip_range", "value_coef", "gamma", "lam", "whiten_advantages")
-"""What GRPO and RLOO have no use for."""
-
-
-class ValueConfig(Section):
-    """The critic."""
-
-    kind: Literal["trunk_detached", "trunk", "model"] = "trunk_detached"
-    """A head on the policy's trunk, without or with gradient into it, or a model of its own."""
-    path: str | None = None
-    """Where a model of its own starts: a policy or reward-model directory."""
-
-    @model_validator(mode="after")
-    def _path_belongs(self) -> "ValueConfig":
-        if (self.kind == "model") != (self.path is not None):
-            raise ValueError("`value.path` goes with `value.kind: model`, and with nothing else")
+        try:
+            check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
+        except ValueError as error:
+            raise SettingError(str(error), "missing_eos_penalty", "truncated") from None
         return self
 
 
 class OptimizerConfig(Section):
-    """AdamW, for policy and critic."""
+    """AdamW, for policy and critic; the critic's learning rate is `algorithm.value.lr`."""
 
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the policy."""
-    value_lr: PositiveFloat | None = None
-    """Peak learning rate of the critic; none: that of the policy."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -197,7 +149,7 @@ class OptimizerConfig(Section):
 class PretrainingConfig(Section):
     """InstructGPT's pretraining mix (PPO-ptx): likelihood of ordinary text beside the reward."""
 
-    texts: str
+    texts: Annotated[str, InputKind.FILE]
     """JSONL or Parquet file with `text`."""
     coefficient: PositiveFloat = 27.8
     """γ: weight of the mean negative log-likelihood per token."""
@@ -214,7 +166,7 @@ class HeldoutConfig(Section):
     """Steps between evaluations; 0: before the first update and after the last only."""
     responses_per_prompt: PositiveInt = 1
     """Responses to each held-out prompt."""
-    gold: RewardConfig | None = None
+    gold: ScorerConfig | None = None
     """A second opinion the policy is never trained on."""
 
 
@@ -238,9 +190,7 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
-    """How advantages come about: from a critic; or, without one, from the other responses to the
-    same prompt, in units of their spread (grpo: so is β) or as they are (rloo)."""
+    algorithm: AlgorithmConfig = PPOConfig()
     policy: PolicyConfig
     reference: ReferenceConfig = ReferenceConfig()
     reward_models: dict[str, RewardConfig] = Field(min_length=1)
@@ -252,8 +202,6 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     leash: LeashConfig
     tripwires: TripwiresConfig = TripwiresConfig()
-    ppo: PPOConfig = PPOConfig()
-    value: ValueConfig = ValueConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     pretraining: PretrainingConfig | None = None
     heldout: HeldoutConfig = HeldoutConfig()
@@ -270,68 +218,98 @@ class Config(Section):
     world: NonNegativeInt | None = None
     """Seed of the embedded world to build first; `{world}` in a path is then its directory."""
 
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: the evaluation, where there are no prompts for it."""
+        if self.prompts.heldout is None:
+            return {"heldout": "does nothing without `prompts.heldout`"}
+        return {}
+
     @model_validator(mode="after")
-    def _parts_agree(self) -> "Config":
-        if self.rollout.truncated == "drop" and self.ppo.minibatches > self.responses_per_step:
-            raise ValueError("more minibatches than responses")
-        if self.responses_per_step % self.ppo.minibatches:
-            raise ValueError(
-                f"`ppo.minibatches: {self.ppo.minibatches}` does not divide the "
-                f"{self.responses_per_step} responses of a step"
-            )
-        evaluates = self.prompts.heldout is not None
-        if not evaluates and self.heldout != HeldoutConfig():
-            raise ValueError("`heldout` does nothing without `prompts.heldout`")
+    def _put_in_what_auto_stands_for(self) -> "Config":
+        algorithm = self.algorithm.with_min_effective_samples(self.leash.placement)
+        if isinstance(algorithm, PPOConfig) and algorithm.value.lr == "auto":
+            value = algorithm.value.model_copy(update={"lr": self.optimizer.lr})
+            algorithm = algorithm.model_copy(update={"value": value})
+        reference = self.reference.with_kind(adapter=self.policy.lora is not None)
+        # Nothing has seen this object yet; later it is frozen.
+        object.__setattr__(self, "algorithm", algorithm)
+        object.__setattr__(self, "reference", reference)
         return self
 
     @model_validator(mode="after")
-    def _algorithm_uses_all(self) -> "Config":
-        if self.algorithm == "ppo":
+    def _minibatches_fit(self) -> "Config":
+        minibatches, responses = self.algorithm.minibatches, self.responses_per_step
+        if responses % minibatches:
+            raise SettingError(
+                f"`algorithm.minibatches: {minibatches}` does not divide the {responses} responses "
+                "of a step",
+                "algorithm.minibatches",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> "Config":
+        name = self.algorithm.name
+        if isinstance(self.algorithm, GRPOConfig) and self.score_normalisation != "none":
+            raise SettingError(
+                f"with `algorithm: {name}` `score_normalisation` does nothing (each group is "
+                "normalised by itself): leave it out",
+                "score_normalisation",
+            )
+        if isinstance(self.algorithm, PPOConfig):
             return self
-        name, ppo, untouched = self.algorithm, self.ppo, PPOConfig()
-        idle = [f"ppo.{key}" for key in _OF_PPO if getattr(ppo, key) != getattr(untouched, key)]
-        idle += ["value"] if self.value != ValueConfig() else []
-        idle += ["optimizer.value_lr"] if self.optimizer.value_lr is not None else []
-        if name == "grpo" and self.score_normalisation != "none":
-            idle.append("score_normalisation (each group is normalised by itself)")
-        if idle:
-            raise ValueError(
-                f"with `algorithm: {name}` these do nothing: {', '.join(idle)}; leave them out"
-            )
         if self.rollout.responses_per_prompt < 2:
-            raise ValueError(
+            raise SettingError(
                 f"`algorithm: {name}` compares the responses to one prompt: give "
-                "`rollout.responses_per_prompt` of 2 or more"
+                "`rollout.responses_per_prompt` of 2 or more",
+                "algorithm.name",
+                "rollout.responses_per_prompt",
             )
-        if self.rollout.truncated == "bootstrap":
-            raise ValueError(
-                f"`rollout.truncated: bootstrap` needs a critic, and `algorithm: {name}` has none"
-            )
+        try:
+            check_truncated(self.rollout.truncated, self.rollout.missing_eos_penalty, critic=False)
+        except ValueError as error:
+            raise SettingError(f"with `algorithm: {name}` {error}", "rollout.truncated") from None
         if self.leash.placement == "mixed":
-            raise ValueError(
+            raise SettingError(
                 "`leash.placement: mixed` finds its coefficient by a critic's advantages, and "
-                f"`algorithm: {name}` has none: take `reward_k1` or `exact`"
+                f"`algorithm: {name}` has none: take `reward_k1` or `exact`",
+                "leash.placement",
             )
         return self
 
     @model_validator(mode="after")
-    def _leash_holds(self) -> "Config":
+    def _reference_fits(self) -> "Config":
         if self.reference.kind == "adapter_off" and self.policy.lora is None:
-            raise ValueError("`reference.kind: adapter_off` needs `policy.lora`")
-        if self.reference.kind == "cached" and self.leash.reanchor_every is not None:
-            raise ValueError(
-                "`reference.kind: cached` keeps what one reference says, and "
-                "`leash.reanchor_every` moves it: take one of them"
+            raise SettingError(
+                "`reference.kind: adapter_off` needs `policy.lora`", "reference.kind"
             )
+        if self.reference.kind == "cached" and self.leash.reanchor_every is not None:
+            raise SettingError(
+                "`reference.kind: cached` keeps what one reference says, and "
+                "`leash.reanchor_every` moves it: take one of them",
+                "reference.kind",
+                "leash.reanchor_every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tripwires_fit(self) -> "Config":
         stop = self.tripwires.stop_kl
         target = min(leash.target_kl or 0.0 for leash in self.leash.each().values())
         if stop is not None and stop <= target:
-            raise ValueError(f"`tripwires.stop_kl: {stop:g}` is within the target of {target:g}")
+            raise SettingError(
+                f"`tripwires.stop_kl: {stop:g}` is within the target of {target:g}",
+                "tripwires.stop_kl",
+            )
         if self.tripwires.then == "rollback":
             if not self.logging.checkpoint_every:
-                raise ValueError("`tripwires.then: rollback` needs `logging.checkpoint_every`")
+                raise SettingError(
+                    "`tripwires.then: rollback` needs `logging.checkpoint_every`", "tripwires.then"
+                )
             if self.leash.beta == 0:
-                raise ValueError("`tripwires.then: rollback` raises β, which is 0 for good")
+                raise SettingError(
+                    "`tripwires.then: rollback` raises β, which is 0 for good", "tripwires.then"
+                )
         return self
 
     @property

@@ -51,7 +51,7 @@ class Gradient:
 
     kind: GradientKind
     """exact: of the KL of whole responses · token-local: its pathwise part alone · biased: of
-    something else · zero: of nothing, though a penalty was asked · none: no penalty, by choice."""
+    something else · zero: of nothing, though a penalty is meant · none: no penalty, by choice."""
     why: str
     """One sentence."""
 

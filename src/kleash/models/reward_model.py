@@ -6,11 +6,13 @@ Whatever it does wrong stops the run with the response's name: a wrong score is 
 """
 
 import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -170,7 +172,7 @@ class CallableReward:
         """Find a function.
 
         Args:
-            name: "module:function"; the current directory is searched too.
+            name: "module:function"; the current directory is searched too. Or "file.py:function".
 
         Raises:
             RewardError: if there is no such function.
@@ -257,7 +259,7 @@ def text_of(prompt: Content) -> str:
 
 
 def _find(name: str) -> Callable[[list[str], list[str]], object]:
-    module_name, _, function_name = name.partition(":")
+    module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         raise RewardError(f"expected a reward function as 'module:function', got {name!r}")
     here = str(Path.cwd())
@@ -265,7 +267,8 @@ def _find(name: str) -> Callable[[list[str], list[str]], object]:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        is_file = module_name.endswith(".py")
+        module = _load(Path(module_name)) if is_file else importlib.import_module(module_name)
     except Exception as error:  # Importing runs the user's code: anything can come.
         raise RewardError(
             f"expected a module {module_name!r} for the reward function {name!r}, got "
@@ -278,6 +281,26 @@ def _find(name: str) -> Callable[[list[str], list[str]], object]:
             f"{'none' if function is None else type(function).__name__}: check the name"
         )
     return cast(Callable[[list[str], list[str]], object], function)
+
+
+def _load(file: Path) -> ModuleType:
+    """A module by its file, loaded once; it imports its neighbours as a script would."""
+    name = str(file.resolve())
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ImportError(f"no Python file at {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _numbers(returned: object, who: str, responses: Sequence[str]) -> list[float]:

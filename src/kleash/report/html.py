@@ -5,7 +5,7 @@ What a page is made of, and why nothing in it can run, is in `shell`.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,15 @@ def _summary(run: Run) -> dict[str, Any]:
         "gold_first": golds[0][1] if golds else None,
         "gold": golds[-1][1] if golds else None,
         "responses_per_step": responses_per_step(run.metrics),
-        "beta_unit": "group sd per nat"
-        if run.config.get("algorithm") == "grpo"
-        else "score per nat",
+        "beta_unit": "group sd per nat" if _algorithm(run.config) == "grpo" else "score per nat",
         "efficiency": vars(earned) if earned else None,
     }
+
+
+def _algorithm(config: Mapping[str, Any]) -> object:
+    """Its name; runs of earlier versions hold it without a section."""
+    algorithm = config.get("algorithm")
+    return algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -14,8 +14,9 @@ from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
+from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
 from kleash.config.leash import LeashConfig
-from kleash.config.schema import Config, OptimizerConfig, RewardConfig
+from kleash.config.schema import Config, OptimizerConfig, ScorerConfig
 from kleash.errors import ConfigError, PromptError
 from kleash.kl.control.controllers import (
     AdaptiveBeta,
@@ -30,7 +31,6 @@ from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
 from kleash.models.reference_offload import FrozenReference, OffloadedReference, open_cache
 from kleash.models.reward_model import (
-    PLAIN_TEMPLATE,
     CallableReward,
     ClassifierReward,
     RewardModel,
@@ -66,8 +66,9 @@ def assemble(config: Config) -> Components:
         for name, reward in config.reward_models.items()
     }
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
-    value = _value(config, policy, device) if config.algorithm == "ppo" else None
-    optimizer = _optimizer(config.optimizer, policy, value)
+    critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
+    value = None if critic is None else _value(config, critic, policy, device)
+    optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
         reference=reference,
@@ -83,7 +84,7 @@ def assemble(config: Config) -> Components:
         sampling=sampling,
         settings=_settings(config),
         optimizer=optimizer,
-        tiles=replace(default_tiles(device), keep_bytes=config.ppo.keep_logits_mib << 20),
+        tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
     )
 
 
@@ -149,27 +150,28 @@ def make_controller(
         points = [(step * responses_per_step, beta) for step, beta in leash.schedule]
         return ScheduledBeta(tuple(points))
     if start is None:
+        # Who passes no start has a number here.
         start = Start(cast(float, leash.initial_beta), "given")
     # The configuration has checked that a target is there.
     target = cast(float, target_per_response(leash, start.response_length))
     initial = start.beta
-    match leash.controller or "budget":
+    match leash.controller:
         case "budget":
             return BudgetBeta(target_kl=target, initial=initial, plant_gain=start.plant_gain)
         case "ziegler_paper":
             return AdaptiveBeta(target_kl=target, initial=initial, gain="paper")
         case "ziegler_code":
-            horizon = leash.horizon or 10_000
-            return AdaptiveBeta(target_kl=target, initial=initial, gain="code", horizon=horizon)
+            return AdaptiveBeta(
+                target_kl=target, initial=initial, gain="code", horizon=leash.horizon
+            )
 
 
 def _policy(config: Config, device: torch.device) -> Policy:
     lora = config.policy.lora
-    adapter = (
-        None
-        if lora is None
-        else AdapterSpec(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets or ()))
-    )
+    adapter = None
+    if lora is not None:
+        targets = () if lora.targets == "auto" else tuple(lora.targets)
+        adapter = AdapterSpec(rank=lora.rank, alpha=lora.alpha, targets=targets)
     return load_policy(
         config.policy.path,
         dtype=config.policy.dtype,
@@ -185,7 +187,7 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
     """The reference, where the configuration wants it to live."""
     wanted = config.reference
     own = wanted.path is None
-    kind = wanted.kind or ("adapter_off" if own and policy.adapter is not None else "copy")
+    kind = wanted.kind
     if kind == "adapter_off" or (kind == "copy" and own and policy.adapter is None):
         return freeze_copy(policy)
     # What the policy was loaded from, if no path is given: base and merged adapter, nothing new.
@@ -206,6 +208,8 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
             return open_cache(reference, cast(str, wanted.cache))
         case "copy":
             return reference
+        case "auto":
+            raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
 def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
@@ -262,28 +266,30 @@ def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: st
         )
 
 
-def _reward(config: RewardConfig, device: torch.device) -> RewardModel:
+def _reward(config: ScorerConfig, device: torch.device) -> RewardModel:
     if config.callable is not None:
         return CallableReward(config.callable)
     return ClassifierReward(
         cast(str, config.path),
-        template=config.template or PLAIN_TEMPLATE,
+        template=config.template,
         device=str(device),
         revision=config.revision,
     )
 
 
-def _value(config: Config, policy: Policy, device: torch.device) -> ValueFunction:
-    if config.value.kind == "model":
+def _value(
+    config: Config, critic: ValueConfig, policy: Policy, device: torch.device
+) -> ValueFunction:
+    if critic.kind == "model":
         return load_value_model(
-            cast(str, config.value.path),
+            cast(str, critic.path),
             policy,
             device=str(device),
             attention=config.policy.attention,
         )
     # The head's random numbers come from the run's seed, whatever was drawn while loading.
     torch.manual_seed(config.seed)
-    return ValueHead(policy.hidden_size, features=config.value.kind).to(device)
+    return ValueHead(policy.hidden_size, features=critic.kind).to(device)
 
 
 def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
@@ -298,8 +304,9 @@ def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
 
 
 def _settings(config: Config) -> Settings:
+    algorithm = config.algorithm
     common: dict[str, Any] = {
-        "clip_range": config.ppo.clip_range,
+        "clip_range": algorithm.clip_range,
         "placement": config.leash.placement,
         # `mixed` begins as `reward_k1`; the loop then estimates c from each rollout.
         "mixing": 0.0 if config.leash.placement == "mixed" else None,
@@ -307,37 +314,34 @@ def _settings(config: Config) -> Settings:
         "truncated": config.rollout.truncated,
         "missing_eos_penalty": config.rollout.missing_eos_penalty,
     }
-    try:
-        match config.algorithm:
-            case "ppo":
-                return PPOSettings(
-                    **common,
-                    gamma=config.ppo.gamma,
-                    lam=config.ppo.lam,
-                    value_clip_range=config.ppo.value_clip_range,
-                    value_coef=config.ppo.value_coef,
-                    whiten_advantages=config.ppo.whiten_advantages,
-                )
-            case "grpo":
-                return GRPOSettings(**common)
-            case "rloo":
-                return RLOOSettings(**common)
-    except ValueError as error:
-        raise ConfigError(
-            f"expected a sound `leash.placement`, or `leash.allow_biased: true`, got: {error}"
-        ) from None
+    match algorithm:
+        case PPOConfig():
+            return PPOSettings(
+                **common,
+                gamma=algorithm.gamma,
+                lam=algorithm.lam,
+                value_clip_range=algorithm.value_clip_range,
+                value_coef=algorithm.value_coef,
+                whiten_advantages=algorithm.whiten_advantages,
+            )
+        case GRPOConfig():
+            return GRPOSettings(**common, epsilon=algorithm.epsilon)
+        case RLOOConfig():
+            return RLOOSettings(**common)
 
 
 def _optimizer(
-    config: OptimizerConfig, policy: Policy, value: ValueFunction | None
+    config: OptimizerConfig,
+    critic: ValueConfig | None,
+    policy: Policy,
+    value: ValueFunction | None,
 ) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [
         {"params": policy.parameters(), "lr": config.lr, "peak_lr": config.lr}
     ]
-    if value is not None:
-        value_lr = config.value_lr or config.lr
-        critic = list(value.parameters())
-        groups.append({"params": critic, "lr": value_lr, "peak_lr": value_lr})
+    if critic is not None and value is not None:
+        value_lr = cast(float, critic.lr)
+        groups.append({"params": list(value.parameters()), "lr": value_lr, "peak_lr": value_lr})
     return torch.optim.AdamW(
         groups,
         betas=(config.beta1, config.beta2),

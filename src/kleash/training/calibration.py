@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kleash.algorithms.advantages import group_relative
 from kleash.algorithms.rewards import ScoreStatistics
+from kleash.config.algorithm import GRPOConfig
 from kleash.config.leash import LeashConfig
 from kleash.config.schema import Config
 from kleash.errors import RewardError
@@ -79,9 +80,9 @@ def draw(config: Config, components: Components) -> Drawn:
     raw = written.raw_scores.view(len(prompts), config.plan.responses)
     length = float(written.rollout.response_mask.sum(-1).double().mean())
     statistics = ScoreStatistics().update(raw.flatten())
-    if config.algorithm == "grpo":
+    if isinstance(config.algorithm, GRPOConfig):
         rows = torch.arange(len(raw)).repeat_interleave(raw.shape[1])
-        relative = group_relative(raw.flatten(), rows)
+        relative = group_relative(raw.flatten(), rows, epsilon=config.algorithm.epsilon)
         return Drawn(prompts, relative.view_as(raw), statistics, length, groups)
     if config.score_normalisation == "none":
         return Drawn(prompts, raw, statistics, length, groups)
@@ -110,7 +111,7 @@ def begin(config: Config, components: Components) -> Beginning:
     """
     leash = config.leash
     moves = leash.beta is None and leash.schedule is None
-    planned = moves and leash.initial_beta is None
+    planned = moves and leash.initial_beta == "auto"
     if not (planned or leash.target_kl_per_token or config.score_normalisation == "initial"):
         return Beginning(ScoreStatistics(), {}, None)
     drawn = draw(config, components)
@@ -134,7 +135,7 @@ def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str
 
 
 def _start(config: Config, scores: Float[Tensor, "prompt sample"], target: float) -> Start:
-    if config.leash.initial_beta is not None:
+    if config.leash.initial_beta != "auto":
         return Start(config.leash.initial_beta, "given")
     try:
         if config.reference.reference_differs:
@@ -193,7 +194,7 @@ def _frontier(
 
     A policy that does not start at the reference wrote samples that plan nothing either.
     """
-    moving = config.score_normalisation == "running" or config.algorithm == "grpo"
+    moving = config.score_normalisation == "running" or isinstance(config.algorithm, GRPOConfig)
     moving = moving or config.reference.reference_differs
     if moving or len(drawn.prompts) < 2:
         return None

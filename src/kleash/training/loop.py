@@ -300,7 +300,7 @@ class Trainer:
         components, state = session.components, session.state
         trained = dispatch.trained_scores(scored, components.settings)
         readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
-        given = measurements(readings, state.starts, follow_scores=leash.initial_beta is None)
+        given = measurements(readings, state.starts, follow_scores=leash.initial_beta == "auto")
         moved = session.leash.update(state.betas, given)
         return moved, {
             **leash_measures(leash, state.betas, readings, components.frontier),

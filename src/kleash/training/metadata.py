@@ -27,7 +27,7 @@ def objective_line(config: Config, betas: States) -> str:
     )
     if config.score_normalisation != "none":
         score_text = f"({score_text} − mean)/sd"
-    if config.algorithm == "grpo":
+    if config.algorithm.name == "grpo":
         score_text = f"({score_text} − group mean)/group sd"
     leash = config.leash
     if leash.placement == "measure" or leash.beta == 0:
@@ -56,6 +56,7 @@ def run_meta(
     argv: Sequence[str],
     *,
     state: TrainingState,
+    undo_in_memory: bool,
 ) -> dict[str, Any]:
     """The contents of run.json: who, with what, from which seed."""
     return {
@@ -64,6 +65,7 @@ def run_meta(
         "device": str(policy.device),
         "objective": objective_line(config, state.betas),
         "start": _starts(state.starts),
+        "undo": "memory" if undo_in_memory else "checkpoint",
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(policy.identity()),
         # Settings of the model's own generation_config.json that were put aside.

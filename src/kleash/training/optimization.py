@@ -6,6 +6,7 @@ response alone, and then each of its tokens.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from kleash.training.metrics import Number
 from kleash.training.pretraining_mix import PretrainingMix, pretraining_loss
 from kleash.types import Experience
 
-_LEAST_EFFECTIVE = 0.5
-"""Share of effective tokens that prefix weights must leave, where they are in the loss."""
 _FIRST_RATIO_TOLERANCE = 1e-3
 """How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
 
@@ -57,14 +56,14 @@ class PolicyUpdater:
                 minibatch = select(experience, chosen)
                 components.optimizer.zero_grad(set_to_none=True)
                 passed = components.backward_of_minibatch(
-                    minibatch, microbatch=config.ppo.microbatch_size
+                    minibatch, microbatch=config.algorithm.microbatch_size
                 )
                 if first_error is None:
                     first_error = passed.ratio_error
                     _require_first_ratio(first_error)
                 kept = effective_sample_size(passed.weights, minibatch.mask)
                 effective = min(effective, float(kept) / int(minibatch.mask.sum()))
-                if made and effective < least_effective(config):
+                if made and effective < cast(float, config.algorithm.min_effective_samples):
                     break
                 numbers = combine(passed.metrics)
                 numbers |= _pretrain(components.policy, components.pretraining)
@@ -88,9 +87,9 @@ class PolicyUpdater:
     def _minibatches(self, experience: Experience) -> Iterator[Tensor]:
         """Rows of each optimiser step: every kept response once in an epoch, in a new order."""
         rows = kept_rows(experience)
-        for _ in range(self.config.ppo.epochs):
+        for _ in range(self.config.algorithm.epochs):
             order = rows[torch.randperm(len(rows)).to(rows.device)]
-            yield from order.chunk(self.config.ppo.minibatches)
+            yield from order.chunk(self.config.algorithm.minibatches)
 
     def _optimise(self, minibatch: Experience) -> float:
         """One optimiser step; refused if a gradient is not finite: the weights stay good."""
@@ -133,14 +132,6 @@ class PolicyUpdater:
         # The norm, for it can overflow where no single number does.
         gradients = [p.grad for p in components.parameters() if p.grad is not None]
         return bool(nn.utils.get_total_norm(gradients).isfinite())
-
-
-def least_effective(config: Config) -> float:
-    """Share of effective tokens below which a rollout teaches no more; 0: no bound."""
-    told = config.ppo.min_effective_samples
-    if told is not None:
-        return told
-    return _LEAST_EFFECTIVE if config.leash.placement == "exact_weighted" else 0.0
 
 
 def _pretrain(policy: Policy, mix: PretrainingMix | None) -> dict[str, float]:

@@ -31,10 +31,6 @@ from kleash.training.state import TrainingState, latest_checkpoint
 from kleash.training.tripwires import check_entropy, check_kl
 from kleash.types import ScoredRollout
 
-BETA_FACTOR, MAX_ROLLBACKS = 2.0, 3
-"""Of a rollback, unless the configuration says otherwise."""
-_LARGEST_COPY = 512 << 20
-"""Bytes of the copy that undoes a step, unless the configuration says otherwise."""
 _OTHER_DRAWS = 0x9E3779B9
 """Added to the seed with each rollback, so that the same responses are not drawn again."""
 
@@ -57,14 +53,14 @@ def begin_step(session: Session, previous: PendingStep | None = None) -> Pending
 
 def several_updates(config: Config) -> bool:
     """Whether a step can be refused when some of its updates are made already."""
-    return config.ppo.epochs * config.ppo.minibatches > 1
+    return config.algorithm.epochs * config.algorithm.minibatches > 1
 
 
 def undone_in_memory(tripwires: TripwiresConfig, optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is undone by a copy of what is trained, and not by the last checkpoint."""
-    if tripwires.undo is not None:
+    if tripwires.undo != "auto":
         return tripwires.undo == "memory"
-    return copy_bytes(optimizer) <= _LARGEST_COPY
+    return copy_bytes(optimizer) <= tripwires.undo_copy_mib << 20
 
 
 def copy_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -155,7 +151,7 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
     )
     if wires.then == "stop" or isinstance(error, ReferenceChangedError):
         _stop(error, pending, session, evidence)
-    if state.rollbacks == (wires.max_rollbacks or MAX_ROLLBACKS):
+    if state.rollbacks == wires.max_rollbacks:
         error.args = (f"{sentence} (rollbacks so far: {state.rollbacks}, no more are allowed)",)
         _stop(error, pending, session, evidence)
     # A policy that was out of bounds when it wrote is that of the step before: no way back to it.
@@ -174,7 +170,7 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
     rollbacks = session.state.rollbacks + 1
     session.restore(step)
     restored = session.state
-    raised = raise_betas(restored.betas, wires.beta_factor or BETA_FACTOR)
+    raised = raise_betas(restored.betas, wires.beta_factor)
     session.state = after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
     run.append_event(
@@ -182,7 +178,7 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
             refused,
             "rolled_back",
             f"from step {refused} back to step {step}, {_moves(restored, after)} (rollback "
-            f"{rollbacks} of {wires.max_rollbacks or MAX_ROLLBACKS})",
+            f"{rollbacks} of {wires.max_rollbacks})",
             to_step=step,
             **{key_of("beta_before", g, raised): s.beta for g, s in restored.betas.items()},
             **{key_of("beta", g, raised): s.beta for g, s in raised.items()},

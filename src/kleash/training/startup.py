@@ -25,6 +25,7 @@ from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
 from kleash.training.metadata import run_meta
 from kleash.training.process_group import WorkerGroup
+from kleash.training.recovery import undone_in_memory
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.session import Session
 from kleash.training.state import (
@@ -79,7 +80,14 @@ def open_session(
     if begun:
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
     else:
-        meta = run_meta(config, components.policy, guard.original, argv, state=state)
+        meta = run_meta(
+            config,
+            components.policy,
+            guard.original,
+            argv,
+            state=state,
+            undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
+        )
         tree = yaml.safe_load(dump_config(config))
         run = RunWriter.create(path, config=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None:

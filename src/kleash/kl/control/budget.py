@@ -14,7 +14,7 @@ from kleash.kl.control.state import BetaState, Measurement, check_bounds, check_
 SMALL_TILT_GAIN = 2.0
 """−d ln KL*/d ln β where the tilt is small: KL* ≈ Var(r)/(2β²)."""
 _GAIN_RANGE = (0.5, 4.0)
-"""Measured gains believed; beyond, they say more about the noise of a variance than the plant."""
+"""Range of measured gains that is used; beyond, they reflect noise of a variance, no plant."""
 _SPEED_WEIGHT = 0.5
 """Weight of the newest change in the running speed, of a clear reading."""
 _VARIANCE_WEIGHT = 0.3
@@ -154,8 +154,8 @@ class BudgetBeta:
         trust = _trust(seen.noise)
         error = trust * error + (1 - trust) * _beyond(offset, seen.noise or 0.0)
         gain = self._gain(seen, measurement.response_kl)
-        told = replace(seen, error=error, quiet=quiet, offset=offset, gain=gain)
-        return self._move(told, measurement.response_kl)
+        updated = replace(seen, error=error, quiet=quiet, offset=offset, gain=gain)
+        return self._move(updated, measurement.response_kl)
 
     def _observe(self, state: BetaState, measurement: Measurement) -> BetaState:
         """Speed, variance, the tilt of the path so far and the β it leads to."""

@@ -5,7 +5,7 @@
     betas = betas_of(states, groups)              β of each response
     states = leash.update(states, readings)       a group that was not read stays as it is
 
-Where nobody names a group, everyone is one of the `OTHERS`: the same, with a single entry.
+Without groups all responses are in `OTHERS`: the same structure with a single entry.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +26,7 @@ States = Mapping[str, BetaState]
 
 @dataclass(frozen=True)
 class Leash:
-    """A controller for each group; none of them knows of the others.
+    """A controller for each group, independent of the others.
 
     Example:
         >>> from kleash.kl.control.controllers import AdaptiveBeta
@@ -53,7 +53,7 @@ class Leash:
 
 
 def group_of(label: str | None, named: Collection[str]) -> str:
-    """The group whose leash a prompt with this label is on.
+    """The group whose controller a prompt with this label has.
 
     Example:
         >>> group_of("code", {"code"}), group_of("chat", {"code"}), group_of(None, {"code"})

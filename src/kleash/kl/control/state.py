@@ -1,4 +1,4 @@
-"""What a controller is told, what it remembers, and what its settings must be."""
+"""A controller's input (`Measurement`), its memory (`BetaState`), and checks of its settings."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ _SMALLEST, _LARGEST = 1e-60, 1e60
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rollout says about the leash.
+    """What one rollout measured.
 
     Attributes:
         response_kl: mean over responses of Σ_t KL_t, in nats; exact where it can be.
@@ -33,14 +33,14 @@ class Measurement:
 
     @property
     def noise(self) -> float:
-        """Standard error of ln KL, at most 1; 0 if unknown, which believes the reading."""
+        """Standard error of ln KL, at most 1; 0 if unknown, which trusts the reading."""
         if not self.standard_error >= 0:
             return 0.0
         return min(1.0, self.standard_error / max(self.response_kl, _SMALLEST))
 
     @property
     def variance(self) -> float | None:
-        """The variance of the scores if it was measured and says something."""
+        """The variance of the scores if it was measured and is in range."""
         if self.score_variance is None or not _SMALLEST < self.score_variance < _LARGEST:
             return None
         return self.score_variance

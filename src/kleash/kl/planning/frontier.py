@@ -3,7 +3,7 @@
 The policy that maximises score − β·KL is known in closed form, π* ∝ π_ref·exp(r/β), so samples
 of the reference, weighted *within each prompt*, are samples of the optimum; pooling them would
 tilt the choice of prompts as well. Averages are over prompts, intervals from a bootstrap over
-prompts. Where the samples cannot say, a row says so instead of extrapolating.
+prompts. Where the samples do not suffice, a row is marked instead of extrapolated.
 
 What is planned is the optimum: a run of finite length need not reach it, so a controller, not the
 plan, holds a budget. Left out: drawing the samples, and the table that a user sees.
@@ -33,7 +33,7 @@ _BISECTIONS = 24
 
 @dataclass(frozen=True)
 class Interval:
-    """A number, and the bounds it lies between with the confidence asked for."""
+    """A number, and the bounds it lies between with the requested confidence."""
 
     value: float
     low: float
@@ -54,8 +54,8 @@ class PlanRow:
         effective_samples: 1/Σw², of the prompt that nine in ten surpass.
         best_of_n: n for which best-of-n has the same KL, log n − (n−1)/n; None beyond N.
         best_of_n_gain: what that best-of-n gains over the reference's mean score.
-        known: whether the samples can say; if not, the numbers are shown and not claimed.
-        reason: why they cannot; empty if they can.
+        known: whether the samples suffice; if not, the numbers are shown and not claimed.
+        reason: why they do not; empty if they do.
     """
 
     beta: Interval
@@ -261,7 +261,7 @@ def _row(scores: Float[Tensor, "prompt sample"], beta: Interval, bootstrap: _Boo
 
 
 def _reason(tilted: Tilted, kl: float, gain: float) -> str:
-    """Why the samples cannot say; empty if they can."""
+    """Why the samples do not suffice; empty if they do."""
     if kl > math.log(tilted.samples):
         return (
             f"KL {kl:.2f} is more than the log N = {math.log(tilted.samples):.2f} nats that "

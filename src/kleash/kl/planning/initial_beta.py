@@ -1,12 +1,12 @@
-"""Where a moving β starts: from the plan where it knows, else from the best that is known.
+"""Where a β that follows a target starts: from the plan, or from the best estimate beside it.
 
-Three sources, in this order, and it is always said which one spoke:
+Three sources, in this order; the result names the one that was used:
 
     plan     β whose optimum spends the target, from the reference's samples
-    edge     the last β that the plan knows, carried on with the slope it has there
+    edge     the last β that the plan covers, extrapolated with the slope it has there
     spread   sd(r)/√(2·target), which is right where scores are normal or the target small
 
-A start is not a claim: from the edge on it is extrapolated, and the controller corrects it.
+From the edge on the start is an extrapolation, which the controller corrects.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from kleash.kl.planning.tilting import spread
 Source = Literal["plan", "edge", "spread", "given"]
 _RUNGS = 24
 _LEAST_GAIN = 0.5
-"""A flatter frontier than this is carried on as if it were this steep: β by 1/gain of the KL."""
+"""A flatter frontier than this is extrapolated as if it were this steep: β by 1/gain of the KL."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Start:
 
     Attributes:
         beta: β in score per nat.
-        source: who said so; "given" is a value out of the configuration.
+        source: where it comes from; "given" is a value of the configuration.
         plant_gain: −d ln KL*/d ln β that goes with it; None where nothing is known of it.
-        reason: why not the plan; empty if it was the plan, or nobody was asked.
+        reason: why it is not the plan's; empty if it is, or no plan was made.
         response_length: mean tokens of a reference response, by which a target per token is
             multiplied; None where nothing is per token.
     """
@@ -47,7 +47,7 @@ class Start:
 
 
 def starting_beta(scores: Float[Tensor, "prompt sample"], target_kl: float) -> Start:
-    """β whose optimum spends `target_kl`, as well as samples of the reference can say.
+    """β whose optimum spends `target_kl`, as well as samples of the reference can tell.
 
         KL* ∝ β^(−g)   so   β = β_edge · (KL_edge/target)^(1/g)          beyond what is known
 

@@ -41,7 +41,7 @@ def architecture(trial: Trial) -> Finding:
         f"The policy in {policy.path!r} was saved as {saved}: it was trained to judge, and its "
         "words come from a head that only shares its embedding.",
         "Give policy.path the directory of the fine-tuned language model, and this one to "
-        "reward_models or value.path.",
+        "reward_models or algorithm.value.path.",
     )
 
 

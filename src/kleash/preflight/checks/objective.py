@@ -74,7 +74,7 @@ def strength(trial: Trial) -> Finding:
     if beta == 0:
         return ask.skip("β is 0: the KL is measured, not charged.")
     leash = trial.config.leash
-    if leash.beta is None and leash.initial_beta is None:
+    if leash.beta is None and leash.initial_beta == "auto":
         return ask.skip(f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
     if deviation is None or deviation == 0:
         return ask.skip("The score has no spread: see leash.score_spread.")
@@ -182,7 +182,7 @@ def score_deviation(trial: Trial) -> float | None:
 def _unit(trial: Trial, deviation: float) -> float:
     """Standard deviation of the score in the units that β is a price in."""
     config = trial.config
-    normalised = config.score_normalisation != "none" or config.algorithm == "grpo"
+    normalised = config.score_normalisation != "none" or config.algorithm.name == "grpo"
     return 1.0 if normalised else deviation
 
 
@@ -200,7 +200,8 @@ def starting_states(trial: Trial) -> States:
     for name, own in leash.each().items():
         target = target_per_response(own, length)
         if target is not None:
-            beta = leash.initial_beta or initial_beta(target, unit)
+            given = leash.initial_beta
+            beta = initial_beta(target, unit) if given == "auto" else given
             starts[name] = Start(beta, "spread", response_length=length)
     responses = trial.config.responses_per_step
     return make_leash(leash, starts=starts, responses_per_step=responses).init()

@@ -90,7 +90,7 @@ def machine_bytes(device: torch.device) -> int:
 def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
     components, config = trial.components, trial.config
     has = machine_bytes(components.policy.device)
-    rows = min(config.ppo.microbatch_size, config.responses_per_step)
+    rows = min(config.algorithm.microbatch_size, config.responses_per_step)
     grown = max(0, last.peak - first.before)
     needs = (
         first.before
@@ -106,7 +106,7 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
         measured,
         f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
         "will stop in the first update, or swap.",
-        f"Lower ppo.microbatch_size (now {config.ppo.microbatch_size}) and "
+        f"Lower algorithm.microbatch_size (now {config.algorithm.microbatch_size}) and "
         f"rollout.microbatch_size (now {config.rollout.microbatch_size}), or train an adapter "
         "(policy.lora).",
     )
@@ -115,7 +115,7 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
 def _time(trial: Trial, cost: Cost) -> Finding:
     config = trial.config
     share = config.responses_per_step / cost.responses
-    step = share * (cost.writing + cost.reading + config.ppo.epochs * cost.learning)
+    step = share * (cost.writing + cost.reading + config.algorithm.epochs * cost.learning)
     total = step * config.steps
     speed = cost.tokens * share / step
     return Finding(
@@ -143,7 +143,7 @@ def _iterate(trial: Trial) -> Cost:
     experience = dispatch.algorithm_of(components.settings).prepare(
         scored, 0.1, components.settings
     )
-    rows = torch.arange(responses, device=device)[: config.ppo.microbatch_size]
+    rows = torch.arange(responses, device=device)[: config.algorithm.microbatch_size]
     part = select(experience, rows)
     loss, _ = components.loss(part, tokens=int(part.mask.sum()))
     loss.total.backward()

@@ -1,0 +1,125 @@
+"""The three algorithms, each with the keys it knows.
+
+`algorithm: grpo` is short for `algorithm: {name: grpo}`, and `algorithm: {epochs: 4}` for
+`algorithm: {name: ppo, epochs: 4}`.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from kleash.config.section import InputKind, Section, SettingError
+from kleash.kl.placements import Placement
+
+WEIGHTED_MIN_EFFECTIVE_SAMPLES = 0.5
+"""`min_effective_samples: auto` where the placement has the prefix weights in its loss."""
+
+
+class ValueConfig(Section):
+    """The critic."""
+
+    kind: Literal["trunk_detached", "trunk", "model"] = "trunk_detached"
+    """A head on the policy's trunk, without or with gradient into it, or a model of its own."""
+    path: Annotated[str | None, InputKind.MODEL] = None
+    """Where a model of its own starts: a policy or reward-model directory."""
+    lr: PositiveFloat | Literal["auto"] = "auto"
+    """Peak learning rate of the critic; auto: `optimizer.lr`."""
+
+    @model_validator(mode="after")
+    def _path_belongs(self) -> "ValueConfig":
+        if (self.kind == "model") != (self.path is not None):
+            raise SettingError(
+                "`path` goes with `kind: model`, and with nothing else, got "
+                f"kind: {self.kind}, path: {self.path}",
+                "kind",
+                "path",
+            )
+        return self
+
+
+Updates = TypeVar("Updates", bound="UpdateConfig")
+
+
+class UpdateConfig(Section):
+    """The clipped updates that all algorithms make."""
+
+    epochs: PositiveInt = 2
+    """Passes over a rollout."""
+    minibatches: PositiveInt = 2
+    """Optimiser steps in one pass."""
+    microbatch_size: PositiveInt = 64
+    """Responses in one backward pass; changes memory and speed, not the gradient."""
+    keep_logits_mib: NonNegativeInt = 512
+    """MiB of logits kept from forward to backward; the others are computed a second time. Changes
+    memory and speed, not the gradient."""
+    clip_range: PositiveFloat = 0.2
+    """ε of the clipped policy loss."""
+    min_effective_samples: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
+    """Least share of a minibatch's tokens that the prefix weights Π π/π_rollout may leave
+    effective; below it the policy is too far from the one that sampled, and the rest of the
+    updates to this rollout is left out (`policy/updates` counts those made). auto: 0.5 where the
+    placement `exact_weighted` has the weights in its loss, otherwise 0, which is no bound."""
+
+    def with_min_effective_samples(self: Updates, placement: Placement) -> Updates:
+        """These settings with the number that `auto` stands for."""
+        if self.min_effective_samples != "auto":
+            return self
+        least = WEIGHTED_MIN_EFFECTIVE_SAMPLES if placement == "exact_weighted" else 0.0
+        return self.model_copy(update={"min_effective_samples": least})
+
+
+class PPOConfig(UpdateConfig):
+    """Advantages from a critic."""
+
+    name: Literal["ppo"] = "ppo"
+    """Which algorithm."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """ε of the clipped value loss; none: not clipped."""
+    value_coef: PositiveFloat = 0.1
+    """Weight of the value loss."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token. 1 keeps the return the plain sum of the rewards."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """λ of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the rollout."""
+    value: ValueConfig = ValueConfig()
+
+
+class GRPOConfig(UpdateConfig):
+    """Advantages from the other responses to the same prompt, in units of their spread; so is β."""
+
+    name: Literal["grpo"] = "grpo"
+    """Which algorithm."""
+    epsilon: PositiveFloat = 1e-4
+    """Added to the standard deviation of a group's scores, in units of the score."""
+
+
+class RLOOConfig(UpdateConfig):
+    """Advantages from the other responses to the same prompt, as they are."""
+
+    name: Literal["rloo"] = "rloo"
+    """Which algorithm."""
+
+
+def _with_name(given: object) -> object:
+    """The short forms, written out."""
+    if isinstance(given, str):
+        return {"name": given}
+    if isinstance(given, dict):
+        return {"name": PPOConfig().name} | cast("dict[str, Any]", given)
+    return given
+
+
+AlgorithmConfig = Annotated[
+    Annotated[PPOConfig | GRPOConfig | RLOOConfig, Field(discriminator="name")],
+    BeforeValidator(_with_name),
+]
+"""One of the three, by its `name`."""
