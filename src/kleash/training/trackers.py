@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -26,7 +27,8 @@ class Trackers:
                     f"the tracker {name!r} is not installed: pip install 'kleash[{name}]', or "
                     "leave it out of logging.trackers"
                 )
-        self._names, self._directory = list(names), directory
+        self._names: list[Any] = list(names)
+        self._directory = directory
         self._accelerator: Accelerator | None = None
 
     def __enter__(self) -> "Trackers":
