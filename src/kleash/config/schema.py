@@ -64,21 +64,40 @@ class RewardConfig(Section):
     """Directory or hub name of a sequence classifier with one output."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter, saved with its head, that was trained on the model at `path`."""
     callable: str | None = None
-    """`module:function`; called with lists of prompts and responses, returns a score for each."""
+    """`module:function` (or an object), called with prompts, responses and the columns that it
+    names; returns a score for each response. An async function may score one response a call."""
+    concurrency: PositiveInt = 8
+    """Calls of an async callable under way at once."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds until a call of an async callable is given up."""
+    retries: NonNegativeInt = 2
+    """How often a failed call of an async callable is made again, after growing pauses."""
     weight: float = 1.0
     """Weight in the sum of reward models."""
     template: str | None = None
     """How a classifier reads a prompt and its response; none: `{prompt}{response}`."""
+    chat_template: str | None = None
+    """Name of one of a classifier's chat templates, for conversations; none: its default."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RewardConfig":
         if (self.path is None) == (self.callable is None):
             raise ValueError("give exactly one of `path` and `callable`")
-        if self.callable is not None and (self.template or self.revision):
-            raise ValueError(
-                "`template` and `revision` are for a classifier and do nothing for a callable"
-            )
+        classifiers = ("template", "revision", "adapter", "chat_template")
+        given = [key for key in classifiers if getattr(self, key) is not None]
+        if self.callable is not None and given:
+            raise ValueError(f"`{given[0]}` is for a classifier and does nothing for a callable")
+        fields = type(self).model_fields
+        calls = [
+            key
+            for key in ("concurrency", "timeout_s", "retries")
+            if getattr(self, key) != fields[key].default
+        ]
+        if self.path is not None and calls:
+            raise ValueError(f"`{calls[0]}` is for an async callable and does nothing for a path")
         return self
 
 
@@ -86,9 +105,12 @@ class PromptsConfig(Section):
     """What the policy answers."""
 
     train: str
-    """JSONL or Parquet file with `prompt` text or chat `messages`."""
+    """Prompts to train on: a JSONL, CSV or Parquet file, a directory of such files, or a data set
+    `org/name:split`, with `prompt` text or chat `messages`; its other columns reach the reward."""
     heldout: str | None = None
     """Prompts never trained on, for evaluation."""
+    chat_template: str | None = None
+    """Name of one of the policy's chat templates; none: its default."""
 
 
 class RolloutConfig(Section):

@@ -141,12 +141,11 @@ def checked_tools(value: object, place: str) -> list[dict[str, Any]] | None:
     """
     if value is None:
         return None
-    tools = cast(list[Any], value) if isinstance(value, list) else [None]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(
-            f"expected 'tools' to be a list of JSON schemas {place}, got {str(value)[:60]!r}"
-        )
-    return tools
+    if isinstance(value, list) and all(isinstance(t, dict) for t in cast(list[Any], value)):
+        return cast(list[dict[str, Any]], value)
+    raise ValueError(
+        f"expected 'tools' to be a list of JSON schemas {place}, got {str(value)[:60]!r}"
+    )
 
 
 def with_answer(
@@ -168,8 +167,8 @@ def content_text(message: Mapping[str, Any]) -> str:
     """The text of a message; parts are joined, and a message without content has none.
 
     Example:
-        >>> content_text({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})
-        'ab'
+        >>> content_text({"content": [{"type": "text", "text": "Hello"}]})
+        'Hello'
     """
     content = message.get("content")
     if isinstance(content, str):

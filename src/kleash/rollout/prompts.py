@@ -29,6 +29,7 @@ __all__ = [
     "PromptCursor",
     "batch_prompts",
     "columns_of",
+    "columns_of_row",
     "encode_prompt",
     "file_rows",
     "group_of",
@@ -151,7 +152,7 @@ def iter_prompts(
     index = -1
     for index, (where, row) in enumerate(source_rows(source)):
         content = prompt_content(row, where)
-        columns = _columns(row, where)
+        columns = columns_of_row(row, where)
         yield Prompt(
             content=content,
             ids=encode_prompt(
@@ -273,7 +274,7 @@ def _message(item: object, where: str) -> Message:
     )
 
 
-def _columns(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def columns_of_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """All columns but the prompt's own; what the chat template reads is checked and parsed."""
     prompt = _prompt_key(row)
     columns = {name: value for name, value in row.items() if name != prompt}

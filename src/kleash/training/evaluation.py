@@ -7,7 +7,8 @@ tokens. So samples are to be made while the policy is still the one that wrote t
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,8 +18,8 @@ from kleash.algorithms import dispatch
 from kleash.kl.control.groups import States, betas_of
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.models.reward_model import Content, text_of
-from kleash.rollout.prompts import Prompt, batch_prompts
-from kleash.rollout.scoring_pass import response_texts
+from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
+from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.text_metrics import distinct_n
 from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest, text_of_id
 from kleash.storage.samples import Kind, Likely, Sample, Who
@@ -39,6 +40,8 @@ class Answers:
     prompts: list[Content]
     """As their author wrote them: what reward models read."""
     responses: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """The prompts' further columns, and each response's tokens and undropped text."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Written:
     """[batch] weighted sum of the reward models, before normalisation."""
     parts: dict[str, Tensor]
     """[batch] score of each reward model."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """See `Answers`."""
 
 
 def write_responses(
@@ -81,7 +86,10 @@ def write_answers(
     batch = batch_prompts(rows, pad_id=components.policy.pad_id, device=components.policy.device)
     rollout = distributed.generate(components, batch, microbatch=microbatch)
     texts: list[Content] = [prompt.content for prompt in rows]
-    return Answers(rollout, texts, response_texts(components.policy.tokenizer, rollout))
+    policy = components.policy
+    responses = response_texts(policy.tokenizer, rollout, stop_ids=policy.stop_ids)
+    columns = columns_of(rows) | response_columns(policy.tokenizer, rollout)
+    return Answers(rollout, texts, responses, columns)
 
 
 def judge(components: Components, answers: Answers) -> Written:
@@ -90,13 +98,14 @@ def judge(components: Components, answers: Answers) -> Written:
     Raises:
         RewardError: a reward model did not keep its contract.
     """
-    judged = components.reward.score_each(answers.prompts, answers.responses)
+    judged = components.reward.score_each(answers.prompts, answers.responses, answers.columns)
     return Written(
         rollout=answers.rollout,
         prompts=answers.prompts,
         responses=answers.responses,
         raw_scores=judged.total.to(components.policy.device),
         parts=dict(judged.parts),
+        columns=answers.columns,
     )
 
 
@@ -146,7 +155,7 @@ def evaluate_heldout(
     metrics["heldout/eos_fraction"] = float(written.rollout.ended.double().mean())
     golds: Tensor | None = None
     if components.gold is not None:
-        golds = components.gold.score(written.prompts, written.responses)
+        golds = components.gold.score(written.prompts, written.responses, written.columns)
         estimate = clustered_mean(golds, written.rollout.prompt_index.cpu())
         metrics["heldout/gold"] = estimate.mean
         metrics["heldout/gold_se"] = estimate.standard_error

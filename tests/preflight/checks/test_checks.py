@@ -9,8 +9,8 @@ import tiny_models
 import torch
 
 from kleash.config.leash import LeashConfig
+from kleash.models.callable_reward import CallableReward
 from kleash.models.lm_head import apply_head
-from kleash.models.reward_model import CallableReward
 from kleash.preflight.checks import (
     logprobs,
     masks,
