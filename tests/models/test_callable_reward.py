@@ -244,7 +244,7 @@ def test_the_frames_of_the_user_are_shown() -> None:
     message = str(caught.value)
     assert f"{line_of(helper, 'at fault')} in helper" in message
     assert message.index("in helper") < message.index(f"{line_of(deep, 'helper(r)')} in ")
-    assert "callable_reward" not in message and "\n" not in message
+    assert "src/kleash" not in message and "\n" not in message
 
 
 @pytest.mark.parametrize(

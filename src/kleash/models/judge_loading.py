@@ -222,6 +222,7 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", FutureWarning)
             loaded = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+            _require_same_names(set(peft.get_peft_model_state_dict(loaded)), adapter)
             before = loaded(input_ids=text).logits[0, 0]
             merged = cast(PreTrainedModel, loaded.merge_and_unload())
     except (
@@ -247,6 +248,14 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         )
     switch_off_dropout(merged)
     return merged
+
+
+def _require_same_names(taken: set[str], adapter: Path) -> None:
+    """Every weight of the adapter has found its place: a smaller base would drop some of them."""
+    with safe_open(adapter / _ADAPTER, framework="pt") as saved:
+        left = sorted(set(saved.keys()) - taken)
+    if left:
+        raise ValueError(f"no place in the model for {', '.join(left[:3])}")
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -216,11 +216,9 @@ class ClassifierReward:
         while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
         if not ids or (self._limit is not None and len(ids) > self._limit):
-            fitting = (
-                "of 1 token or more" if self._limit is None else f"of 1 to {self._limit} tokens"
-            )
+            sizes = "1 token or more" if self._limit is None else f"1 to {self._limit} tokens"
             raise RewardError(
-                f"expected texts {fitting} for the reward model {self._path!r}, got {len(ids)} for "
+                f"expected texts of {sizes} for the reward model {self._path!r}, got {len(ids)} for "
                 f"response {index}, {excerpt(response)}: shorten prompt or response"
             )
         return ids
