@@ -218,8 +218,8 @@ class ClassifierReward:
         if not ids or (self._limit is not None and len(ids) > self._limit):
             sizes = "1 token or more" if self._limit is None else f"1 to {self._limit} tokens"
             raise RewardError(
-                f"expected texts of {sizes} for the reward model {self._path!r}, got {len(ids)} for "
-                f"response {index}, {excerpt(response)}: shorten prompt or response"
+                f"expected texts of {sizes} for the reward model {self._path!r}, got {len(ids)} "
+                f"for response {index}, {excerpt(response)}: shorten prompt or response"
             )
         return ids
 
