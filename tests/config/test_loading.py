@@ -12,8 +12,9 @@ from kleash.config.loading import (
     parse_config,
     with_world,
 )
-from kleash.config.schema import Config
+from kleash.config.schema import Config, RewardConfig
 from kleash.errors import ConfigError, UsageError
+from kleash.models.async_calls import CallLimits
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -78,6 +79,12 @@ def test_overrides_win_and_dashes_are_underscores(tmp_path: Path) -> None:
         (minimal(reward_models={}), "at least 1 item"),
         (minimal(reward_models={"r": {}}), "exactly one of `path` and `callable`"),
         (minimal(reward_models={"r": {"callable": "a:b", "template": "{prompt}"}}), "nothing for"),
+        (
+            minimal(reward_models={"r": {"callable": "a:b", "adapter": "x"}}),
+            "`adapter` is for a cl",
+        ),
+        (minimal(reward_models={"r": {"path": "a", "retries": 5}}), "`retries` is for an async"),
+        (minimal(reward_models={"r": {"path": "a", "timeout_s": 0}}), "greater than 0"),
         (minimal(ppo={"minibatches": 3}), "does not divide the 64"),
         (minimal(heldout={"every": 3}), "does nothing without `prompts.heldout`"),
     ],
@@ -151,3 +158,9 @@ def test_two_kinds_of_leash_on_the_command_line_are_refused(tmp_path: Path) -> N
     file.write_text(yaml.safe_dump(minimal()))
     with pytest.raises(ConfigError, match="got beta, target_kl"):
         load_config(file, {"leash.beta": "1", "leash.target_kl": "6"}, base=file)
+
+
+def test_limits_of_async_rewards_are_those_of_the_calls() -> None:
+    limits, written = CallLimits(), RewardConfig(callable="a:b")
+    for name in ("concurrency", "timeout_s", "retries"):
+        assert getattr(limits, name) == getattr(written, name)

@@ -178,27 +178,25 @@ def template(trial: Trial) -> Finding:
 
 
 def dropped_tokens(trial: Trial) -> Finding:
-    """What the reward reads has every token that was written but those that end it."""
+    """What the reward reads has every token that was written but the end and padding."""
     ask = Question("reward_model.dropped_tokens", "only the end and padding are dropped from texts")
     policy, rollout = trial.components.policy, trial.rollout
-    lost: Counter[str] = Counter()
     special = {int(number) for number in policy.tokenizer.all_special_ids}
+    seen = special - {*policy.stop_ids, policy.pad_id}
+    lost: Counter[str] = Counter()
     for row, text in enumerate(trial.written.responses):
         ids = cast(list[int], rollout.response_ids[row][rollout.response_mask[row]].tolist())
-        if ids and ids[-1] in policy.stop_ids:
-            ids = ids[:-1]
-        for number, times in Counter(ids).items():
+        for number in seen & set(ids):
             name = str(policy.tokenizer.convert_ids_to_tokens(number))
-            if number in special and text.count(name) < times:
-                lost[name] += times - text.count(name)
-    if not lost:
+            lost[name] += max(0, ids.count(number) - text.count(name))
+    if not lost.total():
         return ask.ok(f"{len(trial.written.responses)} responses")
-    names = [f"{name!r} ({times} times)" for name, times in lost.most_common()]
+    names = [f"{name!r} ({times} times)" for name, times in lost.most_common() if times]
     return ask.warn(
         f"{lost.total()} tokens dropped",
         f"The reward does not see special tokens that the policy writes: {some(names)}.",
-        "Read them in a callable's column completions_with_special_tokens, or take a tokenizer "
-        "whose pad_token is not written in the middle of a text.",
+        "Read them in a callable's column completions_with_special_tokens, or decode responses "
+        "with kleash.rollout.sampling.response_texts, which keeps them.",
     )
 
 
