@@ -13,7 +13,7 @@ import torch
 
 from kleash.errors import NonFiniteScoreError, RewardError
 from kleash.models.async_calls import CallLimits
-from kleash.models.callable_reward import CallableReward
+from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.reward_model import RewardModel
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w1"]
@@ -201,6 +201,16 @@ def test_objects_score() -> None:
         CallableReward("rewards_under_test:Judge")
 
 
+def test_rewards_as_people_have_them() -> None:
+    model = CallableReward(judge)
+    assert as_reward_model(model) is model
+    for given in (judge, "rewards_under_test:judge", lambda p, r: [4.0, 2.0, 6.0, 0.0]):
+        scores = as_reward_model(given).score(PROMPTS, RESPONSES, COLUMNS)
+        assert scores.tolist() == [4, 2, 6, 0]
+    with pytest.raises(RewardError, match="for the reward 'Judge', got the class Judge"):
+        as_reward_model(Judge)
+
+
 def test_a_callable_cannot_change_the_prompts() -> None:
     def greedy(prompts: Any, completions: Any, notes: Any) -> list[float]:
         prompts[0][0]["content"] = "changed"
@@ -278,14 +288,14 @@ def test_scores_that_float32_does_not_hold() -> None:
         CallableReward(lambda p, r: [10**400]).score(["p"], ["a"])
 
 
-def test_a_coroutine_that_nobody_awaited_is_named() -> None:
+def test_a_coroutine_that_was_not_awaited_is_named() -> None:
     async def slow() -> float:
         return 1.0
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for forgetful in (lambda p, r: slow(), lambda p, r: [slow() for _ in r]):
-            with pytest.raises(RewardError, match=r"got a coroutine that nobody awaited: write"):
+            with pytest.raises(RewardError, match=r"got a coroutine that was not awaited: write"):
                 CallableReward(forgetful).score(["p", "q"], ["a", "b"])
 
 

@@ -1,4 +1,4 @@
-"""Calls that wait for somebody else, such as a judge behind an API: several at once, with limits.
+"""Calls that wait for an answer, such as a judge behind an API: several at once, with limits.
 
 All of them run on one event loop in a thread of its own, for as long as the process lives: clients
 that keep connections belong to the loop they were first used on, and a notebook has a loop already.

@@ -30,6 +30,7 @@ from kleash.models.reward_model import (
     NO_COLUMNS,
     Columns,
     Content,
+    RewardModel,
     excerpt,
     require_finite,
     text_of,
@@ -154,6 +155,15 @@ class CallableReward:
         ) from cause
 
 
+def as_reward_model(reward: str | Callable[..., Any] | RewardModel) -> RewardModel:
+    """A reward as people have it, as a reward model: itself if it is one.
+
+    Raises:
+        RewardError: it is no name of a function, and neither a function nor a callable object.
+    """
+    return reward if isinstance(reward, RewardModel) else CallableReward(reward)
+
+
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -238,14 +248,14 @@ def _listed(returned: object, who: str) -> list[Any]:
 
 
 def _refuse_coroutines(values: Sequence[object], who: str) -> None:
-    """Say that nobody awaited them; closed, they do not say so a second time."""
+    """Refuse values that were not awaited, and close them, so that Python does not warn as well."""
     found = [value for value in values if inspect.isawaitable(value)]
     for value in found:
         if inspect.iscoroutine(value):
             value.close()
     if found:
         raise RewardError(
-            f"expected {who} to return numbers, got a {type(found[0]).__name__} that nobody "
+            f"expected {who} to return numbers, got a {type(found[0]).__name__} that was not "
             "awaited: write the function with `async def`, and await inside it"
         )
 

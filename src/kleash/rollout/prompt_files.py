@@ -1,7 +1,7 @@
 """Where prompts come from: rows of JSONL, CSV and Parquet files, of data sets, and of lists.
 
 Each row is a mapping from column names to plain values and comes with its place in words, so that
-whoever cannot use it says where it stands. A file is read by itself, without a copy in a cache; a
+an error about it says where it stands. A file is read by itself, without a copy in a cache; a
 directory of files and a data set of a hub are read by `datasets`. Only tables are read: a builder
 that would unpack archives or decode media is refused.
 """

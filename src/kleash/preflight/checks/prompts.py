@@ -1,6 +1,6 @@
 """Checks `prompts.*`: copies, leaks into the held-out set, and chat templates that do not fit.
 
-Prompts longer than the context are refused while they are read: see `assembly`.
+Prompts longer than the context are refused while they are read.
 """
 
 from collections import Counter
