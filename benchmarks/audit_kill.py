@@ -2,7 +2,7 @@
 
     python benchmarks/audit_kill.py [--kills 20]
 
-Each time: `kleash audit … --output DIR` is killed (SIGKILL) at a moment drawn from the second half of
+Each time, `kleash audit … --output DIR` is killed (SIGKILL) at a moment in the second half of
 an uninterrupted run, the first being start-up, then run again with `--resume`. The final audit.json
 must be the uninterrupted one, byte for byte.
 """

@@ -13,8 +13,9 @@ from kleash.config.loading import (
     parse_config,
     with_world,
 )
-from kleash.config.schema import Config
+from kleash.config.schema import Config, RewardConfig
 from kleash.errors import ConfigError, UsageError
+from kleash.models.async_calls import CallLimits
 
 FOLLOWS = minimal(leash={"target_kl": 5})
 STOPS = minimal(tripwires={"stop_kl": 5})
@@ -72,6 +73,15 @@ def test_overrides_win_and_dashes_are_underscores(tmp_path: Path) -> None:
         (minimal(reward_models={"r": {}}), "exactly one of `path` and `callable`"),
         (minimal(reward_models={"r": {"callable": "a:b", "template": "{prompt}"}}), "nothing for"),
         (minimal(algorithm={"minibatches": 3}), "does not divide the 64"),
+        (
+            minimal(reward_models={"r": {"callable": "a:b", "adapter": "x"}}),
+            "`adapter` is for a cl",
+        ),
+        (
+            minimal(reward_models={"r": {"path": "a", "retries": 5}}),
+            "`retries` is for an async",
+        ),
+        (minimal(reward_models={"r": {"path": "a", "timeout_s": 0}}), "greater than 0"),
         (minimal(heldout={"every": 3}), "`heldout` does nothing without `prompts.heldout`"),
     ],
 )
@@ -224,3 +234,9 @@ def test_a_contradiction_names_both_places(tmp_path: Path) -> None:
         load_config(file, {"leash.beta": "1"}, base=file)
     with pytest.raises(UsageError, match=r"^--algorithm and --rollout.responses_per_prompt: "):
         load_config(file, {"algorithm": "rloo", "rollout.responses_per_prompt": "1"}, base=file)
+
+
+def test_limits_of_async_rewards_are_those_of_the_calls() -> None:
+    limits, written = CallLimits(), RewardConfig(callable="a:b")
+    for name in ("concurrency", "timeout_s", "retries"):
+        assert getattr(limits, name) == getattr(written, name)

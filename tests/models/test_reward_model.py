@@ -1,7 +1,6 @@
 """Reward models: read as they were taught, the same alone and in a batch, and never nonsense."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kleash.errors import ModelError, RewardError
+from kleash.models.callable_reward import CallableReward
 from kleash.models.reward_model import (
-    CallableReward,
     ClassifierReward,
     RewardModel,
     WeightedSum,
@@ -146,110 +145,13 @@ def good(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
 
 
-def as_tensor(prompts: list[str], responses: list[str]) -> torch.Tensor:
+def ordered(prompts: list[str], responses: list[str]) -> torch.Tensor:
     return torch.tensor([1, 2, 3, 4])
 
 
-def as_scalar(prompts: list[str], responses: list[str]) -> torch.Tensor:
-    return torch.tensor(1.5)
-
-
-def raising(prompts: list[str], responses: list[str]) -> list[float]:
-    raise KeyError("no such word")
-
-
-def short(prompts: list[str], responses: list[str]) -> list[float]:
-    return [0.0]
-
-
-def nan(prompts: list[str], responses: list[str]) -> list[float]:
-    return [0.0, float("nan"), 0.0, 0.0]
-
-
-def infinite(prompts: list[str], responses: list[str]) -> tuple[float, ...]:
-    return (0.0, 0.0, float("-inf"), 0.0)
-
-
-def text(prompts: list[str], responses: list[str]) -> list[str]:
-    return ["0.5", "0.5", "much", "0"]
-
-
-def none(prompts: list[str], responses: list[str]) -> None:
-    return None
-
-
-number = 3
-
-
-@pytest.fixture(autouse=True)
-def this_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rewards_under_test", sys.modules[__name__])
-
-
-def test_functions_score() -> None:
-    reward = CallableReward("rewards_under_test:good")
-    assert isinstance(reward, RewardModel)
-    assert reward.score(PROMPTS, RESPONSES).tolist() == good(PROMPTS, RESPONSES)
-    assert reward.score([[{"role": "user", "content": "hi"}]], [""]).tolist() == [8.0]
-    assert CallableReward("rewards_under_test:as_tensor").score(PROMPTS, RESPONSES).sum() == 10
-    assert CallableReward("rewards_under_test:as_scalar").score(["a"], ["b"]).tolist() == [1.5]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("raising", r"to score 4 responses \(0: ' w3'\), got KeyError: 'no such word'"),
-        ("short", "to return 4 scores, one per response, got 1"),
-        ("nan", r"finite score .*:nan' for response 1, ' w4 w5 w6 w7 w8 w9 w10', got nan"),
-        ("infinite", r"for response 2, ' w1 <eos>', got -inf"),
-        ("text", r"a number for response 2, ' w1 <eos>', got 'much'"),
-        ("none", "to return a list of numbers, got NoneType"),
-    ],
-)
-def test_functions_that_break_the_contract(name: str, message: str) -> None:
-    reward = CallableReward(f"rewards_under_test:{name}")
-    with pytest.raises(RewardError, match=message):
-        reward.score(PROMPTS, RESPONSES)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("good", "as 'module:function', got 'good'"),
-        (":good", "as 'module:function'"),
-        ("rewards_under_test:", "as 'module:function'"),
-        ("no_such_module:good", "module 'no_such_module' .* ModuleNotFoundError"),
-        ("rewards_under_test:nothing", "function 'nothing' .* got none"),
-        ("rewards_under_test:number", "function 'number' .* got int"),
-    ],
-)
-def test_functions_that_are_not_there(name: str, message: str) -> None:
-    with pytest.raises(RewardError, match=message):
-        CallableReward(name)
-
-
-def test_functions_in_the_current_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_rewards_here.py").write_text("def ones(p, r):\n    return [1] * len(r)\n")
-    (tmp_path / "my_broken_rewards.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    assert CallableReward("my_rewards_here:ones").score(["a"], ["b"]).tolist() == [1.0]
-    with pytest.raises(RewardError, match="ZeroDivisionError"):
-        CallableReward("my_broken_rewards:ones")
-
-
-def test_excerpts_are_short() -> None:
-    reward = CallableReward("rewards_under_test:raising")
-    with pytest.raises(RewardError) as caught:
-        reward.score(["p"], ["x" * 1000])
-    assert len(str(caught.value)) < 250
-
-
 def test_a_weighted_sum_keeps_its_parts() -> None:
-    good_one = CallableReward("rewards_under_test:good")
-    other = CallableReward("rewards_under_test:as_tensor")
+    good_one = CallableReward(good)
+    other = CallableReward(ordered)
     total = WeightedSum({"length": (good_one, 0.5), "order": (other, -2.0)})
     assert isinstance(total, RewardModel)
     scored = total.score_each(PROMPTS, RESPONSES)
@@ -265,7 +167,7 @@ def test_sums_that_cannot_be() -> None:
     with pytest.raises(RewardError, match="at least one reward model"):
         WeightedSum({})
     with pytest.raises(RewardError, match="finite weight for reward 'x', got nan"):
-        WeightedSum({"x": (CallableReward("rewards_under_test:good"), float("nan"))})
+        WeightedSum({"x": (CallableReward(good), float("nan"))})
 
 
 def test_text_of() -> None:

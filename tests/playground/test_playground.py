@@ -16,8 +16,9 @@ from scipy.stats import chisquare
 
 from kleash.errors import PromptError, RunError
 from kleash.kl.statistics import Estimate
+from kleash.models.callable_reward import CallableReward
 from kleash.models.policy import load_policy
-from kleash.models.reward_model import CallableReward, ClassifierReward
+from kleash.models.reward_model import ClassifierReward
 from kleash.playground import build, evaluate, gold, language, learning, preferences, sampling
 from kleash.rollout.prompts import read_prompts
 

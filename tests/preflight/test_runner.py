@@ -259,7 +259,9 @@ class reward_of:  # noqa: N801  a function as a reward model
     def __init__(self, function: object) -> None:
         self.function = function
 
-    def score(self, prompts: list[str], responses: list[str]) -> torch.Tensor:
+    def score(
+        self, prompts: list[str], responses: list[str], columns: object = None
+    ) -> torch.Tensor:
         return torch.tensor(self.function(prompts, responses))  # type: ignore[operator]
 
 
@@ -268,7 +270,7 @@ def test_pairs_are_read_and_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n\n")
     assert read_pairs(file) == [Pair("p", "c", "r")]
     file.write_text(json.dumps({"prompt": "p", "chosen": "c"}))
-    with pytest.raises(PromptError, match="got KeyError: 'rejected'"):
+    with pytest.raises(PromptError, match=r"'rejected' as text on line 1 .*, got 'prompt', 'chos"):
         read_pairs(file)
 
 

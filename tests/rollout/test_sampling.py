@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from chat_families import byte_tokenizer
 from transformers import GenerationConfig
 
 from kleash.errors import ConfigError, PromptError
@@ -18,6 +19,7 @@ from kleash.rollout.sampling import (
     _Sampler,
     generate,
     overridden_settings,
+    response_columns,
     response_texts,
 )
 from kleash.types import Rollout
@@ -250,6 +252,28 @@ def test_texts_are_what_the_response_adds(policy: Policy) -> None:
         prompt_index=torch.tensor([0, 1]),
     )
     assert response_texts(policy.tokenizer, rollout) == [" w2 w3", ""]
+
+
+def test_only_the_end_and_padding_are_dropped_from_texts() -> None:
+    tok = byte_tokenizer()
+    ids = {name: tok.convert_tokens_to_ids(name) for name in ("<s>", "<think>", "</think>", "</s>")}
+    two, stop = tok("2", add_special_tokens=False)["input_ids"][0], tok.convert_tokens_to_ids("!")
+    written = [ids["<think>"], two, ids["</think>"], two, ids["<s>"], stop]
+    rollout = Rollout(
+        prompt_ids=torch.tensor([[ids["<s>"], two], [ids["<s>"], two]]),
+        prompt_mask=torch.ones(2, 2, dtype=torch.bool),
+        response_ids=torch.tensor([[*written[:4], ids["</s>"], ids["</s>"]], written]),
+        response_mask=torch.tensor([[True] * 5 + [False], [True] * 6]),
+        ended=torch.tensor([True, True]),
+        prompt_index=torch.tensor([0, 1]),
+    )
+    thought = "<think>2</think>2"
+    assert response_texts(tok, rollout) == [thought, thought + "<s>!"]
+    assert response_texts(tok, rollout, stop_ids=(stop,)) == [thought, thought + "<s>"]
+    assert response_columns(tok, rollout) == {
+        "completion_ids": [[*written[:4], ids["</s>"]], written],
+        "completions_with_special_tokens": [thought + "</s>", thought + "<s>!"],
+    }
 
 
 def test_texts_that_do_not_continue_are_read_alone(

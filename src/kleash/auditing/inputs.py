@@ -14,7 +14,14 @@ from typing import Literal, TypeVar, cast
 from transformers import PreTrainedTokenizerBase
 
 from kleash.errors import PromptError
-from kleash.rollout.prompts import encode_prompt, file_rows, group_of, iter_prompts, prompt_content
+from kleash.rollout.prompts import (
+    columns_of_row,
+    encode_prompt,
+    file_rows,
+    group_of,
+    iter_prompts,
+    prompt_content,
+)
 
 SourceKind = Literal["prompts", "texts", "responses"]
 
@@ -174,7 +181,9 @@ def _responses(
         ids = cast(list[int], tokenizer(response, add_special_tokens=False)["input_ids"])
         if not ids:
             raise PromptError(f"expected a response of at least one token on {where}, got none")
-        prompt = encode_prompt(content, tokenizer, where, context, len(ids))
+        prompt = encode_prompt(
+            content, tokenizer, where, context, len(ids), columns_of_row(row, where)
+        )
         if content != before:
             cluster, before = cluster + 1, content
         yield Item(cluster, prompt, tuple(ids), group_of(row))

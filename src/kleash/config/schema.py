@@ -61,17 +61,32 @@ class ScorerConfig(Section):
     """Directory or hub name of a sequence classifier with one output."""
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter, saved with its head, that was trained on the model at `path`."""
     callable: Annotated[str | None, InputKind.CALLABLE] = None
-    """`module:function`; called with lists of prompts and responses, returns a score for each."""
+    """`module:function` (or an object), called with prompts, responses and the columns that it
+    names; returns a score for each response. An async function may score one response a call."""
+    concurrency: PositiveInt = 8
+    """Calls of an async callable under way at once."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds until a call of an async callable is given up."""
+    retries: NonNegativeInt = 2
+    """How often a failed call of an async callable is made again, after growing pauses."""
     template: str = "{prompt}{response}"
     """How a classifier reads a prompt and its response."""
+    chat_template: str | None = None
+    """Name of one of a classifier's chat templates, for conversations; none: its default."""
 
     def idle(self) -> dict[str, str]:
-        """See `Section.idle`: what only a classifier has."""
-        if self.callable is None:
-            return {}
+        """See `Section.idle`: what only a classifier has, or only an async callable."""
+        if self.callable is not None:
+            return dict.fromkeys(
+                ("revision", "template", "adapter", "chat_template"),
+                "is for a classifier and does nothing for a callable",
+            )
         return dict.fromkeys(
-            ("revision", "template"), "is for a classifier and does nothing for a callable"
+            ("concurrency", "timeout_s", "retries"),
+            "is for an async callable and does nothing for a classifier",
         )
 
     @model_validator(mode="after")
@@ -92,9 +107,12 @@ class PromptsConfig(Section):
     """What the policy answers."""
 
     train: Annotated[str, InputKind.FILE]
-    """JSONL or Parquet file with `prompt` text or chat `messages`."""
+    """Prompts to train on: a JSONL, CSV or Parquet file, a directory of such files, or a data set
+    `org/name:split`, with `prompt` text or chat `messages`; its other columns reach the reward."""
     heldout: Annotated[str | None, InputKind.FILE] = None
     """Prompts never trained on, for evaluation."""
+    chat_template: str | None = None
+    """Name of one of the policy's chat templates; none: its default."""
 
 
 class RolloutConfig(Section):

@@ -1,18 +1,17 @@
 """Reward models: text in, score out.
 
-A reward model never sees the policy's token ids. It gets the prompt and the response as text and
-reads them in its own way: a classifier with its own tokenizer and template, or any Python function.
-Whatever it does wrong stops the run with the response's name: a wrong score is learnt at once.
+A reward model gets the prompt and the response as text, and the further columns of the prompts,
+and reads them in its own way: a classifier with its own tokenizer and template (here), or any
+Python callable (`callable_reward`). Whatever it does wrong stops the run and names the response: a
+wrong score is learnt at once.
 """
 
-import importlib
-import importlib.util
+import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -21,12 +20,25 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import NonFiniteScoreError, RewardError
-from kleash.models.loading import Attention, Dtype, load_classifier, load_tokenizer
+from kleash.models.chat_templates import (
+    checked_arguments,
+    checked_tools,
+    content_text,
+    render_chat,
+    with_answer,
+)
+from kleash.models.judge_loading import load_judge, most_tokens, padding_changes
+from kleash.models.loading import Attention, Dtype
 
-Content = str | Sequence[Mapping[str, str]]
-"""A prompt as its author wrote it: text, or messages of `role` and `content`."""
+Content = str | Sequence[Mapping[str, Any]]
+"""A prompt as its author wrote it: text, or messages of `role`, `content` and what they carry."""
 
+Columns = Mapping[str, Sequence[Any]]
+"""What else is known of each response, by name: the prompts' further columns, and its tokens."""
+
+NO_COLUMNS: Columns = MappingProxyType({})
 PLAIN_TEMPLATE = "{prompt}{response}"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @runtime_checkable
@@ -34,9 +46,17 @@ class RewardModel(Protocol):
     """Anything that scores responses."""
 
     def score(
-        self, prompts: Sequence[Content], responses: Sequence[str]
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
     ) -> Float[Tensor, " batch"]:
         """Score of each response, higher is better; every one finite.
+
+        Args:
+            prompts: one for each response.
+            responses: as text, without the tokens that end or pad them.
+            columns: further values, one for each response.
 
         Raises:
             RewardError: naming the response that could not be scored.
@@ -61,6 +81,8 @@ class ClassifierReward:
         attention: Attention = "auto",
         batch_size: int = 32,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        chat_template: str | None = None,
     ):
         """Open a reward model.
 
@@ -72,6 +94,8 @@ class ClassifierReward:
             attention: implementation of attention; "auto" leaves the choice to the library.
             batch_size: texts read at once; changes memory, not scores.
             revision: of a hub name.
+            adapter: directory of a LoRA adapter, head included, that was trained on `path`.
+            chat_template: name of one of its tokenizer's chat templates; None: the default.
 
         Raises:
             ModelError: if it cannot be loaded, its head was not trained, or it has several outputs.
@@ -82,12 +106,19 @@ class ClassifierReward:
                 f"expected a template with {{response}}, got {template!r}: for example "
                 f"{PLAIN_TEMPLATE!r}"
             )
-        model = load_classifier(
-            path, dtype=dtype, device=device, attention=attention, revision=revision
+        self._model, self._tokenizer = load_judge(
+            path,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            revision=revision,
         )
-        self._model = model.requires_grad_(False)
-        self._tokenizer = load_tokenizer(path, revision=revision)
         self._path, self._template, self._batch_size = str(path), template, batch_size
+        self._adapter = None if adapter is None else str(adapter)
+        self._chat_template = chat_template
+        self._limit = most_tokens(self._model)
+        self._unpadded = padding_changes(self._model, self._limit)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -104,22 +135,44 @@ class ClassifierReward:
         """Where it was loaded from."""
         return self._path
 
+    @property
+    def adapter(self) -> str | None:
+        """Directory of the adapter that was merged into it."""
+        return self._adapter
+
     def score(
-        self, prompts: Sequence[Content], responses: Sequence[str]
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
     ) -> Float[Tensor, " batch"]:
-        """See `RewardModel`; each score is that of the text read alone."""
+        """See `RewardModel`; each score is that of the text read alone.
+
+        The columns `tools` and `chat_template_kwargs` go to the chat template of a conversation.
+        """
         rows = [
-            self.encode(*pair, i) for i, pair in enumerate(zip(prompts, responses, strict=True))
+            self.encode(*pair, i, {name: values[i] for name, values in columns.items()})
+            for i, pair in enumerate(zip(prompts, responses, strict=True))
         ]
+        scores = torch.zeros(len(rows))
+        for some in self._batches([len(row) for row in rows]):
+            scores[some] = self._read([rows[i] for i in some])
+        require_finite(scores.tolist(), f"the reward model {self._path!r}", responses)
+        return scores
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Numbers of texts that are read together, shortest first."""
         # Without a padding id of its own the classifier cannot tell where a padded text ends.
         size = 1 if self._model.config.pad_token_id is None else self._batch_size
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = torch.zeros(len(rows))
-        for start in range(0, len(rows), size):
-            some = order[start : start + size]
-            scores[some] = self._read([rows[i] for i in some])
-        _require_finite(scores.tolist(), f"the reward model {self._path!r}", responses)
-        return scores
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            last = batches[-1] if batches else []
+            fits = 0 < len(last) < size
+            if fits and not (self._unpadded and lengths[last[0]] != lengths[i]):
+                last.append(i)
+            else:
+                batches.append([i])
+        return batches
 
     @torch.no_grad()
     def _read(self, rows: Sequence[list[int]]) -> Float[Tensor, " batch"]:
@@ -132,11 +185,23 @@ class ClassifierReward:
         logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, 0].float().cpu()
 
-    def encode(self, prompt: Content, response: str, index: int = 0) -> list[int]:
+    def encode(
+        self,
+        prompt: Content,
+        response: str,
+        index: int = 0,
+        row: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """Token ids of prompt and response as this model was taught to read them.
 
+        Args:
+            prompt: text or messages.
+            response: as text.
+            index: its number, for the error.
+            row: its columns; `tools` and `chat_template_kwargs` are read.
+
         Raises:
-            RewardError: it has no chat template for a conversation, or the text does not fit.
+            RewardError: its chat template cannot take a conversation, or the text does not fit.
         """
         tokenizer = self._tokenizer
         if isinstance(prompt, str):
@@ -144,58 +209,44 @@ class ClassifierReward:
             head, _, tail = self._template.partition("{response}")
             text = head.replace("{prompt}", prompt) + response + tail.replace("{prompt}", prompt)
             ids = cast(list[int], tokenizer(text)["input_ids"])
-        elif tokenizer.chat_template is None:
-            raise RewardError(
-                f"expected a reward model with a chat template for conversations, got "
-                f"{self._path!r} without: write the prompts as text, or take another model"
-            )
         else:
-            turns = [*(dict(m) for m in prompt), {"role": "assistant", "content": response}]
-            text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+            text = self._conversation(prompt, response, index, row)
             ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
         # A template that writes BOS itself, and a tokenizer that adds one, would make two.
         while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if not ids or (isinstance(limit, int) and len(ids) > limit):
+        if not ids or (self._limit is not None and len(ids) > self._limit):
+            sizes = "1 token or more" if self._limit is None else f"1 to {self._limit} tokens"
             raise RewardError(
-                f"expected texts of 1 to {limit} tokens for the reward model {self._path!r}, got "
-                f"{len(ids)} for response {index}, {_excerpt(response)}: shorten prompt or response"
+                f"expected texts of {sizes} for the reward model {self._path!r}, got {len(ids)} "
+                f"for response {index}, {excerpt(response)}: shorten prompt or response"
             )
         return ids
 
-
-class CallableReward:
-    """Any Python function of two lists, prompts and responses, that returns a list of numbers."""
-
-    def __init__(self, name: str):
-        """Find a function.
-
-        Args:
-            name: "module:function"; the current directory is searched too. Or "file.py:function".
-
-        Raises:
-            RewardError: if there is no such function.
-        """
-        self._name = name
-        self._function = _find(name)
-
-    def score(
-        self, prompts: Sequence[Content], responses: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
-        """See `RewardModel`; conversations reach the function as `role: content` lines."""
-        who = f"the reward function {self._name!r}"
+    def _conversation(
+        self,
+        prompt: Sequence[Mapping[str, Any]],
+        response: str,
+        index: int,
+        row: Mapping[str, Any],
+    ) -> str:
+        place = f"of response {index} for the reward model {self._path!r}"
         try:
-            returned = self._function([text_of(p) for p in prompts], list(responses))
-        except Exception as error:
-            raise RewardError(
-                f"expected {who} to score {len(responses)} responses (0: "
-                f"{_excerpt(responses[0] if responses else '')}), got "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        scores = _numbers(returned, who, responses)
-        _require_finite(scores, who, responses)
-        return torch.tensor(scores)
+            given = row.get("chat_template_kwargs")
+            arguments = {} if given is None else checked_arguments(given, place)
+            # What asks for an answer, or for its continuation, has been answered here.
+            asking = ("add_generation_prompt", "continue_final_message")
+            continued = bool(arguments.get("continue_final_message"))
+            return render_chat(
+                self._tokenizer,
+                with_answer(prompt, response, continued=continued),
+                place=place,
+                tools=checked_tools(row.get("tools"), place),
+                arguments={name: v for name, v in arguments.items() if name not in asking},
+                template=self._chat_template,
+            )
+        except ValueError as error:
+            raise RewardError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -228,26 +279,41 @@ class WeightedSum:
                 raise RewardError(f"expected a finite weight for reward {name!r}, got {weight}")
 
     def score(
-        self, prompts: Sequence[Content], responses: Sequence[str]
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
     ) -> Float[Tensor, " batch"]:
         """See `RewardModel`; the total alone."""
-        return self.score_each(prompts, responses).total
+        return self.score_each(prompts, responses, columns).total
 
-    def score_each(self, prompts: Sequence[Content], responses: Sequence[str]) -> WeightedScores:
+    def score_each(
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
+    ) -> WeightedScores:
         """Score with every reward model.
 
         Raises:
             RewardError: from the reward model that failed.
+            NonFiniteScoreError: float32 does not hold a weighted sum.
         """
-        parts = {n: model.score(prompts, responses) for n, (model, _) in self.rewards.items()}
+        parts = {
+            name: model.score(prompts, responses, columns)
+            for name, (model, _) in self.rewards.items()
+        }
         total = torch.zeros(len(responses))
         for name, (_, weight) in self.rewards.items():
             total = total + weight * parts[name]
+            require_finite(total.tolist(), f"the sum of rewards up to {name!r}", responses)
         return WeightedScores(total=total, parts=parts)
 
 
 def text_of(prompt: Content) -> str:
     """A prompt as plain text; a conversation becomes one `role: content` line per message.
+
+    Calls of tools follow the content as JSON.
 
     Example:
         >>> text_of([{"role": "user", "content": "Hello"}])
@@ -255,91 +321,37 @@ def text_of(prompt: Content) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(_message_line(message) for message in prompt)
 
 
-def _find(name: str) -> Callable[[list[str], list[str]], object]:
-    module_name, _, function_name = name.rpartition(":")
-    if not module_name or not function_name:
-        raise RewardError(f"expected a reward function as 'module:function', got {name!r}")
-    here = str(Path.cwd())
-    # The console script's own directory is searched by default, not the user's.
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        is_file = module_name.endswith(".py")
-        module = _load(Path(module_name)) if is_file else importlib.import_module(module_name)
-    except Exception as error:  # Importing runs the user's code: anything can come.
-        raise RewardError(
-            f"expected a module {module_name!r} for the reward function {name!r}, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise RewardError(
-            f"expected a function {function_name!r} in {module_name!r}, got "
-            f"{'none' if function is None else type(function).__name__}: check the name"
-        )
-    return cast(Callable[[list[str], list[str]], object], function)
+def _message_line(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    said = [content_text(message)] if message.get("content") or not calls else []
+    written = [json.dumps(calls, ensure_ascii=False, default=str)] if calls else []
+    return f"{message['role']}: {' '.join([*said, *written])}"
 
 
-def _load(file: Path) -> ModuleType:
-    """A module by its file, loaded once; it imports its neighbours as a script would."""
-    name = str(file.resolve())
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise ImportError(f"no Python file at {file}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+def require_finite(scores: Sequence[float], who: str, responses: Sequence[str]) -> None:
+    """Check that float32 holds every score.
 
-
-def _numbers(returned: object, who: str, responses: Sequence[str]) -> list[float]:
-    """What a function returned, as one float per response."""
-    values: list[Any]
-    if isinstance(returned, list | tuple):
-        values = list(cast(Sequence[Any], returned))
-    elif hasattr(returned, "tolist"):
-        listed = cast(Any, returned).tolist()
-        values = cast(list[Any], listed) if isinstance(listed, list) else [listed]
-    else:
-        raise RewardError(
-            f"expected {who} to return a list of numbers, got {type(returned).__name__}"
-        )
-    if len(values) != len(responses):
-        raise RewardError(
-            f"expected {who} to return {len(responses)} scores, one per response, got {len(values)}"
-        )
-    numbers: list[float] = []
-    for index, value in enumerate(values):
-        try:
-            numbers.append(float(value))
-        except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"expected {who} to return a number for response {index}, "
-                f"{_excerpt(responses[index])}, got {value!r}"
-            ) from error
-    return numbers
-
-
-def _require_finite(scores: Sequence[float], who: str, responses: Sequence[str]) -> None:
+    Raises:
+        NonFiniteScoreError: naming the first response whose score is NaN, infinite or too large.
+    """
     for index, value in enumerate(scores):
         if not math.isfinite(value):
             raise NonFiniteScoreError(
                 f"expected a finite score from {who} for {{place}}, "
-                f"{_excerpt(responses[index])}, got {value}",
+                f"{excerpt(responses[index])}, got {value}",
+                response=index,
+            )
+        if abs(value) > _LARGEST:
+            raise NonFiniteScoreError(
+                f"expected a score from {who} for {{place}}, {excerpt(responses[index])}, that "
+                f"float32 holds (up to {_LARGEST:.2g}), got {value:.6g}: scale it down",
                 response=index,
             )
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
+    """The beginning of a text, as Python would write it."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

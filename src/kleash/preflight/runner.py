@@ -75,6 +75,7 @@ REWARD: tuple[TrialCheck, ...] = (
     reward_model.last_token,
     reward_model.bos,
     reward_model.template,
+    reward_model.dropped_tokens,
 )
 LEASH: tuple[TrialCheck, ...] = (
     objective.objective,
@@ -84,7 +85,12 @@ LEASH: tuple[TrialCheck, ...] = (
     objective.target,
     objective.inert,
 )
-READING: tuple[TrialCheck, ...] = (prompts.duplicates, prompts.leak, prompts.chat_template)
+READING: tuple[TrialCheck, ...] = (
+    prompts.duplicates,
+    prompts.leak,
+    prompts.chat_template,
+    prompts.tools,
+)
 
 QUICK_CHECKS = (
     *SCORING,

@@ -1,28 +1,42 @@
-"""Prompt files to token ids: JSON lines and Parquet, plain text or chat messages.
+"""Prompts as token ids: plain text or chat messages, from files, data sets or lists.
 
-Everything a file can do wrong is said before a model is run, with the line. Parquet is read by
-pyarrow, the reader underneath `datasets`: local, and without a copy in a cache. Left out:
-truncation. A prompt that does not fit is an error, for what is cut off would change the task.
+Everything that a row can do wrong is said before a model is run, with its place. Where rows come
+from is in `prompt_files`. Left out: truncation. A prompt that does not fit is an error, for what is
+cut off would change the task.
 """
 
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
-import pyarrow.lib
-import pyarrow.parquet
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kleash.errors import PromptError
+from kleash.models.chat_templates import Message, checked_arguments, checked_tools, render_chat
+from kleash.rollout.prompt_files import Source, excerpt, file_rows, source_rows
 
-Message = dict[str, str]
-"""One turn of a conversation: {"role": ..., "content": ...}."""
+__all__ = [
+    "Message",
+    "Prompt",
+    "PromptBatch",
+    "PromptCursor",
+    "batch_prompts",
+    "columns_of",
+    "columns_of_row",
+    "encode_prompt",
+    "file_rows",
+    "group_of",
+    "iter_prompts",
+    "prompt_content",
+    "read_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Prompt:
     """Its number in the file: the cluster of every standard error."""
     group: str | None = None
     """An optional label of the author's, to report KL and score by."""
+    columns: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What its row holds beside the prompt (a gold answer, tools, …): it reaches the reward."""
 
 
 @dataclass(frozen=True)
@@ -84,64 +100,96 @@ class PromptCursor:
 
 
 def read_prompts(
-    path: str | Path,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int | None,
     max_new_tokens: int,
+    chat_template: str | None = None,
 ) -> list[Prompt]:
-    """Read a prompt file whole; see `iter_prompts`."""
-    return list(iter_prompts(path, tokenizer, context=context, max_new_tokens=max_new_tokens))
+    """Read prompts whole; see `iter_prompts`. A column that some rows lack is None in those."""
+    prompts = list(
+        iter_prompts(
+            source,
+            tokenizer,
+            context=context,
+            max_new_tokens=max_new_tokens,
+            chat_template=chat_template,
+        )
+    )
+    empty = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return [
+        replace(prompt, columns=MappingProxyType({**empty, **prompt.columns})) for prompt in prompts
+    ]
 
 
 def iter_prompts(
-    path: str | Path,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int | None,
     max_new_tokens: int,
+    chat_template: str | None = None,
 ) -> Iterator[Prompt]:
-    """Read a prompt file, one prompt after the other, holding no more than a few.
+    """Read prompts, one after the other, holding no more than a few.
 
     A row holds `prompt` (text, or a list of messages) or `messages`, and optionally `group`. Text
     is tokenized as the tokenizer does by itself (its BOS included); messages go through its chat
-    template with the generation prompt.
+    template with the generation prompt, and with the row's `tools` and `chat_template_kwargs` (each
+    as such or as JSON text). All columns but the prompt's own are kept for the reward.
 
     Args:
-        path: a .jsonl, .ndjson or .json file of one object per line, or a .parquet file.
+        source: see `prompt_files.source_rows`.
         tokenizer: the policy's.
         context: positions the policy has; None: no limit.
         max_new_tokens: room to leave for the response.
+        chat_template: name of one of the tokenizer's templates; None: its default.
 
     Raises:
-        PromptError: if the file is missing, empty or of another kind, or a row cannot be used;
+        PromptError: if the source is missing, empty or of another kind, or a row cannot be used;
             the row is named.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise PromptError(
-            f"expected a prompt file at {str(file)!r}, got none: check the path"
-            + ("" if file.is_absolute() else f" (it is looked for in {Path.cwd()})")
-        )
     index = -1
-    for index, (where, row) in enumerate(file_rows(file)):
+    for index, (where, row) in enumerate(source_rows(source)):
         content = prompt_content(row, where)
+        columns = columns_of_row(row, where)
         yield Prompt(
             content=content,
-            ids=encode_prompt(content, tokenizer, where, context, max_new_tokens),
+            ids=encode_prompt(
+                content,
+                tokenizer,
+                where,
+                context,
+                max_new_tokens,
+                columns=columns,
+                chat_template=chat_template,
+            ),
             index=index,
             group=group_of(row),
+            columns=columns,
         )
     if index < 0:
+        named = repr(str(source)) if isinstance(source, str | Path) else "the list given"
         raise PromptError(
-            f"expected prompts in {str(file)!r}, got an empty file: give one row per prompt"
+            f"expected prompts in {named}, got an empty file: give one row per prompt"
         )
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """What the rows of prompts hold beside the prompt, column by column, one value per prompt.
+
+    Example:
+        >>> columns_of([Prompt("1 + 1 =", (3,), 0, columns={"answer": "2"}), Prompt("?", (4,), 1)])
+        {'answer': ['2', None]}
+    """
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def group_of(row: Mapping[str, Any]) -> str | None:
     """The label of a row, if its author gave one."""
     group = row.get("group")
-    return None if group is None else str(group)
+    return None if group is None or group == "" else str(group)
 
 
 def batch_prompts(
@@ -158,106 +206,100 @@ def batch_prompts(
     )
 
 
-def file_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a .jsonl or .parquet file, each with its place in words.
-
-    Raises:
-        PromptError: if the file is of another kind or cannot be read, or a row is no object.
-    """
-    match file.suffix:
-        case ".jsonl" | ".ndjson" | ".json":
-            yield from _json_rows(file)
-        case ".parquet":
-            yield from _parquet_rows(file)
-        case other:
-            raise PromptError(
-                f"expected a .jsonl or .parquet prompt file, got {str(file)!r} of kind {other!r}"
-            )
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(_lines(file), start=1):
-        where = f"line {number} of {str(file)!r}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(
-                f"expected one JSON object per line, got {_excerpt(line)} on {where}: {error.msg} "
-                f"at column {error.colno}"
-            ) from error
-        if not isinstance(row, dict):
-            raise PromptError(
-                f'expected an object like {{"prompt": "..."}} on {where}, got {_excerpt(line)}: '
-                "write one object on each line, with no list around them"
-            )
-        yield where, cast(dict[str, Any], row)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            yield from stream
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(
-            f"expected a prompt file in UTF-8 at {str(file)!r}, got: {error}"
-        ) from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.lib.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise PromptError(
-            f"expected a Parquet file at {str(file)!r}, got one that cannot be read: {reason}"
-        ) from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        # A column that others fill is None here: the same as a key that is not there.
-        yield f"row {number} of {str(file)!r}", {k: v for k, v in row.items() if v is not None}
-
-
 def prompt_content(row: Mapping[str, Any], where: str) -> str | list[Message]:
     """The prompt of a row: text, or messages that wait for their answer.
+
+    Where a row has both, `prompt` is the prompt and `messages` a column like any other.
 
     Raises:
         PromptError: if there is none, or it is anything else.
     """
-    value = row.get("prompt", row.get("messages"))
-    if value is None:
-        keys = ", ".join(repr(key) for key in row) or "no key"
-        raise PromptError(f"expected the key 'prompt' or 'messages' on {where}, got {keys}")
-    if isinstance(value, str):
+    key = _prompt_key(row)
+    if key is None:
+        keys = ", ".join(repr(name) for name, value in row.items() if value is not None)
+        raise PromptError(
+            f"expected the key 'prompt' or 'messages' on {where}, got {keys or 'no key'}"
+        )
+    value = row[key]
+    if isinstance(value, str) and key == "prompt":
         if not value.strip():
             raise PromptError(f"expected a prompt with text on {where}, got {value!r}")
         return value
-    messages = _messages(value)
-    if messages is None:
+    if not isinstance(value, list) or not value:
+        what = "'prompt' to be text or" if key == "prompt" else "'messages' to be"
         raise PromptError(
-            "expected 'prompt' to be text or a list of messages with 'role' and 'content' "
-            f"on {where}, got {_excerpt(repr(value))}"
+            f"expected {what} a list of messages with 'role' and 'content' on {where}, got "
+            f"{excerpt(repr(value))}"
         )
-    if messages[-1]["role"] == "assistant":
+    messages = [
+        _message(item, f"message {number} on {where}")
+        for number, item in enumerate(cast(list[Any], value))
+    ]
+    if messages[-1]["role"] == "assistant" and not _is_continued(row):
         raise PromptError(
             f"expected a conversation that waits for its answer on {where}, got one that ends with "
-            "the assistant's message: remove it"
+            "the assistant's message: remove it, or have it continued by "
+            '"chat_template_kwargs": {"continue_final_message": true}'
         )
     return messages
 
 
-def _messages(value: object) -> list[Message] | None:
-    """The value as messages; None if it is anything else."""
-    if not isinstance(value, list) or not value:
-        return None
-    messages: list[Message] = []
-    for item in cast(list[Any], value):
-        role = item.get("role") if isinstance(item, dict) else None
-        content = item.get("content") if isinstance(item, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        messages.append({"role": role, "content": content})
-    return messages
+def _prompt_key(row: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("prompt", "messages") if row.get(key) is not None), None)
+
+
+def _message(item: object, where: str) -> Message:
+    """One message with all that it carries; a key that is null is one that is not there.
+
+    Calls of tools are content enough: their message may leave `content` out, which is null then.
+    """
+    given = cast(Message, item) if isinstance(item, dict) else {}
+    message = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(message.get("role"), str):
+        raise PromptError(
+            "expected 'prompt' to be text or a list of messages with 'role' and 'content', got "
+            f"{excerpt(repr(item))} as {where}"
+        )
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": None}
+    if isinstance(content, str):
+        return message
+    parts = cast(list[Any], content) if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return message
+    raise PromptError(
+        "expected a list of messages whose 'content' is text, parts of type 'text', or null beside "
+        f"'tool_calls', got {excerpt(repr(content))} in {where}"
+    )
+
+
+def columns_of_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """All columns but the prompt's own; what the chat template reads is checked and parsed."""
+    prompt = _prompt_key(row)
+    columns = {name: value for name, value in row.items() if name != prompt}
+    for name in ("tools", "chat_template_kwargs"):
+        if isinstance(value := columns.get(name), str):
+            columns[name] = _parsed(value, name, where)
+    return MappingProxyType(columns)
+
+
+def _parsed(text: str, name: str, where: str) -> object:
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"expected {name!r} as JSON on {where}, got {excerpt(text)}: {error}"
+        ) from error
+
+
+def _is_continued(row: Mapping[str, Any]) -> bool:
+    arguments = row.get("chat_template_kwargs")
+    if isinstance(arguments, str):
+        return "continue_final_message" in arguments
+    return isinstance(arguments, dict) and bool(
+        cast(dict[str, Any], arguments).get("continue_final_message")
+    )
 
 
 def encode_prompt(
@@ -266,25 +308,28 @@ def encode_prompt(
     where: str,
     context: int | None,
     max_new_tokens: int,
+    columns: Mapping[str, Any] = MappingProxyType({}),
+    chat_template: str | None = None,
 ) -> tuple[int, ...]:
     """What a model reads of a prompt; `where` is its place, for the error.
 
+    Args:
+        content: the text or the messages.
+        tokenizer: the model's.
+        where: as in `line 3 of 'prompts.jsonl'`.
+        context: positions the model has; None: no limit.
+        max_new_tokens: room to leave.
+        columns: of its row; `tools` and `chat_template_kwargs` go to the chat template.
+        chat_template: name of one of the tokenizer's templates; None: its default.
+
     Raises:
-        PromptError: if it is empty, ends itself, needs a chat template that is not there, or
-            leaves no room for `max_new_tokens` in the context.
+        PromptError: if it is empty, ends itself, needs a chat template that is not there, does not
+            fit the one that is, or leaves no room for `max_new_tokens` in the context.
     """
     if isinstance(content, str):
         ids = cast(list[int], tokenizer(content)["input_ids"])
-    elif tokenizer.chat_template is None:
-        raise PromptError(
-            f"expected a tokenizer with a chat template for the messages on {where}, got one "
-            "without: write the prompt as text, or take a chat model"
-        )
     else:
-        text = cast(
-            str,
-            tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True),
-        )
+        text = _chat_text(content, tokenizer, where, columns, chat_template)
         # The template writes its own special tokens; the tokenizer must not add them again.
         ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
@@ -309,5 +354,27 @@ def encode_prompt(
     return tuple(ids)
 
 
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _chat_text(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    columns: Mapping[str, Any],
+    chat_template: str | None,
+) -> str:
+    place = f"on {where}"
+    try:
+        arguments: dict[str, Any] = {"add_generation_prompt": True}
+        if (given := columns.get("chat_template_kwargs")) is not None:
+            arguments |= checked_arguments(given, place)
+        if arguments.get("continue_final_message"):
+            arguments["add_generation_prompt"] = False
+        return render_chat(
+            tokenizer,
+            messages,
+            place=place,
+            tools=checked_tools(columns.get("tools"), place),
+            arguments=arguments,
+            template=chat_template,
+        )
+    except ValueError as error:
+        raise PromptError(str(error)) from error

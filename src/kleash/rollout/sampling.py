@@ -6,7 +6,7 @@ batch; the library carries them to the end of the longest.
 """
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -182,21 +182,55 @@ def join_pieces(policy: Policy, prompts: PromptBatch, pieces: Sequence[Piece]) -
     )
 
 
-def response_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """What each response adds to its prompt's text, special tokens left out.
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase, rollout: Rollout, *, stop_ids: Collection[int] = ()
+) -> list[str]:
+    """What each response adds to its prompt's text, without the tokens that end or pad it.
 
-    Tokenizers that mark a word's beginning drop the space before the first word they decode, so
-    the response is read as the text of prompt + response less the text of the prompt; if that is
-    no prefix (a token that joins with the prompt's last), the response is decoded alone.
+    Other special tokens are text like any other: `<think>` and calls of tools are what a reward is
+    to read. Tokenizers that mark a word's beginning drop the space before the first word they
+    decode, so the response is read as the text of prompt + response less the text of the prompt;
+    if that is no prefix (a token that joins with the prompt's last), it is decoded alone.
+
+    Args:
+        tokenizer: the policy's.
+        rollout: its responses.
+        stop_ids: tokens that end a response, beside the tokenizer's own.
     """
-    texts: list[str] = []
+    own = cast("tuple[int | None, int | None]", (tokenizer.eos_token_id, tokenizer.pad_token_id))
+    dropped = {*stop_ids, *own}
+    return [
+        _text_after(tokenizer, before, [token for token in written if token not in dropped])
+        for before, written in _written(rollout)
+    ]
+
+
+def response_columns(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> dict[str, list[Any]]:
+    """Each response as it was written, for rewards that ask for it.
+
+    Returns:
+        `completion_ids`, the tokens with the one that ends them; and
+        `completions_with_special_tokens`, their text with nothing dropped.
+    """
+    written = list(_written(rollout))
+    return {
+        "completion_ids": [ids for _, ids in written],
+        "completions_with_special_tokens": [_text_after(tokenizer, *pair) for pair in written],
+    }
+
+
+def _written(rollout: Rollout) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and its response."""
     for row in range(len(rollout.response_ids)):
-        before = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
-        written = rollout.response_ids[row][rollout.response_mask[row]].tolist()
-        prefix, whole = (_decode(tokenizer, ids) for ids in (before, before + written))
-        joined = whole.startswith(prefix)
-        texts.append(whole[len(prefix) :] if joined else _decode(tokenizer, written))
-    return texts
+        yield (
+            rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist(),
+            rollout.response_ids[row][rollout.response_mask[row]].tolist(),
+        )
+
+
+def _text_after(tokenizer: PreTrainedTokenizerBase, before: list[int], written: list[int]) -> str:
+    prefix, whole = (_decode(tokenizer, ids) for ids in (before, before + written))
+    return whole[len(prefix) :] if whole.startswith(prefix) else _decode(tokenizer, written)
 
 
 class _Sampler(LogitsProcessor):
@@ -325,5 +359,5 @@ def _pad_columns(x: Tensor, width: int, fill: int | float) -> Tensor:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text if isinstance(text, str) else "".join(text)

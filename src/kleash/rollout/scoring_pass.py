@@ -1,7 +1,7 @@
 """Reading what was written: Rollout → ScoredRollout, and the Fresh numbers of an update.
 
 Policy and reference read the same tokens at the temperature of sampling, and only the response's
-tokens reach the vocabulary. Writing is in `generation`, whose names are here too: the loop speaks
+tokens reach the vocabulary. Writing is in `sampling`, whose names are here too: the loop speaks
 of one thing, the rollout.
 """
 

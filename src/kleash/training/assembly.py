@@ -27,11 +27,12 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
+from kleash.models.async_calls import CallLimits
+from kleash.models.callable_reward import CallableReward
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
 from kleash.models.reference_offload import FrozenReference, OffloadedReference, open_cache
 from kleash.models.reward_model import (
-    CallableReward,
     ClassifierReward,
     RewardModel,
     WeightedSum,
@@ -58,8 +59,10 @@ def assemble(config: Config) -> Components:
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
-    prompts = _prompts(config.prompts.train, policy, sampling)
-    heldout = _prompts(config.prompts.heldout, policy, sampling) if config.prompts.heldout else []
+    named = config.prompts.chat_template
+    prompts = _prompts(config.prompts.train, policy, sampling, named)
+    held = config.prompts.heldout
+    heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
         name: (_reward(reward, device), reward.weight)
@@ -212,12 +215,15 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
-def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
+def _prompts(
+    path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
+) -> list[Prompt]:
     return read_prompts(
         path,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
+        chat_template=chat_template,
     )
 
 
@@ -268,12 +274,15 @@ def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: st
 
 def _reward(config: ScorerConfig, device: torch.device) -> RewardModel:
     if config.callable is not None:
-        return CallableReward(config.callable)
+        limits = CallLimits(config.concurrency, config.timeout_s, config.retries)
+        return CallableReward(config.callable, limits)
     return ClassifierReward(
         cast(str, config.path),
         template=config.template,
         device=str(device),
         revision=config.revision,
+        adapter=config.adapter,
+        chat_template=config.chat_template,
     )
 
 

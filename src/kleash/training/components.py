@@ -23,8 +23,9 @@ from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import RewardModel, WeightedSum
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
-from kleash.rollout.prompts import Prompt, batch_prompts
-from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches, response_texts
+from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
+from kleash.rollout.sampling import response_columns, response_texts
+from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
@@ -92,8 +93,13 @@ class Components:
         batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
         write = scoring_pass.generate if self.workers is None else self.workers.generate
         rollout = write(self.policy, batch, self.sampling, microbatch=microbatch)
-        contents = [prompt.content for prompt in rows]
-        return Responses(rollout, contents, response_texts(self.policy.tokenizer, rollout))
+        tokenizer = self.policy.tokenizer
+        return Responses(
+            rollout,
+            prompts=[prompt.content for prompt in rows],
+            texts=response_texts(tokenizer, rollout, stop_ids=self.policy.stop_ids),
+            columns=columns_of(rows) | response_columns(tokenizer, rollout),
+        )
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.
@@ -101,7 +107,7 @@ class Components:
         Raises:
             RewardError: a reward model did not keep its contract.
         """
-        judged = self.reward.score_each(responses.prompts, responses.texts)
+        judged = self.reward.score_each(responses.prompts, responses.texts, responses.columns)
         total = judged.total.to(self.policy.device)
         return JudgedResponses(responses, total, dict(judged.parts))
 

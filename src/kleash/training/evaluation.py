@@ -170,7 +170,7 @@ class HeldoutEvaluator:
         metrics["heldout/eos_fraction"] = float(judged.rollout.ended.double().mean())
         golds: Tensor | None = None
         if components.gold is not None:
-            golds = components.gold.score(judged.prompts, judged.texts)
+            golds = components.gold.score(judged.prompts, judged.texts, judged.columns)
             estimate = clustered_mean(golds, judged.rollout.prompt_index.cpu())
             metrics["heldout/gold"] = estimate.mean
             metrics["heldout/gold_se"] = estimate.standard_error

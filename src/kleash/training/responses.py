@@ -1,7 +1,8 @@
 """Responses as tensors and texts, before and after the reward models have read them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +20,8 @@ class Responses:
     """Prompt of each response as its author wrote it: what reward models read."""
     texts: list[str]
     """Text of each response."""
+    columns: Mapping[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+    """The prompts' further columns, and each response's tokens and undropped text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,11 @@ class JudgedResponses:
     def prompts(self) -> Sequence[Content]:
         """Prompt of each response."""
         return self.responses.prompts
+
+    @property
+    def columns(self) -> Mapping[str, list[Any]]:
+        """What reward models may read beside the texts."""
+        return self.responses.columns
 
     @property
     def texts(self) -> list[str]:

@@ -7,10 +7,11 @@ import fault_types
 import pytest
 import tiny_models
 import torch
+from chat_families import CHATML, ROWS, TOOLS, byte_tokenizer
 
 from kleash.config.leash import LeashConfig
+from kleash.models.callable_reward import CallableReward
 from kleash.models.lm_head import apply_head
-from kleash.models.reward_model import CallableReward
 from kleash.preflight.checks import (
     logprobs,
     masks,
@@ -24,7 +25,8 @@ from kleash.preflight.checks import (
 from kleash.preflight.comparison import gap
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import QUICK, Tilted, Trial, draw, own_reading, rollout_of
-from kleash.rollout.prompts import Prompt
+from kleash.rollout.prompts import Prompt, read_prompts
+from kleash.rollout.sampling import response_texts
 from kleash.training.assembly import assemble
 
 
@@ -133,6 +135,35 @@ def test_a_chat_model_with_bare_prompts(trial: Trial) -> None:
     marked = [Prompt("<user> w1 <assistant>", (1, 2), 0)]
     used = replace(components, prompts=marked, heldout=[])
     assert prompts.chat_template(replace(trial, components=used)).verdict == "ok"
+
+
+def test_tokens_that_the_reward_does_not_see(trial: Trial) -> None:
+    tokenizer, rollout = trial.components.policy.tokenizer, trial.rollout
+    ids = rollout.response_ids.clone()
+    ids[0, :2] = torch.tensor([tokenizer.pad_token_id, tokenizer.unk_token_id])
+    written = replace(trial.written, rollout=replace(rollout, response_ids=ids))
+    stop_ids = trial.components.policy.stop_ids
+    texts = response_texts(tokenizer, written.rollout, stop_ids=stop_ids)
+    seen = replace(trial, written=replace(written, responses=texts))
+    assert "<unk>" in texts[0] and reward_model.dropped_tokens(seen).verdict == "ok"
+    bare = [text.replace("<unk>", "") for text in texts]
+    found = reward_model.dropped_tokens(replace(trial, written=replace(written, responses=bare)))
+    assert found.verdict == "warn" and "'<unk>' (" in found.cause and "<pad>" not in found.cause
+
+
+def test_tools_that_the_template_does_not_write(trial: Trial) -> None:
+    assert prompts.tools(trial).verdict == "skipped"
+
+    def found(template: str, *rows: object) -> Finding:
+        tok = byte_tokenizer(template)
+        policy = replace(trial.components.policy, tokenizer=tok)
+        made = read_prompts(list(rows), tok, context=None, max_new_tokens=4)
+        components = replace(trial.components, policy=policy, prompts=made, heldout=[])
+        return prompts.tools(replace(trial, components=components))
+
+    assert found(CHATML, ROWS[0], ROWS[2]).verdict == "ok"
+    deaf = found("{{ messages[0].content }}", ROWS[0], {"prompt": "w1", "tools": TOOLS}, "w2")
+    assert deaf.verdict == "warn" and deaf.measured.startswith("2 of 2 prompts with tools")
 
 
 def test_some_copies_and_a_small_leak_only_warn(trial: Trial) -> None:

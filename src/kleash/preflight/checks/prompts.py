@@ -1,15 +1,20 @@
-"""Room *reading*: prompts that are there twice, leak into the held-out set, or are mis-templated.
+"""Checks `prompts.*`: copies, leaks into the held-out set, and chat templates that do not fit.
 
-Prompts longer than the context are refused while they are read: see `assembly`.
+Prompts longer than the context are refused while they are read.
 """
 
 from collections import Counter
 
+from transformers import PreTrainedTokenizerBase
+
+from kleash.models.chat_templates import content_text, render_chat
 from kleash.models.reward_model import text_of
 from kleash.preflight.findings import Finding, Question
 from kleash.preflight.probe_batch import Trial
-from kleash.rollout.prompts import Prompt
+from kleash.rollout.prompts import Prompt, encode_prompt
 
+_LOOKED_AT = 32
+"""Prompts with tools that are written a second time, without them."""
 _MANY = 0.2
 """Share of copies from which a file is no longer an honest sample."""
 
@@ -63,7 +68,7 @@ def chat_template(trial: Trial) -> Finding:
     tokenizer = trial.components.policy.tokenizer
     prompts = [*trial.components.prompts, *trial.components.heldout]
     special = [str(t) for t in tokenizer.all_special_tokens if len(str(t)) > 2]
-    marks = [*_marks(tokenizer), *special]
+    marks = [*_marks(tokenizer, trial.config.prompts.chat_template), *special]
     doubled = [p for p in prompts if not isinstance(p.content, str) and _marked(p, marks)]
     if doubled:
         mark = next(m for m in marks if m in text_of(doubled[0].content))
@@ -94,6 +99,42 @@ def chat_template(trial: Trial) -> Finding:
     return ask.ok(f"{len(prompts)} prompts")
 
 
+def tools(trial: Trial) -> Finding:
+    """The tools of a prompt are in what the policy reads."""
+    ask = Question("prompts.tools", "the tools that prompts bring are written by the template")
+    prompts = [*trial.components.prompts, *trial.components.heldout]
+    bringing = [prompt for prompt in prompts if prompt.columns.get("tools")]
+    if not bringing:
+        return ask.skip("No prompt brings tools.")
+    unread = [prompt for prompt in bringing[:_LOOKED_AT] if not _reads_tools(trial, prompt)]
+    measured = f"{len(unread)} of {min(len(bringing), _LOOKED_AT)} prompts with tools lose them"
+    if not unread:
+        return ask.ok(measured)
+    return ask.warn(
+        measured,
+        "Prompts bring `tools` that the policy does not read: they are plain text, or the chat "
+        "template does not write tools.",
+        f"Take a template that writes tools (prompts.chat_template), or messages in "
+        f"{_files(trial, unread)}.",
+    )
+
+
+def _reads_tools(trial: Trial, prompt: Prompt) -> bool:
+    if isinstance(prompt.content, str):
+        return False
+    without = {name: value for name, value in prompt.columns.items() if name != "tools"}
+    ids = encode_prompt(
+        prompt.content,
+        trial.components.policy.tokenizer,
+        f"prompt {prompt.index}",
+        None,
+        0,
+        without,
+        trial.config.prompts.chat_template,
+    )
+    return ids != prompt.ids
+
+
 def _files(trial: Trial, guilty: list[Prompt]) -> str:
     """Where these prompts stand."""
     components, files = trial.components, trial.config.prompts
@@ -106,19 +147,21 @@ def _normalised(prompt: Prompt) -> str:
     return " ".join(text_of(prompt.content).split()).casefold()
 
 
-def _marks(tokenizer: object) -> list[str]:
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str]:
     """What the chat template writes around a message: words that no author types by chance."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return []
     turn = [{"role": "user", "content": "CONTENT"}]
-    written: str = tokenizer.apply_chat_template(  # pyright: ignore[reportAttributeAccessIssue]
-        turn, tokenize=False, add_generation_prompt=True
-    )
+    arguments = {"add_generation_prompt": True}
+    try:
+        written = render_chat(
+            tokenizer, turn, place="of the check", arguments=arguments, template=template
+        )
+    except ValueError:  # No template, or none for a conversation of this kind: no marks to find.
+        return []
     around = written.replace("CONTENT", " ").split()
     return [mark for mark in around if len(mark) > 2 and not mark.isalpha()]
 
 
 def _marked(prompt: Prompt, marks: list[str]) -> bool:
     content = prompt.content
-    texts = [content] if isinstance(content, str) else [m["content"] for m in content]
+    texts = [content] if isinstance(content, str) else [content_text(m) for m in content]
     return any(mark in text for mark in marks for text in texts)

@@ -1,25 +1,26 @@
-"""Room *reward*: does the reward model read what it was taught to read?
+"""Checks `reward_model.*`: does the reward model read what it was taught to read?
 
 A classifier is compared with itself on one text at a time, without padding, from its own hidden
 states. Any reward, callables too, is probed with replies that no good judge prefers.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from kleash.errors import PromptError
+from kleash.models.chat_templates import content_text
+from kleash.models.judge_loading import saved_head
 from kleash.models.reward_model import ClassifierReward, Content, text_of
 from kleash.preflight.findings import Finding, Question, some
 from kleash.preflight.probe_batch import Trial
+from kleash.rollout.prompts import columns_of_row, file_rows, prompt_content
 
 _SAME_SCORE = 1e-3
 """Relative to 1 + |score|; a judge in half precision rounds more and is given 0.05."""
@@ -33,6 +34,8 @@ class Pair:
     prompt: Content
     chosen: str
     rejected: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row holds, for a reward that reads it."""
 
 
 def head(trial: Trial) -> Finding:
@@ -62,12 +65,13 @@ def head(trial: Trial) -> Finding:
 def alone(trial: Trial) -> Finding:
     """A text's score does not depend on what is scored beside it."""
     ask = Question("reward_model.alone", "each score is that of the text scored alone")
-    prompts, responses = _sample(trial)
+    rows = _sample(trial)
+    prompts, responses, columns = _texts(trial, rows)
     worst, where = 0.0, ""
     for key, (judge, _) in trial.components.reward.rewards.items():
-        together = judge.score(prompts, responses)
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            gap = _relative(judge.score([prompt], [response])[0], together[i])
+        together = judge.score(prompts, responses, columns)
+        for i, row in enumerate(rows):
+            gap = _relative(judge.score(*_texts(trial, [row]))[0], together[i])
             if gap > worst:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
@@ -87,20 +91,23 @@ def alone(trial: Trial) -> Finding:
 def last_token(trial: Trial) -> Finding:
     """The score is read at the last real token of the text."""
     ask = Question("reward_model.last_token", "the score is that of the last token of the text")
-    prompts, responses = _sample(trial)
+    rows = _sample(trial)
+    rows = [*rows, rows[0]]
+    prompts, responses, columns = _texts(trial, rows)
     worst, where = 0.0, ""
     for key, judge in classifiers(trial):
         layer = score_layer(judge)
         if layer is None:
             continue
-        # Whoever takes a word for padding looks past it at the end of a text.
+        # A judge that takes a word for padding looks past it at the end of a text.
         pad = judge.model.config.pad_token_id
         word = "" if pad is None else judge.tokenizer.decode([pad], skip_special_tokens=True)
-        told = [*responses, f"{responses[0]} {word}".rstrip()]
-        asked = [*prompts, prompts[0]]
-        scores = judge.score(asked, told)
-        for i, (prompt, response) in enumerate(zip(asked, told, strict=True)):
-            gap = _relative(_score_at_end(judge, layer, prompt, response), scores[i])
+        longer = [*responses[:-1], f"{responses[0]} {word}".rstrip()]
+        scores = judge.score(prompts, longer, columns)
+        for i, (prompt, response) in enumerate(zip(prompts, longer, strict=True)):
+            row = {name: values[i] for name, values in columns.items()}
+            ids = judge.encode(prompt, response, row=row)
+            gap = _relative(_score_at_end(judge, layer, ids), scores[i])
             if gap > worst:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
@@ -108,24 +115,25 @@ def last_token(trial: Trial) -> Finding:
         return _done(trial, ask, measured)
     judge = dict(classifiers(trial))[where]
     pad, own = judge.model.config.pad_token_id, judge.tokenizer.pad_token_id
-    told = " to a token that no text contains" if own in (None, pad) else f": {own}"
+    other = " to a token that no text contains" if own in (None, pad) else f": {own}"
     return ask.fail(
         f"{measured}; pad_token_id = {pad}",
         f"The score of {where!r} is read at another token than the last: its pad_token_id = {pad} "
         "is a word of the text, or padding was counted as text.",
-        f"In {judge.path}/config.json, set pad_token_id{told}.",
+        f"In {judge.path}/config.json, set pad_token_id{other}.",
     )
 
 
 def bos(trial: Trial) -> Finding:
     """At most one beginning-of-sequence token."""
     ask = Question("reward_model.bos", "one beginning-of-sequence token at most")
-    prompts, responses = _sample(trial)
+    prompts, responses, columns = _texts(trial, _sample(trial)[:1])
+    row = {name: values[0] for name, values in columns.items()}
     for key, judge in classifiers(trial):
         begin = cast(int | None, judge.tokenizer.bos_token_id)
         if begin is None or begin == judge.tokenizer.eos_token_id:
             continue
-        ids = judge.encode(prompts[0], responses[0])
+        ids = judge.encode(prompts[0], responses[0], row=row)
         leading = next((i for i, token in enumerate(ids) if token != begin), len(ids))
         if leading > 1 or begin in ids[leading:]:
             return ask.fail(
@@ -141,17 +149,20 @@ def bos(trial: Trial) -> Finding:
 def template(trial: Trial) -> Finding:
     """Prompt and response are read once each: a longer one lengthens the text by as much."""
     ask = Question("reward_model.template", "the text holds prompt and response once each")
-    prompts, responses = _sample(trial)
-    prompt, response = min(prompts, key=lambda p: len(text_of(p))), responses[0]
+    rows = _sample(trial)
+    prompts, responses, columns = _texts(trial, rows)
+    shortest = min(range(len(rows)), key=lambda i: len(text_of(prompts[i])))
+    prompt, response = prompts[shortest], responses[0]
+    row = {name: values[shortest] for name, values in columns.items()}
     for key, judge in classifiers(trial):
-        plain = len(judge.encode(prompt, response))
+        plain = len(judge.encode(prompt, response, row=row))
         for what in ("prompt", "response"):
             more = _bare_words(judge, what, prompt, response)
             if not more:
                 continue
             longer = _lengthened(prompt, more) if what == "prompt" else prompt
             text = f"{response} {more}" if what == "response" else response
-            added = len(judge.encode(longer, text)) - plain
+            added = len(judge.encode(longer, text, row=row)) - plain
             times = round(added / len(_ids(judge, more)))
             if times != 1:
                 return ask.fail(
@@ -166,18 +177,43 @@ def template(trial: Trial) -> Finding:
     return _done(trial, ask, "once each")
 
 
+def dropped_tokens(trial: Trial) -> Finding:
+    """What the reward reads has every token that was written but the end and padding."""
+    ask = Question("reward_model.dropped_tokens", "only the end and padding are dropped from texts")
+    policy, rollout = trial.components.policy, trial.rollout
+    special = {int(number) for number in policy.tokenizer.all_special_ids}
+    seen = special - {*policy.stop_ids, policy.pad_id}
+    lost: Counter[str] = Counter()
+    for row, text in enumerate(trial.written.texts):
+        ids = cast(list[int], rollout.response_ids[row][rollout.response_mask[row]].tolist())
+        for number in seen & set(ids):
+            name = str(policy.tokenizer.convert_ids_to_tokens(number))
+            lost[name] += max(0, ids.count(number) - text.count(name))
+    if not lost.total():
+        return ask.ok(f"{len(trial.written.texts)} responses")
+    names = [f"{name!r} ({times} times)" for name, times in lost.most_common() if times]
+    return ask.warn(
+        f"{lost.total()} tokens dropped",
+        f"The reward does not see special tokens that the policy writes: {some(names)}.",
+        "Read them in a callable's column completions_with_special_tokens, or decode responses "
+        "with kleash.rollout.sampling.response_texts, which keeps them.",
+    )
+
+
 def probes(trial: Trial) -> Finding:
     """Replies that no good judge prefers: do they win?"""
     ask = Question("reward_model.probes", "no empty or repeated reply beats the policy's own")
     written = trial.written
     own = written.raw_scores.double().cpu()
-    prompts = list(dict.fromkeys(map(text_of, written.prompts)))[:8]
-    contents = {text_of(prompt): prompt for prompt in written.prompts}
-    asked = [contents[prompt] for prompt in prompts]
+    first = {text_of(prompt): row for row, prompt in reversed(list(enumerate(written.prompts)))}
+    rows = sorted(first.values())[:8]
+    asked, _, columns = _texts(trial, rows)
+    prompts = [text_of(prompt) for prompt in asked]
     bar = float(own.quantile(0.99))
     winners: list[str] = []
     for label, replies in _probe_replies(trial, prompts):
-        mean = float(trial.components.reward.score(asked, replies).double().mean())
+        scores = trial.components.reward.score(asked, replies, columns | _tokens(trial, replies))
+        mean = float(scores.double().mean())
         if mean > bar + 1e-6 * (1 + abs(bar)):
             winners.append(f"{label} ({mean:.3g})")
     measured = f"99 % of the policy's replies score at most {bar:.3g}"
@@ -198,8 +234,15 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     if not pairs:
         return ask.skip("No preference pairs were given (--pairs FILE).")
     prompts = [pair.prompt for pair in pairs]
-    chosen = trial.components.reward.score(prompts, [pair.chosen for pair in pairs]).double()
-    rejected = trial.components.reward.score(prompts, [pair.rejected for pair in pairs]).double()
+    names = dict.fromkeys(name for pair in pairs for name in pair.columns)
+    further = {name: [pair.columns.get(name) for pair in pairs] for name in names}
+
+    def scored(replies: list[str]) -> Float[Tensor, " pair"]:
+        columns = further | _tokens(trial, replies)
+        return trial.components.reward.score(prompts, replies, columns).double()
+
+    chosen = scored([pair.chosen for pair in pairs])
+    rejected = scored([pair.rejected for pair in pairs])
     right = float(((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean())
     lengths = [len(t.split()) for p in pairs for t in (p.chosen, p.rejected)]
     scores = torch.stack([chosen, rejected], dim=1).flatten()
@@ -228,20 +271,28 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs of a JSON lines file with `prompt`, `chosen` and `rejected`.
+    """Pairs of a file of rows with `prompt` (or `messages`), `chosen` and `rejected`.
 
     Raises:
-        PromptError: the file or a line cannot be read.
+        PromptError: the file or a row cannot be read; the row is named.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [cast(dict[str, Any], json.loads(line)) for line in lines]
-        return [Pair(row["prompt"], str(row["chosen"]), str(row["rejected"])) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    if not path.is_file():
         raise PromptError(
-            "expected preference pairs, one JSON object with prompt, chosen and rejected per line, "
-            f"in {str(path)!r}, got {type(error).__name__}: {error}"
-        ) from None
+            f"expected preference pairs at {str(path)!r}, got no file: check the path"
+        )
+    pairs: list[Pair] = []
+    for where, row in file_rows(path):
+        replies = [row.get(name) for name in ("chosen", "rejected")]
+        if not all(isinstance(reply, str) for reply in replies):
+            raise PromptError(
+                f"expected 'chosen' and 'rejected' as text on {where}, got "
+                f"{', '.join(repr(name) for name in row) or 'no key'}"
+            )
+        chosen, rejected = cast(list[str], replies)
+        columns = columns_of_row(row, where)
+        further = {k: v for k, v in columns.items() if k not in ("chosen", "rejected")}
+        pairs.append(Pair(prompt_content(row, where), chosen, rejected, further))
+    return pairs
 
 
 def classifiers(trial: Trial) -> Iterator[tuple[str, ClassifierReward]]:
@@ -259,20 +310,16 @@ def score_layer(judge: ClassifierReward) -> nn.Linear | None:
 
 def _saved_like(judge: ClassifierReward, layer: nn.Linear) -> Tensor | None:
     """The head as its checkpoint has it; None where there is no local file with it."""
-    folder = Path(judge.path)
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with safe_open(file, framework="pt") as saved:
-            if "score.weight" in set(saved.keys()):
-                return saved.get_tensor("score.weight").to(layer.weight.dtype)
-    return None
+    saved = saved_head(Path(judge.path), judge.adapter).get("score.weight")
+    return None if saved is None else saved.to(layer.weight.dtype)
 
 
 @torch.no_grad()
 def _score_at_end(
-    judge: ClassifierReward, layer: nn.Linear, prompt: Content, response: str
-) -> Tensor:
-    ids = torch.tensor([judge.encode(prompt, response)], device=judge.model.device)
-    states = judge.model.base_model(input_ids=ids)[0]
+    judge: ClassifierReward, layer: nn.Linear, ids: Sequence[int]
+) -> Float[Tensor, ""]:
+    text = torch.tensor([list(ids)], device=judge.model.device)
+    states = judge.model.base_model(input_ids=text)[0]
     return layer(states[0, -1]).float().cpu()[0]
 
 
@@ -295,13 +342,27 @@ def _probe_replies(trial: Trial, prompts: list[str]) -> list[tuple[str, list[str
     ]
 
 
-def _sample(trial: Trial) -> tuple[list[Content], list[str]]:
-    """Texts of different lengths, so that a batch of them is padded."""
+def _sample(trial: Trial) -> list[int]:
+    """Numbers of responses of different lengths, so that a batch of them is padded."""
     responses = trial.written.texts
     order = sorted(range(len(responses)), key=lambda row: len(responses[row]))
-    step = max(1, len(order) // _TEXTS)
-    rows = order[::step][:_TEXTS]
-    return [trial.written.prompts[row] for row in rows], [responses[row] for row in rows]
+    return order[:: max(1, len(order) // _TEXTS)][:_TEXTS]
+
+
+def _texts(
+    trial: Trial, rows: Sequence[int]
+) -> tuple[list[Content], list[str], dict[str, list[Any]]]:
+    """Prompts, responses and columns of some rows of the batch."""
+    written = trial.written
+    columns = {name: [values[row] for row in rows] for name, values in written.columns.items()}
+    return [written.prompts[r] for r in rows], [written.texts[r] for r in rows], columns
+
+
+def _tokens(trial: Trial, replies: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns that a reply has as the policy writes it, for replies that it did not write."""
+    tokenizer = trial.components.policy.tokenizer
+    ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
+    return {"completion_ids": ids, "completions_with_special_tokens": list(replies)}
 
 
 def _done(trial: Trial, ask: Question, measured: str) -> Finding:
@@ -331,8 +392,7 @@ def _ids(judge: ClassifierReward, text: str) -> list[int]:
 def _lengthened(prompt: Content, more: str) -> Content:
     if isinstance(prompt, str):
         return f"{prompt} {more}"
-    last = dict(prompt[-1])
-    return [*prompt[:-1], {**last, "content": f"{last['content']} {more}"}]
+    return [*prompt[:-1], {**prompt[-1], "content": f"{content_text(prompt[-1])} {more}"}]
 
 
 def _relative(one: Float[Tensor, ""], other: Float[Tensor, ""]) -> float:
