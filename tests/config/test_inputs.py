@@ -9,7 +9,7 @@ from config_trees import minimal, write
 
 from kleash.config.loading import load_config
 from kleash.errors import ConfigError
-from kleash.models.reward_model import CallableReward
+from kleash.models.callable_reward import CallableReward
 
 
 @pytest.fixture
