@@ -82,7 +82,7 @@ def test_a_reward_beside_the_file_is_found_and_loaded(places: tuple[Path, Path])
     (beside / "rewards.py").write_text(code.format(helper="neighbour_of_rewards", value=1.0))
     (here / "rewards.py").write_text(code.format(helper="math", value=2.0))
     name = load_config(file, {}, base=file).reward_models["r"].callable
-    assert name == f"{beside / 'rewards.py'}:length"
+    assert name is not None and name == f"{beside / 'rewards.py'}:length"
     assert CallableReward(name).score(["p"], ["r"]).tolist() == [1.0]
     assert CallableReward(name).score(["p"], ["r"]).tolist() == [1.0]
 

@@ -181,6 +181,7 @@ def test_another_leash_on_the_command_line_takes_the_place_of_the_files(
     tmp_path: Path, overrides: dict[str, str], leash: dict[str, Any]
 ) -> None:
     file = tmp_path / "config.yaml"
+    (tmp_path / "t").touch()
     file.write_text(
         "policy: {path: p}\nreward_models: {w: {callable: 'a:b'}}\nprompts: {train: t}\n"
         "output: o\nleash: {target_kl: 2, groups: {a: 1}}\n"
