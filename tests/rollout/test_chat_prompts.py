@@ -76,6 +76,20 @@ def test_all_sources_read_alike(tmp_path: Path, family: str) -> None:
             assert [p.columns["answer"] for p in found] == [None, "no", "yes"]
 
 
+def test_what_only_other_calls_fill_is_not_in_a_table(tmp_path: Path) -> None:
+    tok = byte_tokenizer(FAMILIES["chatml"])
+    rows = [
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": [call]}, *CHAT]}
+        for call in (
+            {"function": {"name": "weather", "arguments": {"city": "Bern"}}},
+            {"function": {"name": "date", "arguments": {"day": 3}}},
+        )
+    ]
+    found = read(parquet(tmp_path, rows), tok)
+    assert [list(p.ids) for p in found] == [whole_row(row, tok) for row in rows]
+    assert '"arguments": {"city": "Bern"}' in tok.decode(found[0].ids)
+
+
 def test_an_argument_of_the_template_is_heard() -> None:
     tok = byte_tokenizer(FAMILIES["chatml"])
     plain, silent = read([{**ROWS[0], "chat_template_kwargs": None}, ROWS[0]], tok)
