@@ -6,12 +6,12 @@ The oracle: base and adapter opened by peft, in float64, nothing merged.
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import tiny_models
 import torch
+from trained_adapters import KINDS, PLACES, made, save_adapter, wrap
 from transformers import AutoModelForCausalLM
 
 from kleash.auditing.model_pair import open_checkpoint
@@ -21,47 +21,6 @@ from kleash.models.merging import merge_adapter
 from kleash.models.policy import Policy, load_policy, load_reference
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "ia3": {},
-    "trainable tokens": {"trainable_token_indices": [5, 8]},
-    "saved": {},
-}
-PLACES = {"attention": "q_proj", "head": "lm_head", "embedding": "embed_tokens"}
-
-
-def made(kind: str, place: str) -> peft.PeftConfig:
-    target = PLACES[place]
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if kind == "ia3":
-        return peft.IA3Config(target_modules=[target], feedforward_modules=[], **common)
-    common |= {"r": 3, "lora_alpha": 7, **KINDS[kind]}
-    if kind == "saved":
-        return peft.LoraConfig(target_modules=["v_proj"], modules_to_save=[target], **common)
-    targets = ["v_proj"] if kind == "trainable tokens" else [target]
-    return peft.LoraConfig(target_modules=targets, **common)
-
-
-def wrap(model: Any, settings: peft.PeftConfig) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, settings)
-
-
-def save_adapter(base: Path, folder: Path, settings: peft.PeftConfig) -> Path:
-    """An adapter of large random numbers on a base."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        wrapped = wrap(AutoModelForCausalLM.from_pretrained(base), settings)
-        with torch.no_grad():
-            for name, p in wrapped.named_parameters():
-                if p.requires_grad and "magnitude" not in name:
-                    p.add_(torch.randn_like(p) * 0.3)
-        wrapped.save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

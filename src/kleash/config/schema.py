@@ -37,6 +37,8 @@ class LoraConfig(Section):
     """Scale of the adapter; its output is multiplied by alpha / rank."""
     targets: list[str] | None = None
     """Names of the modules to adapt; none: what peft chooses for this architecture."""
+    modules_to_save: list[str] | None = None
+    """Names of modules to train whole beside the adapter, such as `lm_head` or `embed_tokens`."""
 
 
 class PolicyConfig(Section):

@@ -122,7 +122,7 @@ def restore_policy(directory: Path, model: PreTrainedModel, *, adapter: Any = No
         importlib.import_module("peft").set_peft_model_state_dict(adapter, tensors)
         return
     known = model.state_dict(keep_vars=True)
-    if not tensors.keys() <= known.keys():
+    if not tensors.keys() <= known.keys() and (directory / "config.json").is_file():
         # Some architectures store their tensors under other names, which opening translates.
         tensors = dict(_open(directory, model).state_dict())
     # Tied weights are stored once, under one of their names.

@@ -12,6 +12,7 @@ from kleash.preflight.checks import (
     logprobs,
     masks,
     objective,
+    precision,
     prompts,
     reference,
     resources,
@@ -89,6 +90,7 @@ QUICK_CHECKS = (
     *REWARD,
     *LEASH,
     *READING,
+    precision.survival,
     resources.undo,
 )
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)

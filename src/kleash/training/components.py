@@ -212,7 +212,12 @@ def _policy(config: Config, device: torch.device) -> Policy:
     adapter = (
         None
         if lora is None
-        else AdapterSpec(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets or ()))
+        else AdapterSpec(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=tuple(lora.targets or ()),
+            modules_to_save=tuple(lora.modules_to_save or ()),
+        )
     )
     return load_policy(
         config.policy.path,
