@@ -176,8 +176,27 @@ def test_an_unknown_transformation_of_logits_is_refused(llama: Path) -> None:
     check_head(model, head, llama)
     with pytest.raises(ModelError, match="transforms its logits"):
         check_head(model, replace(head, scale=1.01), llama)
-    with pytest.raises(ModelError, match="transforms its logits"):
-        check_head(model, replace(head, weight=torch.full_like(head.weight, torch.nan)), llama)
+    for value in (torch.nan, -torch.inf):
+        damaged = head.weight.detach().clone()
+        damaged[3] = value
+        with pytest.raises(
+            ModelError, match=rf"got {value} in row 3 of its weight \(1 rows in all"
+        ):
+            check_head(model, replace(head, weight=damaged), llama)
+
+
+def test_a_word_banned_by_its_bias_is_read_as_the_model_reads_it(tmp_path: Path) -> None:
+    tiny_models.save_model(tmp_path, "phi")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.bias[7] = -torch.inf
+    model.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    hidden = policy.hidden_states(*batch([PROMPT], [RESPONSE]))
+    assert bool((apply_head(policy.head, hidden)[..., 7] == -torch.inf).all())
+    policy.model.lm_head.bias.data[7] = torch.inf  # pyright: ignore
+    with pytest.raises(ModelError, match="got inf in row 7 of its bias"):
+        check_head(policy.model, policy.head, tmp_path)
 
 
 def test_a_model_without_head_is_refused(llama: Path) -> None:

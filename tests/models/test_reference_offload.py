@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import kleash.models.loading
 from kleash.errors import ModelError
 from kleash.models.loading import load_causal_lm
-from kleash.models.lora import AdapterSpec, merge_adapter
+from kleash.models.lora import AdapterSpec
+from kleash.models.merging import merge_adapter
 from kleash.models.policy import Policy, Reference, freeze_copy, load_policy, load_reference
 from kleash.models.reference_offload import (
     FrozenReference,

@@ -61,7 +61,9 @@ def test_a_clean_run_passes_every_check(world: fault_types.World) -> None:
     report = check(world.config())
     assert report.fails == report.warnings == ()
     rooms = {finding.name.split(".")[0] for finding in report.findings}
-    subjects = "logprobs sampling masks reference reward_model objective resources prompts"
+    subjects = (
+        "logprobs sampling masks reference reward_model objective precision resources prompts"
+    )
     assert rooms == set(subjects.split())
     assert len({finding.name for finding in report.findings}) == len(report.findings)
 

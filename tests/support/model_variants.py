@@ -36,7 +36,8 @@ VARIANTS: dict[str, Callable[[World], None]] = {
     "one token begins and ends": other_tokenizer(bos="<eos>"),
     "a chat template": lambda world: chat(world, "hello"),
     "an adapter": set_key("policy.lora", {"rank": 2}),
-    "bfloat16": set_key("policy.dtype", "bfloat16"),
+    # With a rate whose updates such weights can hold.
+    "bfloat16": several(set_key("policy.dtype", "bfloat16"), set_key("optimizer.lr", 0.05)),
     "a value model of its own": several(
         set_key("algorithm", {"value": {"kind": "model", "path": "{m}/reward"}})
     ),

@@ -16,7 +16,7 @@ from kleash.errors import RunError
 from kleash.storage.atomic_directories import save_tensors
 from kleash.training.assembly import assemble
 from kleash.training.loop import train
-from kleash.training.state import _load_policy, latest_checkpoint
+from kleash.training.state import latest_checkpoint
 
 LORA = {"rank": 2, "targets": ["q_proj"]}
 REFERENCES: dict[str, dict[str, Any]] = {
@@ -95,4 +95,4 @@ def test_a_checkpoint_of_another_model(material: Path, tmp_path: Path) -> None:
     path.mkdir()
     save_tensors(path / "model.safetensors", {"stranger": torch.zeros(2)})
     with pytest.raises(RunError, match=r"holds another model: .*unknown \['stranger'\]"):
-        _load_policy(path, components.policy)
+        components.policy.restore(path)

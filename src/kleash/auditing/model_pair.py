@@ -1,19 +1,16 @@
 """Two checkpoints made comparable: opened, adapters put in, and checked to share their tokens.
 
-A checkpoint may be a whole model or a LoRA adapter, which is merged into its base. Widths, depths,
+A checkpoint may be a whole model or an adapter, which is merged into its base. Widths, depths,
 dtypes and padding of the vocabulary may differ; the tokens may not.
 """
 
-import json
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from kleash.errors import ModelError
-from kleash.models.loading import Dtype, quiet
+from kleash.models.loading import Dtype
+from kleash.models.merging import adapter_settings, is_adapter
 from kleash.models.policy import Identity, Policy, compare_tokenizers, load_policy
 
 AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -67,7 +64,7 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
         ModelError: if either cannot be used.
     """
     stored: Dtype = "float32" if dtype == "float64" else dtype
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter(path):
         found = _open_adapter(Path(path), dtype=stored, device=device)
     else:
         found = load_policy(path, dtype=stored, device=device)
@@ -103,38 +100,12 @@ def same_weights(one: Identity, other: Identity) -> bool:
 
 
 def _open_adapter(path: Path, *, dtype: Dtype, device: str) -> Policy:
-    try:
-        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        base = settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    settings = adapter_settings(path)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str):
         raise ModelError(
-            f"expected an adapter_config.json that names its base in {str(path)!r}, got: {error!r}"
-        ) from error
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(
-            f"expected the package peft for the adapter in {str(path)!r}, got none installed: "
-            "pip install 'kleash[lora]'"
-        ) from error
-    opened = load_policy(str(base), dtype=dtype, device=device)
-    try:
-        with quiet(), warnings.catch_warnings():
-            # peft asks transformers for a name that is on its way out: theirs to settle.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = PeftModel.from_pretrained(opened.model, str(path))
-            # Merged, whatever the adapter changes (the head too) is in plain matrices.
-            merged = wrapped.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"expected a LoRA adapter for {base!r} in {str(path)!r}, got: {reason}"
-        ) from error
-    merged.eval()
-    if any(
-        p.is_floating_point() and not bool(torch.isfinite(p).all()) for p in merged.parameters()
-    ):
-        raise ModelError(
-            f"expected finite weights after merging {str(path)!r}, got NaN or infinity"
+            f"expected an adapter_config.json that names its base in {str(path)!r}, got {base!r}"
         )
-    return replace(opened, model=merged, path=str(path))
+    revision = settings.get("revision") if not Path(base).is_dir() else None
+    opened = load_policy(base, dtype=dtype, device=device, revision=revision, merge=str(path))
+    return replace(opened, path=str(path), merged=None)

@@ -34,6 +34,8 @@ class LoraConfig(Section):
     targets: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = "auto"
     """Names of the modules to adapt; auto: what PEFT chooses for this architecture. The adapter's
     own `adapter_config.json` in a checkpoint records them."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Names of modules to train whole beside the adapter, such as `lm_head` or `embed_tokens`."""
 
 
 class PolicyConfig(Section):

@@ -16,8 +16,8 @@ Named = Iterable[tuple[str, Tensor]]
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights outside adapters, under the names they would have without one."""
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            yield name.replace(".base_layer", ""), parameter
+        if "lora_" not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
 
 
 def weights_sha256(weights: Named) -> str:

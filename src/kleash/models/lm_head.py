@@ -6,7 +6,7 @@ configuration; what is not known is found by comparing with the model's own logi
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
+from kleash.models.trunk import trunk_of
 from kleash.types import Head
 
 
@@ -29,7 +30,7 @@ def read_head(model: PreTrainedModel, words: int) -> Head:
     Raises:
         ModelError: if the model has no output matrix.
     """
-    layer = model.get_output_embeddings()
+    layer = _in_use(model.get_output_embeddings())
     if not isinstance(layer, nn.Module) or not isinstance(getattr(layer, "weight", None), Tensor):
         raise ModelError(
             f"expected a language model with an output matrix, got {type(model).__name__} without: "
@@ -63,25 +64,48 @@ def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tenso
 def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
     """Check on one small batch that head ∘ hidden states are the model's own logits.
 
+    A bias of −∞, which bans a word, is the model's own; other numbers that are not finite are not.
+
     Raises:
-        ModelError: if they are not: the architecture transforms its logits in a way that is not
-            known here, and every log-probability would be wrong.
+        ModelError: if they are not: the head holds numbers that are not finite, or the
+            architecture transforms its logits in a way that is not known here, and every
+            log-probability would be wrong.
     """
+    _require_finite(head, path)
     ids: Int[Tensor, "batch token"] = torch.arange(8, device=head.weight.device).view(2, 4)
     ids = ids % head.words
     with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False)[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = apply_head(head, hidden)
     # In half precision the model rounds the logits themselves, to 3 significant digits.
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
-    worst = (own - ours).abs().max().item() if own.shape == ours.shape else float("inf")
-    if not worst <= tolerance * max(own.abs().max().item(), 1e-3):
+    worst = float("inf")
+    if own.shape == ours.shape:
+        worst = torch.where(own == ours, 0.0, own - ours).abs().max().item()
+    finite = own[own.isfinite()].abs()
+    if not finite.numel() or not worst <= tolerance * max(finite.max().item(), 1e-3):
         raise ModelError(
             f"expected logits = head(hidden states) for {type(model).__name__} in {str(path)!r}, "
             f"got a difference of {worst:.3g}: this architecture transforms its logits in a way "
             "kleash does not know; use another one"
         )
+
+
+def _require_finite(head: Head, path: str | Path) -> None:
+    rows = {"weight": head.weight}
+    if head.bias is not None:
+        rows["bias"] = torch.where(head.bias == -torch.inf, 0.0, head.bias)[:, None]
+    for name, values in rows.items():
+        bad = (~values.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            value = values[row][~values[row].isfinite()][0].item()
+            raise ModelError(
+                f"expected a head of finite numbers in {str(path)!r}, got {value} in row {row} of "
+                f"its {name} ({len(bad)} rows in all): the checkpoint is damaged; a word is banned "
+                "by a bias of −inf"
+            )
 
 
 def check_causal(trunk: nn.Module, path: str | Path) -> None:
@@ -97,9 +121,19 @@ def check_causal(trunk: nn.Module, path: str | Path) -> None:
         first, second = trunk(input_ids=texts)[0][:, :3].float()
     if not (first - second).abs().max() <= 1e-4 * first.abs().max():
         raise ModelError(
-            f"expected a causal model in {str(path)!r}, got one whose states depend on later "
-            "tokens: take a decoder"
+            f"expected a causal model in {str(path)!r}, got {type(trunk).__name__}, whose states "
+            "depend on later tokens (an encoder): take a decoder"
         )
+
+
+def _in_use(layer: object) -> object:
+    """Of a head that is trained whole beside an adapter: the copy, or with the adapter off the
+    original."""
+    copies = getattr(layer, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return layer
+    wrapper = cast(Any, layer)
+    return wrapper.original_module if wrapper.disable_adapters else copies["default"]
 
 
 def _number(config: object, name: str, default: float) -> float:

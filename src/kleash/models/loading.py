@@ -47,6 +47,7 @@ def load_causal_lm(
     Raises:
         ModelError: if there is no model, only pickled weights, or some weights are missing.
     """
+    _require_decoder(load_config(path, revision=revision), path)
     model, missing = _load(AutoModelForCausalLM, path, revision, dtype, device, attention)
     if missing:
         raise ModelError(
@@ -54,6 +55,21 @@ def load_causal_lm(
             f"{_some(missing)}: they would be random numbers; give a complete checkpoint"
         )
     return model
+
+
+def _require_decoder(config: PretrainedConfig, path: str | Path) -> None:
+    """Refuse what is no causal language model by its class, before its weights are read."""
+    name = (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"expected a causal language model in {str(path)!r}, got {name}, an encoder–decoder, "
+            "which writes from what its encoder has read: take a model that is a decoder alone"
+        )
+    if type(config) not in cast(Any, AutoModelForCausalLM)._model_mapping:
+        raise ModelError(
+            f"expected a causal language model in {str(path)!r}, got {name}, for which "
+            "transformers has no head that predicts the next token: take a decoder"
+        )
 
 
 def load_classifier(
@@ -259,6 +275,13 @@ def _load(
                 f"{attention!r}: take 'auto' or 'eager'"
             ) from error
         raise ModelError(_cannot_load("a model", path, error)) from error
+    # Raised by the code of one of several hundred architectures.
+    except Exception as error:
+        name = (config.architectures or [type(config).__name__])[0]
+        raise ModelError(
+            f"expected a configuration that {name} accepts in {str(path)!r}, got an error in the "
+            f"model's own code: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     switch_off_dropout(model)
     return model, sorted(info["missing_keys"])
 

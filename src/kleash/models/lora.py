@@ -1,24 +1,25 @@
-"""LoRA adapters: a new one to train, and one of before that becomes part of the weights.
+"""A LoRA adapter to train instead of the whole model.
 
 Left out: adapters kept side by side. Where supervised training left an adapter and a new one is
-trained, the old one is merged into the weights before anything else; policy and reference then
-share one base, and switching the new one off is the reference, whatever was merged.
+trained, the old one is merged into the weights first (`merging`); policy and reference then share
+one base, and switching the new one off is the reference, whatever was merged.
 """
 
 import importlib
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kleash.errors import ModelError
 
-_WEIGHTS = "adapter_model.safetensors"
+_HEAD = (
+    "expected an adapter on inner layers, got target {}: the head is read directly and cannot "
+    "carry low-rank matrices; train it whole with modules_to_save"
+)
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,24 @@ class AdapterSpec:
     alpha: int = 16
     targets: tuple[str, ...] = ()
     """Names of the linear layers to adapt; empty: those peft knows for the architecture."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside it, on a copy: `lm_head`, `embed_tokens`."""
 
 
-def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
+def add_adapter(model: PreTrainedModel, spec: AdapterSpec, *, revision: str | None = None) -> Any:
     """Put a LoRA adapter into a model; it starts as no change at all.
+
+    Args:
+        model: the base; changed in place.
+        spec: the adapter.
+        revision: of the base's hub name, for the adapter's settings.
 
     Raises:
         ModelError: a target is the head or no linear layer, or peft is not installed.
     """
     heads = [t for t in spec.targets if t.split(".")[-1] in ("lm_head", "embed_out", "output")]
     if heads:
-        raise ModelError(
-            f"expected an adapter on inner layers, got target {heads[0]!r}: the head is shared "
-            "with the reference and read directly, so it cannot carry one"
-        )
+        raise ModelError(_HEAD.format(repr(heads[0])))
     peft = _peft()
     config = peft.LoraConfig(
         r=spec.rank,
@@ -50,55 +55,46 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
         target_modules=list(spec.targets) or None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
+        modules_to_save=list(spec.modules_to_save) or None,
+        revision=revision,
     )
     try:
         with warnings.catch_warnings():
             # peft asks transformers for a name that is on its way out: theirs to settle.
             warnings.simplefilter("ignore", FutureWarning)
+            # Head and embedding are read as they are, and checked whenever they are merged.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         layers = {
             name.split(".")[-1]
-            for name, module in model.base_model.named_modules()
+            for name, module in model.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         }
         raise ModelError(
             f"expected adapter targets among the linear layers of {type(model).__name__}, got: "
             f"{reason.removesuffix('.')}; take some of {', '.join(sorted(layers))}"
         ) from error
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ModelError(_HEAD.format("the head, by a name that ends alike"))
+    _require_saved(model, spec)
     return wrapped.eval()
 
 
-def merge_adapter(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
-    r"""Add a trained adapter to the weights: W ← W + (alpha/rank)·B·A, rounded to the dtype of W.
-
-    Args:
-        model: the base the adapter was trained on; changed in place.
-        directory: where peft saved it.
+def _require_saved(model: PreTrainedModel, spec: AdapterSpec) -> None:
+    """Every module to be trained whole is there.
 
     Raises:
-        ModelError: there is no adapter in safetensors there, or it is for another model.
+        ModelError: one is not: peft looks for it without a word.
     """
-    if not (Path(directory) / _WEIGHTS).is_file():
-        raise ModelError(
-            f"expected an adapter saved by peft in {str(directory)!r}, got no {_WEIGHTS} there: "
-            "give its directory, with weights as safetensors"
-        )
-    peft = _peft()
-    try:
-        with warnings.catch_warnings():
-            # A key that the model lacks is a warning there; here it is another model's adapter.
-            warnings.simplefilter("error")
-            warnings.simplefilter("ignore", FutureWarning)
-            loaded = peft.PeftModel.from_pretrained(model, str(directory))
-            merged = cast(PreTrainedModel, loaded.merge_and_unload())
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"expected an adapter for {type(model).__name__} in {str(directory)!r}, got: {reason}"
-        ) from error
-    return merged.eval().requires_grad_(True)  # peft had frozen the base
+    names = {name.split(".")[-2] for name, _ in model.named_modules() if ".modules_to_save" in name}
+    for wanted in spec.modules_to_save:
+        if wanted.split(".")[-1] not in names:
+            raise ModelError(
+                f"expected modules_to_save among the modules of {type(model).__name__}, got "
+                f"{wanted!r}, which it has not: take lm_head or embed_tokens"
+            )
 
 
 def _peft() -> Any:

@@ -7,8 +7,7 @@ What becomes of hidden states is the business of `scoring`. Left out: gradient c
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -16,23 +15,26 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import ModelError
+from kleash.models.checkpoint import restore_policy, save_policy
 from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
     Attention,
     Dtype,
     load_causal_lm,
+    load_config,
     load_tokenizer,
     number_of_words,
-    quiet,
     require_special_tokens,
     stop_ids,
 )
-from kleash.models.lora import AdapterSpec, add_adapter, merge_adapter
+from kleash.models.lora import AdapterSpec, add_adapter
+from kleash.models.merging import merge_adapter
+from kleash.models.probing import check_padding, own_code
+from kleash.models.trunk import trunk_of, trunk_states
 from kleash.types import Head
 
 
@@ -127,7 +129,7 @@ class Policy:
     ) -> Float[Tensor, "batch token+1 hidden"]:
         """See `LanguageModel`; gradients flow."""
         return trunk_states(
-            self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+            trunk_of(self.model), prompt_ids, prompt_mask, response_ids, response_mask
         )
 
     def identity(self) -> Identity:
@@ -135,10 +137,30 @@ class Policy:
         return _identity(self, "loaded", base_weights(self.model))
 
     def save(self, path: str | Path) -> None:
-        """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors."""
-        with quiet():
-            (self.model if self.adapter is None else self.adapter).save_pretrained(str(path))
-            self.tokenizer.save_pretrained(str(path))
+        """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors.
+
+        What was written is verified; see `checkpoint`.
+
+        Raises:
+            ModelError: it does not open as this policy.
+        """
+        save_policy(
+            path,
+            self.model,
+            self.tokenizer,
+            words=self.words,
+            adapter=self.adapter,
+            base=self.path,
+            merged=self.merged is not None,
+        )
+
+    def restore(self, path: str | Path) -> None:
+        """Take the weights that `save` wrote.
+
+        Raises:
+            RunError: the directory holds another model.
+        """
+        restore_policy(Path(path), self.model, adapter=self.adapter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +180,10 @@ class Reference:
 
     @property
     def head(self) -> Head:
-        """The head; its parameters ask for no gradient."""
-        return read_head(self.model, self.words)
+        """The head; where it is the policy's own, as it was before it was trained."""
+        off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
+        with off:
+            return read_head(self.model, self.words)
 
     def hidden_states(
         self,
@@ -172,7 +196,7 @@ class Reference:
         off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
         with off, torch.no_grad():
             return trunk_states(
-                self.model.base_model, prompt_ids, prompt_mask, response_ids, response_mask
+                trunk_of(self.model), prompt_ids, prompt_mask, response_ids, response_mask
             )
 
     def identity(self) -> Identity:
@@ -207,18 +231,19 @@ def load_policy(
         attention: implementation of attention; "auto" leaves the choice to the library.
         adapter: train only a LoRA adapter; the reference is then the model with it off.
         revision: of a hub name.
-        merge: directory of a LoRA adapter to merge into the weights first: where supervised
-            training left an adapter, the policy begins as base + that adapter, and so does the
-            reference.
+        merge: directory of an adapter to merge into the weights first: where supervised training
+            left an adapter, the policy begins as base + that adapter, and so does the reference.
+            Its own tokenizer, chat template and added rows are used, where it has them.
 
     Raises:
-        ModelError: if the model or tokenizer cannot be used; see `loading` and `heads`.
+        ModelError: if the model or tokenizer cannot be used; see `loading`, `merging`, `lm_head`
+            and `probing`.
     """
     model = _load_merged(path, merge, dtype, device, attention, revision)
-    tokenizer = load_tokenizer(path, revision=revision)
+    tokenizer = _load_tokenizer(path, merge, revision)
     require_special_tokens(tokenizer, path)
     words = _checked_words(model, tokenizer, path)
-    wrapped = None if adapter is None else add_adapter(model, adapter)
+    wrapped = None if adapter is None else add_adapter(model, adapter, revision=revision)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -246,7 +271,7 @@ def load_reference(
         ModelError: if the model or tokenizer cannot be used.
     """
     model = _load_merged(path, merge, dtype, device, attention, revision)
-    tokenizer = load_tokenizer(path, revision=revision)
+    tokenizer = _load_tokenizer(path, merge, revision)
     words = _checked_words(model, tokenizer, path)
     model.requires_grad_(False)
     return Reference(model, tokenizer, str(path), words, "loaded", revision=revision, merged=merge)
@@ -322,40 +347,6 @@ def compare_tokenizers(
             )
 
 
-def trunk_states(
-    trunk: nn.Module,
-    prompt_ids: Int[Tensor, "batch prompt"],
-    prompt_mask: Bool[Tensor, "batch prompt"],
-    response_ids: Int[Tensor, "batch token"],
-    response_mask: Bool[Tensor, "batch token"],
-    *,
-    weights: Mapping[str, Tensor] | None = None,
-) -> Float[Tensor, "batch token+1 hidden"]:
-    """Hidden states of the response part of [left-padded prompt | right-padded response].
-
-    Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
-    far it is padded. The state that predicts response token 0 belongs to the last prompt token.
-
-    Args:
-        trunk: the model without its head.
-        prompt_ids: prompts, padded on the left.
-        prompt_mask: True on their tokens.
-        response_ids: responses, padded on the right.
-        response_mask: True on their tokens.
-        weights: parameters and buffers to read with instead of the trunk's own, by name.
-    """
-    ids = torch.cat([prompt_ids, response_ids], dim=1)
-    mask = torch.cat([prompt_mask, response_mask], dim=1)
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    # Without padding the mask says nothing, and attention is faster not being told.
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask.long()
-    if _takes_positions(trunk):
-        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    out = trunk(**inputs) if weights is None else functional_call(trunk, dict(weights), (), inputs)
-    return out[0][:, prompt_ids.shape[1] - 1 :]
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """Number of positions a model has; None if its configuration names no limit."""
     config = model.config.get_text_config()
@@ -363,17 +354,15 @@ def context_length(model: PreTrainedModel) -> int | None:
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
-def _takes_positions(trunk: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(trunk.forward).parameters
-
-
 def _checked_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path
 ) -> int:
     rows = read_head(model, 1).weight.shape[0]
     words = number_of_words(tokenizer, rows, path)
-    check_causal(model.base_model, path)
-    check_head(model, read_head(model, words), path)
+    with own_code(model, path):
+        check_causal(trunk_of(model), path)
+        check_head(model, read_head(model, words), path)
+        check_padding(model, words, path)
     return words
 
 
@@ -398,5 +387,50 @@ def _load_merged(
     attention: Attention,
     revision: str | None,
 ) -> PreTrainedModel:
-    model = load_causal_lm(path, dtype=dtype, device=device, attention=attention, revision=revision)
-    return model if merge is None else merge_adapter(model, merge)
+    if merge is None:
+        return load_causal_lm(
+            path, dtype=dtype, device=device, attention=attention, revision=revision
+        )
+    wanted = load_config(path, revision=revision).dtype if dtype == "auto" else _DTYPES[dtype]
+    half = wanted in (torch.bfloat16, torch.float16)
+    model = load_causal_lm(
+        path,
+        dtype="float32",
+        # In main memory, which is the larger one, while it takes twice its room.
+        device="cpu" if half else device,
+        attention=attention,
+        revision=revision,
+    )
+    model = merge_adapter(model, merge)
+    return cast(Any, _rounded(model, wanted)).to(device) if half else model
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with its parameters in half precision, but for those it keeps in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _load_tokenizer(
+    path: str | Path, merge: str | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; that of the adapter merged into it, where there is one."""
+    if merge is None:
+        return load_tokenizer(path, revision=revision)
+    own = Path(merge)
+    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return load_tokenizer(own)
+    tokenizer = load_tokenizer(path, revision=revision)
+    template = own / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import ModelError
-from kleash.models.policy import Identity, LanguageModel, Policy, Reference, trunk_states
+from kleash.models.policy import Identity, LanguageModel, Policy, Reference
+from kleash.models.trunk import trunk_of, trunk_states
 from kleash.storage.atomic_files import replace_file
 from kleash.types import Head
 
@@ -71,7 +72,7 @@ class OffloadedReference:
         response_mask: Bool[Tensor, "batch token"],
     ) -> Float[Tensor, "batch token+1 hidden"]:
         """See `LanguageModel`; no gradient flows."""
-        trunk = self.inner.model.base_model
+        trunk = trunk_of(self.inner.model)
         named = [*trunk.named_parameters(), *trunk.named_buffers()]
         lent = {name: tensor.detach().to(self.device) for name, tensor in named}
         with torch.no_grad():

@@ -22,7 +22,8 @@ from kleash.models.loading import (
     load_config,
     load_tokenizer,
 )
-from kleash.models.policy import Policy, compare_tokenizers, trunk_states
+from kleash.models.policy import Policy, compare_tokenizers
+from kleash.models.trunk import trunk_of, trunk_states
 
 Features = Literal["trunk_detached", "trunk"]
 
@@ -144,7 +145,7 @@ def load_value_model(
         layer = nn.Linear(read_head(model, 1).weight.shape[1], 1)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    value = ValueModel(model.base_model, layer.to(device=device))
+    value = ValueModel(trunk_of(model), layer.to(device=device))
     check_causal(value.trunk, path)
     return value
 

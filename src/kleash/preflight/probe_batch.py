@@ -20,6 +20,7 @@ from kleash.config.schema import Config
 from kleash.models.lm_head import apply_head
 from kleash.models.policy import LanguageModel
 from kleash.models.reference_offload import FrozenReference, underlying
+from kleash.models.trunk import trunk_of
 from kleash.training.components import Components
 from kleash.training.responses import JudgedResponses
 from kleash.types import Head, Rollout, ScoredRollout
@@ -220,7 +221,7 @@ def own_reading(
 ) -> tuple[Float[Tensor, "position hidden"], Float[Tensor, "token vocab"]]:
     """States of a text and logits of its response, as the model computes them by itself."""
     ids = torch.cat([prompt, response])[None]
-    states = model.base_model(input_ids=ids, use_cache=False)[0][0]
+    states = trunk_of(model)(input_ids=ids, use_cache=False)[0][0]
     logits = model(input_ids=ids, use_cache=False).logits[0]
     return states, logits[len(prompt) - 1 : -1].float()
 

@@ -14,6 +14,7 @@ from kleash.preflight.checks import (
     logprobs,
     masks,
     objective,
+    precision,
     prompts,
     reference,
     resources,
@@ -100,6 +101,7 @@ QUICK_CHECKS = (
     *REWARD,
     *LEASH,
     *READING,
+    precision.survival,
     resources.undo,
 )
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)

@@ -174,7 +174,12 @@ def _policy(config: Config, device: torch.device) -> Policy:
     adapter = None
     if lora is not None:
         targets = () if lora.targets == "auto" else tuple(lora.targets)
-        adapter = AdapterSpec(rank=lora.rank, alpha=lora.alpha, targets=targets)
+        adapter = AdapterSpec(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=targets,
+            modules_to_save=tuple(lora.modules_to_save),
+        )
     return load_policy(
         config.policy.path,
         dtype=config.policy.dtype,

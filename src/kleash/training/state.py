@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.errors import RunError
@@ -118,7 +117,7 @@ def restore_run_state(
     verify_checkpoint(directory)
     record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
     _require_reference(directory, record["reference"], reference)
-    _load_policy(directory / "policy", components.policy)
+    components.policy.restore(directory / "policy")
     device = components.policy.device
     if components.value is not None:
         critic = load_tensors(directory / "value.safetensors", device)
@@ -168,24 +167,3 @@ def _require_reference(directory: Path, stored: Mapping[str, Any], now: Identity
             f"weights {stored['sha256'][:12]}…, got {now.path} with {now.sha256[:12]}…; give back "
             "the model it began with"
         )
-
-
-def _load_policy(directory: Path, policy: Policy) -> None:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(file, device=str(policy.device))
-    if policy.adapter is not None:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(policy.adapter, tensors)
-        return
-    # Tied weights are stored once, under one of their names.
-    known = policy.model.state_dict(keep_vars=True)
-    stored = {known[name].data_ptr() for name in tensors if name in known}
-    missing = [n for n, tensor in known.items() if tensor.data_ptr() not in stored]
-    unknown = [name for name in tensors if name not in known]
-    if missing or unknown:
-        raise RunError(
-            f"{directory} holds another model: weights missing {missing[:3]}, unknown {unknown[:3]}"
-        )
-    policy.model.load_state_dict(tensors, strict=False)

@@ -1,0 +1,276 @@
+"""A policy on the disk: what plain transformers and peft open there is the policy that was held.
+
+    all weights trained        the model
+    an adapter                 the adapter, whose settings name the base (its absolute path)
+    an adapter on an adapter   the whole model, both adapters in its weights, because no adapter
+                               alone can say "base + the other adapter"; beside it, for resuming,
+                               the tensors of the new adapter in `adapter_state/`
+
+In half precision the third is written in float32: rounding would lose most of a small adapter.
+
+Every checkpoint is verified. The first of a process is opened with plain transformers and peft, in
+main memory, and the log-probabilities of a few texts are compared with those of the policy that is
+held. That costs a second copy of the model for some seconds. Later ones differ in their numbers
+alone, so only these are compared, tensor by tensor, with what is held. Where an architecture stores
+its tensors under other names, or two adapters were put into one model, each is opened.
+"""
+
+import importlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.errors import ModelError, RunError
+from kleash.models.loading import quiet, switch_off_dropout
+from kleash.models.merging import MERGING_TOLERANCE, is_adapter, require_same
+from kleash.models.probing import first_lines, probe_texts, text_logprobs
+
+_STATE = Path("adapter_state") / "adapter.safetensors"
+_SAME, _OTHER_DEVICE, _ROUNDED = 1e-5, 1e-3, 2e-2
+"""Largest differences of log-probabilities, relative to the largest of them (at least 1): of one
+arithmetic, of another device's, and of half precision against float32."""
+_OPENED: WeakSet[nn.Module] = WeakSet()
+"""Models whose first checkpoint was opened and found right."""
+
+
+def save_policy(
+    directory: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    words: int,
+    adapter: Any = None,
+    base: str = "",
+    merged: bool = False,
+) -> None:
+    """Write a policy in Hugging Face format, as safetensors, and verify what was written.
+
+    Args:
+        directory: where to; made if missing.
+        model: the language model, an adapter's layers in it if there is one.
+        tokenizer: its tokenizer.
+        words: token ids that stand for text.
+        adapter: the peft model around it; None: all weights are the policy's own.
+        base: path or hub name of the base, where there is an adapter.
+        merged: whether another adapter was merged into the base before.
+
+    Raises:
+        ModelError: what was written does not open as the policy that is held.
+    """
+    directory = Path(directory)
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ties and names; what was written is verified
+        if adapter is None:
+            model.save_pretrained(directory)
+        elif merged:
+            _merged_copy(model).save_pretrained(directory)
+            (directory / _STATE).parent.mkdir(parents=True, exist_ok=True)
+            save_file(_adapter_tensors(adapter), directory / _STATE)
+        else:
+            settings = adapter.peft_config["default"]
+            settings.base_model_name_or_path = _findable(base)
+            adapter.save_pretrained(str(directory), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(directory))
+    verify_policy(directory, model, words=words, adapter=adapter)
+
+
+def verify_policy(
+    directory: Path, model: PreTrainedModel, *, words: int, adapter: Any = None
+) -> None:
+    """Check that what is in a directory is the policy that is held; see the top of this file.
+
+    Raises:
+        ModelError: it is not, or it does not open.
+    """
+    whole = not is_adapter(directory)
+    held = model.state_dict() if adapter is None else _adapter_tensors(adapter)
+    merged = adapter is not None and whole
+    known = _compare_tensors(directory / _STATE if merged else directory, held)
+    if model in _OPENED and known and not merged:
+        return
+    _compare_opened(directory, model, words=words, merged=merged)
+    _OPENED.add(model)
+
+
+def restore_policy(directory: Path, model: PreTrainedModel, *, adapter: Any = None) -> None:
+    """Give a policy the weights that `save_policy` wrote.
+
+    Raises:
+        RunError: the directory holds another model, or cannot be read.
+    """
+    source = directory / _STATE if (directory / _STATE).is_file() else None
+    files = sorted(directory.glob("*.safetensors")) if source is None else [source]
+    device = str(next(model.parameters()).device)
+    tensors: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            tensors |= load_file(file, device=device)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{directory} cannot be read: {first_lines(error)}") from error
+    if adapter is not None:
+        expected = _adapter_tensors(adapter)
+        _require_names(directory, expected.keys() - tensors.keys(), tensors.keys() - expected)
+        importlib.import_module("peft").set_peft_model_state_dict(adapter, tensors)
+        return
+    known = model.state_dict(keep_vars=True)
+    if not tensors.keys() <= known.keys() and (directory / "config.json").is_file():
+        # Some architectures store their tensors under other names, which opening translates.
+        tensors = dict(_open(directory, model).state_dict())
+    # Tied weights are stored once, under one of their names.
+    stored = {known[name].data_ptr() for name in tensors if name in known}
+    missing = {name for name, tensor in known.items() if tensor.data_ptr() not in stored}
+    _require_names(directory, missing, tensors.keys() - known.keys())
+    model.load_state_dict(tensors, strict=False)
+
+
+def _require_names(directory: Path, missing: set[str], unknown: set[str]) -> None:
+    if missing or unknown:
+        raise RunError(
+            f"{directory} holds another model: weights missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unknown)[:3]}"
+        )
+
+
+def _findable(base: str) -> str:
+    """A base's path from everywhere; a hub name as it is."""
+    return str(Path(base).resolve()) if Path(base).exists() else base
+
+
+def _adapter_tensors(adapter: Any) -> dict[str, Tensor]:
+    """An adapter's tensors under the names of its file."""
+    state = importlib.import_module("peft").get_peft_model_state_dict(
+        adapter, save_embedding_layers=False
+    )
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _merged_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model in main memory, the adapter in its weights; the held one is not touched."""
+    tensors: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    layers = dict(model.named_modules())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if "lora_" in name or ".original_module." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        layer: Any = layers.get(name.rpartition(".base_layer.")[0])
+        if layer is not None and name.endswith(".base_layer.weight"):
+            delta = layer.get_delta_weight("default")
+            tensors[plain] = (_whole(tensor) + _whole(delta)).cpu()
+        else:
+            # A tied matrix that no adapter touches stays one.
+            tensors[plain] = copies.setdefault(id(tensor), _whole(tensor).cpu())
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    head, embedding = _names_of_ends(model)
+    if head in tensors and embedding in tensors:
+        apart = tensors[head].data_ptr() != tensors[embedding].data_ptr()
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = part.tie_word_embeddings and not apart
+    with torch.device("meta"):
+        copy = type(model)(config)
+    copy.load_state_dict(tensors, strict=False, assign=True)
+    copy.generation_config = model.generation_config
+    copy.tie_weights()
+    copy.config.dtype = next(copy.parameters()).dtype
+    return copy
+
+
+def _names_of_ends(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the head's and the embedding's matrices without an adapter."""
+    found: list[str] = []
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        found.append(next(name for name, one in model.named_modules() if one is module))
+    return f"{found[0]}.weight", f"{found[1]}.weight"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """In float32, if it was in half precision."""
+    own = tensor.detach()
+    return own.float() if own.dtype in (torch.bfloat16, torch.float16) else own
+
+
+def _compare_tensors(source: Path, held: Mapping[str, Tensor]) -> bool:
+    """Compare files with what is held, tensor by tensor; False: they use other names.
+
+    Raises:
+        ModelError: a tensor differs or is missing.
+    """
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    stored: set[int] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name not in held:
+                    return False
+                ours = held[name].detach()
+                if not torch.equal(opened.get_tensor(name), ours.cpu()):
+                    raise ModelError(
+                        f"expected the weights that are held in {str(file)!r}, got other numbers "
+                        f"for {name!r}: the checkpoint is not the trained model"
+                    )
+                stored.add(ours.data_ptr())
+    missing = [name for name, ours in held.items() if ours.data_ptr() not in stored]
+    if missing:
+        raise ModelError(
+            f"expected every weight that is held in {str(source)!r}, got none for {missing[0]!r}: "
+            "the checkpoint is not the trained model"
+        )
+    return True
+
+
+def _compare_opened(directory: Path, model: PreTrainedModel, *, words: int, merged: bool) -> None:
+    ids = probe_texts(words)
+    device, dtype = next(model.parameters()).device, _dtype(model)
+    ours = text_logprobs(model, ids.to(device), words)
+    theirs = text_logprobs(_open(directory, model, merged=merged), ids, words)
+    tolerance = MERGING_TOLERANCE if merged else _SAME
+    if device.type != "cpu":
+        tolerance = _OTHER_DEVICE
+    if dtype in (torch.bfloat16, torch.float16) and (merged or device.type != "cpu"):
+        tolerance = _ROUNDED
+    what = f"the checkpoint in {str(directory)!r}, opened with plain transformers,"
+    require_same(ours, theirs, tolerance, what)
+
+
+def _open(directory: Path, like: PreTrainedModel, *, merged: bool = False) -> PreTrainedModel:
+    """Open a directory as anyone would, with the attention and dtype of the model that is held."""
+    settings: dict[str, Any] = {
+        "dtype": torch.float32 if merged else _dtype(like),
+        "attn_implementation": cast(Any, like.config)._attn_implementation,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    try:
+        with quiet(), warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            if is_adapter(directory):
+                made = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+                path, revision = made["base_model_name_or_path"], made.get("revision") or "main"
+                base = AutoModelForCausalLM.from_pretrained(path, revision=revision, **settings)
+                peft = importlib.import_module("peft")
+                opened = peft.PeftModel.from_pretrained(base, str(directory)).get_base_model()
+            else:
+                opened = AutoModelForCausalLM.from_pretrained(str(directory), **settings)
+    # Whatever it is that stops a checkpoint from being opened, the checkpoint is no use.
+    except Exception as error:
+        raise ModelError(
+            f"expected a checkpoint that opens in {str(directory)!r}, got "
+            f"{type(error).__name__}: {first_lines(error)}"
+        ) from error
+    switch_off_dropout(opened)
+    return cast(PreTrainedModel, opened)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of the weights, those of an adapter left out."""
+    return next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)

@@ -1,0 +1,71 @@
+"""A language model without its head: tokens in, hidden states out, padding without effect.
+
+Left out: the head (`lm_head`), and checks of a model's own behaviour (`probing`).
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from kleash.errors import ModelError
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a language model that gives hidden states.
+
+    `base_model` is the model itself where a class names another attribute than it has (Llama 4's
+    text model); the trunk is then the part that holds the input embeddings.
+
+    Raises:
+        ModelError: if no part of the model is one.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    for child in model.children():
+        if child is not embedding and any(part is embedding for part in child.modules()):
+            return child
+    raise ModelError(
+        f"expected a language model made of a trunk and a head, got {type(model).__name__}, which "
+        "has no part that gives hidden states: take another architecture"
+    )
+
+
+def trunk_states(
+    trunk: nn.Module,
+    prompt_ids: Int[Tensor, "batch prompt"],
+    prompt_mask: Bool[Tensor, "batch prompt"],
+    response_ids: Int[Tensor, "batch token"],
+    response_mask: Bool[Tensor, "batch token"],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "batch token+1 hidden"]:
+    """Hidden states of the response part of [left-padded prompt | right-padded response].
+
+    Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
+    far it is padded. The state that predicts response token 0 belongs to the last prompt token.
+
+    Args:
+        trunk: the model without its head.
+        prompt_ids: prompts, padded on the left.
+        prompt_mask: True on their tokens.
+        response_ids: responses, padded on the right.
+        response_mask: True on their tokens.
+        weights: parameters and buffers to read with instead of the trunk's own, by name.
+    """
+    ids = torch.cat([prompt_ids, response_ids], dim=1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    # Without padding the mask changes nothing, and attention is faster without one.
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask.long()
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    out = trunk(**inputs) if weights is None else functional_call(trunk, dict(weights), (), inputs)
+    return out[0][:, prompt_ids.shape[1] - 1 :]
