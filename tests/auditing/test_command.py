@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kleash.auditing.bits_per_byte import audit_bytes, raw_texts
 from kleash.auditing.inputs import Source
-from kleash.auditing.model_pair import Pair, open_checkpoint
+from kleash.auditing.model_pair import ModelPair, open_checkpoint
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Settings
 from kleash.cli import main
@@ -175,7 +175,7 @@ def test_bits_per_byte_against_the_dense_path(folder, tmp_path) -> None:
     models = [open_checkpoint(folder / n, dtype="float32", device="cpu") for n in ("base", "other")]
     file = tmp_path / "book.txt"
     file.write_text(" ".join(f"w{n % 20}" for n in range(300)))
-    found = audit_bytes(Pair(*models), Source("texts", file), Settings(batch_tokens=50))
+    found = audit_bytes(ModelPair(*models), Source("texts", file), Settings(batch_tokens=50))
     texts = list(raw_texts(file))
     for model, one in zip(
         models, (found.bits_per_byte.policy, found.bits_per_byte.reference), strict=True
@@ -208,7 +208,7 @@ def test_bits_of_what_cannot_be_read(folder, tmp_path) -> None:
     for parameter in model.model.parameters():
         parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="got NaN"):
-        audit_bytes(Pair(model, model), Source("texts", folder / "texts.jsonl"), Settings())
+        audit_bytes(ModelPair(model, model), Source("texts", folder / "texts.jsonl"), Settings())
 
 
 def test_importing_kleash_is_light() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kleash.auditing.inputs import Source, SourceKind
-from kleash.auditing.model_pair import AuditDtype, Pair, check_pair, open_checkpoint
+from kleash.auditing.model_pair import AuditDtype, ModelPair, check_pair, open_checkpoint
 from kleash.auditing.result import Audit, Per
 from kleash.auditing.runner import Settings, Watch, audit_pair
 from kleash.errors import ConfigError
@@ -88,7 +88,7 @@ def audit(
     given: dict[SourceKind, Given | None]
     given = {"prompts": prompts, "texts": texts, "responses": responses}
     kind, what = one_source(given)
-    pair = Pair(
+    pair = ModelPair(
         *(
             m if isinstance(m, Policy) else open_checkpoint(m, dtype=dtype, device=device)
             for m in (policy, reference)

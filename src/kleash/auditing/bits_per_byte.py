@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
-from kleash.auditing.clustered_moments import Moments
+from kleash.auditing.clustered_moments import ClusteredMoments
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.inputs import Item, Source, pack
-from kleash.auditing.model_pair import Pair
+from kleash.auditing.model_pair import ModelPair
 from kleash.auditing.result import Audit, BitsPerByte
 from kleash.auditing.runner import WINDOW, Settings
 from kleash.auditing.token_records import side_by_side
@@ -30,7 +30,7 @@ STRETCH = 2000
 _NAMES = ("policy", "reference", "log_ratio", "bytes", "responses")
 
 
-def audit_bytes(pair: Pair, source: Source, settings: Settings) -> Audit:
+def audit_bytes(pair: ModelPair, source: Source, settings: Settings) -> Audit:
     """Compare two models by the bits per byte that they need for the same texts.
 
     Args:
@@ -42,7 +42,7 @@ def audit_bytes(pair: Pair, source: Source, settings: Settings) -> Audit:
         PromptError: if the file cannot be used.
         NonFiniteError: if a model gives NaN.
     """
-    moments = Moments(_NAMES)
+    moments = ClusteredMoments(_NAMES)
     count = 0
     for window in _windows(raw_texts(source.path)):
         ours, theirs = (_bits(model, window, settings) for model in (pair.policy, pair.reference))

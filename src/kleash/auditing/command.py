@@ -11,7 +11,7 @@ from kleash.auditing.console import AuditDisplay, print_audit
 from kleash.auditing.drift_curve import Drift, drift_of, write_drift
 from kleash.auditing.html import write_audit, write_page
 from kleash.auditing.inputs import Source
-from kleash.auditing.model_pair import AuditDtype, Pair, check_pair, open_checkpoint
+from kleash.auditing.model_pair import AuditDtype, ModelPair, check_pair, open_checkpoint
 from kleash.auditing.partial_results import NAME
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Settings, audit_pair
@@ -19,7 +19,7 @@ from kleash.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Order:
+class AuditCommand:
     """A command line, understood."""
 
     policies: Sequence[str]
@@ -34,7 +34,7 @@ class Order:
     bytewise: bool
 
 
-def run_order(order: Order) -> int:
+def run_command(order: AuditCommand) -> int:
     """Carry it out; the exit code of the gate, or 0.
 
     Raises:
@@ -59,7 +59,7 @@ def run_order(order: Order) -> int:
     return max(codes, key=(0, 4, 3).index, default=0)
 
 
-def _check_bytewise(order: Order) -> None:
+def _check_bytewise(order: AuditCommand) -> None:
     if order.source.kind != "texts":
         raise UsageError("--bytes compares whole texts: give --texts FILE with it")
     settings = order.settings
@@ -67,8 +67,8 @@ def _check_bytewise(order: Order) -> None:
         raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 
 
-def _one(order: Order, policy: str, into: Path | None, console: Console) -> Audit:
-    pair = Pair(
+def _one(order: AuditCommand, policy: str, into: Path | None, console: Console) -> Audit:
+    pair = ModelPair(
         open_checkpoint(policy, dtype=order.dtype, device=order.device),
         open_checkpoint(order.reference, dtype=order.dtype, device=order.device),
     )
@@ -103,7 +103,9 @@ def _say_stopped(into: Path | None, console: Console) -> None:
         console.print(f"{into} holds what was found so far; --resume goes on", markup=False)
 
 
-def _say(order: Order, audits: Sequence[Audit], drift: Drift | None, console: Console) -> None:
+def _say(
+    order: AuditCommand, audits: Sequence[Audit], drift: Drift | None, console: Console
+) -> None:
     if order.as_json:
         print(audits[0].to_json() if drift is None else drift.to_json())
         return
@@ -117,7 +119,7 @@ def _say(order: Order, audits: Sequence[Audit], drift: Drift | None, console: Co
         console.print(f"{order.into / name}.html, {name}.json and {NAME}", markup=False)
 
 
-def _folders(order: Order) -> list[Path | None]:
+def _folders(order: AuditCommand) -> list[Path | None]:
     """Where each audit goes: the directory itself, or one below it for each of several."""
     if order.into is None or len(order.policies) == 1:
         return [order.into] * len(order.policies)

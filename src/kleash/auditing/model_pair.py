@@ -20,7 +20,7 @@ AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class ModelPair:
     """A policy and the reference it is measured against. Both can write."""
 
     policy: Policy
@@ -39,7 +39,7 @@ def load_pair(
     *,
     dtype: AuditDtype = "float32",
     device: str = "cpu",
-) -> Pair:
+) -> ModelPair:
     """Open both checkpoints and check that they can be compared.
 
     Args:
@@ -52,7 +52,7 @@ def load_pair(
     Raises:
         ModelError: if a model cannot be used, or the two have different tokens.
     """
-    pair = Pair(
+    pair = ModelPair(
         open_checkpoint(policy, dtype=dtype, device=device),
         open_checkpoint(reference, dtype=dtype, device=device),
     )
@@ -77,7 +77,7 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
     return found
 
 
-def check_pair(pair: Pair) -> None:
+def check_pair(pair: ModelPair) -> None:
     """Check that every token has the same id in both.
 
     Raises:

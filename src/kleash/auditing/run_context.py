@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kleash.auditing.confidence_intervals import Interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval
 from kleash.models.policy import Identity
 from kleash.report.metric_charts import ROOT_KL, known_frontier, over_root_kl
 from kleash.report.svg_chart import Chart, Point, Series
@@ -109,7 +109,7 @@ def _spots(points: list[Point]) -> list[Spot]:
     return [Spot(point.x, point.y, point.error) for point in points]
 
 
-def charts_over_root_kl(placed: Sequence[tuple[Interval, Standing]]) -> list[Chart]:
+def charts_over_root_kl(placed: Sequence[tuple[ConfidenceInterval, Standing]]) -> list[Chart]:
     """Score against √KL, and gold where several checkpoints have one.
 
     Args:

@@ -4,7 +4,7 @@
 2. prompts (texts, responses) are read window by window           sources
 3. a model writes, where it is to write                           writing
 4. both models read every token: exact KL, both directions        records
-5. each batch goes to the disk and into the running account       partfile, tally
+5. each batch goes to the disk and into the running account       partfile, account
 6. intervals decide when to stop and what the gate says           intervals
 7. the worst responses are looked at once more                    summary, details
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from kleash import __version__
-from kleash.auditing.accumulator import Tally
-from kleash.auditing.confidence_intervals import Interval, Kind, clusters_for, decide
+from kleash.auditing.accumulator import AuditAccumulator
+from kleash.auditing.confidence_intervals import ConfidenceInterval, Kind, clusters_for, decide
 from kleash.auditing.generation import write_responses
 from kleash.auditing.inputs import Item, Source, pack, windows
-from kleash.auditing.model_pair import Pair, same_weights
+from kleash.auditing.model_pair import ModelPair, same_weights
 from kleash.auditing.partial_results import Key, PartFile
 from kleash.auditing.result import EXIT_CODES, Audit, Gate, Part, Per, Precision
 from kleash.auditing.run_context import Standing, standing_of
@@ -84,7 +84,7 @@ class Progress:
     done: int
     """Prompts or texts."""
     total: int
-    headline: Interval
+    headline: ConfidenceInterval
     """KL so far."""
 
 
@@ -92,7 +92,7 @@ Watch = Callable[[Progress], None]
 
 
 def audit_pair(
-    pair: Pair,
+    pair: ModelPair,
     source: Source,
     settings: Settings,
     *,
@@ -133,13 +133,13 @@ class _Run:
     """An audit under way."""
 
     def __init__(
-        self, pair: Pair, source: Source, settings: Settings, into: Path | None, watch: Watch
+        self, pair: ModelPair, source: Source, settings: Settings, into: Path | None, watch: Watch
     ) -> None:
         self.pair, self.source, self.settings, self.into = pair, source, settings, into
         self.part_file: PartFile | None = None
         self._watch = watch
         self._classes = token_classes(pair.policy.tokenizer, pair.policy.words)
-        self._tallies: list[Tally] = []
+        self._accounts: list[AuditAccumulator] = []
         self._identities = pair.policy.identity(), pair.reference.identity()
         # Also the check of the whole file, before any model runs.
         self._total = sum(1 for _ in self._items())
@@ -170,8 +170,10 @@ class _Run:
 
     def read(self, by: By) -> None:
         """Go through the source once, until its end or until the interval is narrow enough."""
-        tally = Tally(by, self._classes, keep=self.settings.keep, seed=self.settings.seed)
-        self._tallies.append(tally)
+        account = AuditAccumulator(
+            by, self._classes, keep=self.settings.keep, seed=self.settings.seed
+        )
+        self._accounts.append(account)
         sequential = self.settings.precision is not None
         size = SEQUENTIAL_WINDOW if sequential else WINDOW
         done = number = 0
@@ -181,30 +183,30 @@ class _Run:
                 records = self._records(key, batch, number)
                 number += len(records)
                 done += len(batch)
-                tally.add(records)
-                glimpse = tally.glimpse(tally.headline, self.settings.per, kind=self._kind)
+                account.add(records)
+                glimpse = account.glimpse(account.headline, self.settings.per, kind=self._kind)
                 self._watch(Progress(by, done, self._total, glimpse))
-            tally.close_window()
+            account.close_window()
             self._write_now_and_then()
             # Only between windows: within one, batches come longest first.
-            if sequential and self._narrow(tally):
+            if sequential and self._narrow(account):
                 break
 
     def conclude(self) -> Audit:
         """The finished audit."""
         parts = [
-            with_details(part, tally, self.pair, temperature=self.settings.temperature)
-            for part, tally in zip(self._parts(), self._tallies, strict=True)
+            with_details(part, account, self.pair, temperature=self.settings.temperature)
+            for part, account in zip(self._parts(), self._accounts, strict=True)
         ]
         return self._audit(parts, complete=True)
 
     def write_partial(self) -> None:
         """Write what is known so far, as an audit that is not complete."""
-        for tally in self._tallies:
-            tally.close_window()
-        if self.into is None or not self._tallies or not self._tallies[0].moments.clusters:
+        for account in self._accounts:
+            account.close_window()
+        if self.into is None or not self._accounts or not self._accounts[0].moments.clusters:
             return
-        self._tallies = [tally for tally in self._tallies if tally.moments.clusters]
+        self._accounts = [account for account in self._accounts if account.moments.clusters]
         found = self._audit(self._parts(), complete=False)
         replace_file(self.into / "audit.json", found.to_json() + "\n")
 
@@ -267,23 +269,23 @@ class _Run:
     def _kind(self) -> Kind:
         return "fixed" if self.settings.precision is None else "anytime"
 
-    def _headline(self, tally: Tally) -> Interval:
-        return tally.mean(tally.headline, self.settings.per, kind=self._kind)
+    def _headline(self, account: AuditAccumulator) -> ConfidenceInterval:
+        return account.mean(account.headline, self.settings.per, kind=self._kind)
 
-    def _narrow(self, tally: Tally) -> bool:
-        half = self._headline(tally).half_width
+    def _narrow(self, account: AuditAccumulator) -> bool:
+        half = self._headline(account).half_width
         # Before some thirty prompts the spread of prompts is hardly known.
-        enough = tally.moments.clusters >= SEQUENTIAL_WINDOW
+        enough = account.moments.clusters >= SEQUENTIAL_WINDOW
         return enough and half is not None and half <= (self.settings.precision or 0.0)
 
     def _parts(self) -> list[Part]:
         return [
-            part_of(tally, kind=self._kind, floor=floor_of(tally, self.pair))
-            for tally in self._tallies
+            part_of(account, kind=self._kind, floor=floor_of(account, self.pair))
+            for account in self._accounts
         ]
 
     def _audit(self, parts: list[Part], *, complete: bool) -> Audit:
-        settings, headline = self.settings, self._headline(self._tallies[0])
+        settings, headline = self.settings, self._headline(self._accounts[0])
         precision = gate = None
         if settings.precision is not None:
             half = headline.half_width
@@ -335,7 +337,7 @@ class _Run:
 
 
 def _notes(
-    pair: Pair, source: Source, parts: Sequence[Part], identities: tuple[Identity, Identity]
+    pair: ModelPair, source: Source, parts: Sequence[Part], identities: tuple[Identity, Identity]
 ) -> list[str]:
     """What a reader of the numbers must know."""
     notes: list[str] = []

@@ -25,7 +25,7 @@ By = Literal["policy", "reference", "text", "given"]
 
 
 @runtime_checkable
-class Both(Protocol):
+class TwoModels(Protocol):
     """Two models that read the same tokens."""
 
     @property
@@ -66,7 +66,7 @@ _DTYPES = {"prompt_ids": "<i4", "ids": "<i4", "same_top": "u1", **dict.fromkeys(
 
 def score_items(
     items: Sequence[Item],
-    both: Both,
+    both: TwoModels,
     *,
     first_number: int,
     temperature: float,
@@ -135,7 +135,7 @@ def _length(item: Item) -> int:
 @torch.no_grad()
 def _score_batch(
     batch: Sequence[tuple[int, Item]],
-    both: Both,
+    both: TwoModels,
     temperature: float,
     agreement: bool,
     device: torch.device | str,

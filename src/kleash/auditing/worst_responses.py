@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.inputs import Item
-from kleash.auditing.model_pair import Pair
+from kleash.auditing.model_pair import ModelPair
 from kleash.auditing.token_records import Record, side_by_side
 from kleash.models.policy import LanguageModel
 from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest
@@ -22,7 +22,7 @@ FLOOR_RESPONSES = 8
 
 
 @dataclass(frozen=True)
-class Closer:
+class ResponseDetails:
     """What both models wanted at each token of a response."""
 
     policy_top: list[Wanted]
@@ -30,9 +30,9 @@ class Closer:
 
 
 @torch.no_grad()
-def look_closer(
-    record: Record, pair: Pair, *, temperature: float
-) -> tuple[Closer, Float[Tensor, " vocab"]]:
+def response_details(
+    record: Record, pair: ModelPair, *, temperature: float
+) -> tuple[ResponseDetails, Float[Tensor, " vocab"]]:
     """The likeliest words of both models at each token of a response.
 
     Args:
@@ -54,7 +54,7 @@ def look_closer(
         moved += (p - q).sum(0).double().cpu()
         for found, these in zip(tops, (p, q), strict=True):
             found += likeliest(these)
-    return Closer(*tops), moved
+    return ResponseDetails(*tops), moved
 
 
 @torch.no_grad()

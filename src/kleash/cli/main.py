@@ -424,7 +424,7 @@ def audit(
     """
     del debug
     from kleash.auditing.api import one_source
-    from kleash.auditing.command import Order, run_order
+    from kleash.auditing.command import AuditCommand, run_command
     from kleash.auditing.inputs import Source
     from kleash.auditing.runner import Settings
 
@@ -435,8 +435,8 @@ def audit(
     except ConfigError as error:
         raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
     quiet_libraries()
-    code = run_order(
-        Order(
+    code = run_command(
+        AuditCommand(
             policies=(policy, *others[:-1]),
             reference=others[-1],
             source=Source(kind, file, max_new_tokens if kind == "prompts" else 0),
