@@ -171,12 +171,17 @@ def number_of_words(tokenizer: PreTrainedTokenizerBase, rows: int, path: str | P
     Checkpoints often pad the vocabulary to a round number. An id without text can be neither read
     nor rewarded, so the rows beyond the tokenizer have probability 0 for everyone alike: the
     sampler, the policy's scoring and the reference's. Differently padded copies of one model then
-    stay comparable.
+    stay comparable. Added tokens that have no row are no harm until one occurs in a text.
 
     Raises:
-        ModelError: if the tokenizer knows ids that the matrix does not have.
+        ModelError: if the matrix has no row for the end token or for a token of the basic
+            vocabulary.
     """
-    words = max(tokenizer.get_vocab().values()) + 1
+    ids = tokenizer.get_vocab().values()
+    words = max(ids) + 1
+    needed = {*ids} - {*tokenizer.added_tokens_decoder} | {tokenizer.eos_token_id or 0}
+    if words > rows and max(needed) < rows:
+        return rows
     if words > rows:
         raise ModelError(
             f"expected at most {rows} token ids, the rows of the model in {str(path)!r}, got a "

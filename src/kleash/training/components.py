@@ -29,7 +29,12 @@ from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
-from kleash.models.reference_offload import FrozenReference, OffloadedReference, open_cache
+from kleash.models.reference_offload import (
+    FrozenReference,
+    OffloadedReference,
+    open_cache,
+    underlying,
+)
 from kleash.models.reward_model import (
     PLAIN_TEMPLATE,
     CallableReward,
@@ -38,6 +43,7 @@ from kleash.models.reward_model import (
     WeightedSum,
 )
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import Tiles, default_tiles
@@ -94,6 +100,8 @@ def assemble(config: Config) -> Components:
     device = choose_device(config.device)
     policy = _policy(config, device)
     reference = _reference(config, policy, device)
+    # Added tokens that the reference lacks have probability 0 for both.
+    policy = replace(policy, words=underlying(reference).words)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -242,7 +250,7 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
         revision=source.revision,
         merge=source.adapter,
     )
-    check_compatible(policy, reference)
+    reference = replace(reference, words=check_compatible(policy, reference).words)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
@@ -253,12 +261,16 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
 
 
 def _prompts(path: str, policy: Policy, sampling: SamplingSpec) -> list[Prompt]:
-    return read_prompts(
+    prompts = read_prompts(
         path,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
     )
+    for prompt in prompts:
+        where = f"prompt {prompt.index + 1} of {path!r}"
+        require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
+    return prompts
 
 
 def _groups(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> list[str]:
