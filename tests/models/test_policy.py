@@ -324,7 +324,7 @@ def test_special_tokens_may_have_other_roles(llama: Path) -> None:
 def test_other_numbers_of_words_are_refused(llama: Path) -> None:
     policy = load_policy(llama)
     with pytest.raises(
-        ModelError, match="one vocabulary, got only 24 ids .*'w19' would be left out"
+        ModelError, match=r"one vocabulary, got only 24 ids .*'w19' would be left out"
     ):
         check_compatible(policy, replace(freeze_copy(policy), words=24))
 
