@@ -2,7 +2,7 @@
 
     python benchmarks/audit_kill.py [--kills 20]
 
-Each time: `kleash audit … --into DIR` is killed (SIGKILL) at a moment drawn from the second half of
+Each time: `kleash audit … --output DIR` is killed (SIGKILL) at a moment drawn from the second half of
 an uninterrupted run, the first being start-up, then run again with `--resume`. The final audit.json
 must be the uninterrupted one, byte for byte.
 """
@@ -30,7 +30,7 @@ def command(folder: Path, into: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "kleash", "audit", str(folder / "policy"), str(folder / "reference"),
         "--prompts", str(folder / "prompts.jsonl"), "--both", "--max-new-tokens", "32",
-        "--batch-tokens", "800", "--keep", "5", "--into", str(into), *more,
+        "--batch-tokens", "800", "--keep", "5", "--output", str(into), *more,
     ]  # fmt: skip
 
 

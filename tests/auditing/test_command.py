@@ -14,7 +14,7 @@ from kleash.auditing.bits_per_byte import audit_bytes, raw_texts
 from kleash.auditing.inputs import Source
 from kleash.auditing.model_pair import ModelPair, open_checkpoint
 from kleash.auditing.result import Audit
-from kleash.auditing.runner import Settings
+from kleash.auditing.options import AuditOptions
 from kleash.cli import main
 from kleash.errors import NonFiniteError, PromptError
 
@@ -61,7 +61,7 @@ def kleash(folder, monkeypatch, capsys):
 def test_a_table_and_its_files(kleash, tmp_path) -> None:
     code, out, _ = kleash(
         "step-100", "base", "--prompts", "prompts.jsonl", "--both", "--max-new-tokens", "6",
-        "--keep", "3", "--into", str(tmp_path / "a"),
+        "--keep", "3", "--output", str(tmp_path / "a"),
     )  # fmt: skip
     assert code == 0
     for text in ("KL(policy ‖ reference)", "estimated by k3", "written by the reference", "floor"):
@@ -108,7 +108,7 @@ def test_the_cost_of_a_precision_is_said(kleash) -> None:
 def test_a_row_of_checkpoints_is_a_curve(kleash, tmp_path) -> None:
     code, _, _ = kleash(
         "step-100", "step-200", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "6",
-        "--keep", "2", "--into", str(tmp_path), "--fail-above", "0",
+        "--keep", "2", "--output", str(tmp_path), "--fail-above", "0",
     )  # fmt: skip
     drift = json.loads((tmp_path / "drift.json").read_text())
     assert code == 3 and [point["at"] for point in drift["points"]] == [100.0, 200.0]
@@ -138,7 +138,7 @@ def test_ctrl_c_leaves_a_result_that_can_be_resumed(kleash, tmp_path, monkeypatc
     into = tmp_path / "a"
     arguments = (
         "step-100", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "6",
-        "--batch-tokens", "40", "--keep", "2", "--into", str(into),
+        "--batch-tokens", "40", "--keep", "2", "--output", str(into),
     )  # fmt: skip
 
     def stop(_display, step) -> None:
@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_a_result_that_can_be_resumed(kleash, tmp_path, monkeypatc
 
 def test_bits_per_byte_of_different_tokens(kleash, tmp_path) -> None:
     code, out, _ = kleash(
-        "base", "other", "--texts", "texts.jsonl", "--bytes", "--into", str(tmp_path / "a")
+        "base", "other", "--texts", "texts.jsonl", "--bytes", "--output", str(tmp_path / "a")
     )
     assert code == 0 and "bits per byte" in out and "it is no KL" in out
     found = Audit.from_json((tmp_path / "a" / "audit.json").read_text())
@@ -175,7 +175,7 @@ def test_bits_per_byte_against_the_dense_path(folder, tmp_path) -> None:
     models = [open_checkpoint(folder / n, dtype="float32", device="cpu") for n in ("base", "other")]
     file = tmp_path / "book.txt"
     file.write_text(" ".join(f"w{n % 20}" for n in range(300)))
-    found = audit_bytes(ModelPair(*models), Source("texts", file), Settings(batch_tokens=50))
+    found = audit_bytes(ModelPair(*models), Source("texts", file), AuditOptions(batch_tokens=50))
     texts = list(raw_texts(file))
     for model, one in zip(
         models, (found.bits_per_byte.policy, found.bits_per_byte.reference), strict=True
@@ -208,7 +208,9 @@ def test_bits_of_what_cannot_be_read(folder, tmp_path) -> None:
     for parameter in model.model.parameters():
         parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="got NaN"):
-        audit_bytes(ModelPair(model, model), Source("texts", folder / "texts.jsonl"), Settings())
+        audit_bytes(
+            ModelPair(model, model), Source("texts", folder / "texts.jsonl"), AuditOptions()
+        )
 
 
 def test_importing_kleash_is_light() -> None:

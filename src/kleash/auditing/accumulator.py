@@ -137,6 +137,10 @@ class AuditAccumulator:
         """A sample of the responses, each as likely as any other, in their order."""
         return sorted((record for _, _, record in self._random), key=lambda r: r.number)
 
+    def drawn(self, count: int) -> list[Record]:
+        """So many responses, each as likely as any other: of the lengths that there are."""
+        return [r for _, _, r in sorted(self._random, key=lambda e: (-e[0], -e[1]))[:count]]
+
     def worst_tokens(self) -> list[tuple[Record, int]]:
         """Tokens of largest KL, largest first, each as a record and a place in it."""
         found = sorted(self._tokens, key=lambda e: (-e[0], -e[1], -e[2]))

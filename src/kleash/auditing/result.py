@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from kleash.auditing.confidence_intervals import ConfidenceInterval, Decision
+from kleash.auditing.options import Per
 from kleash.auditing.run_context import Standing
 from kleash.auditing.token_records import By
 from kleash.errors import RunError
@@ -22,7 +23,6 @@ from kleash.storage.atomic_files import NON_FINITE, plain_json
 
 SCHEMA = "kleash.audit/1"
 
-Per = Literal["token", "response"]
 Verdict = Literal["identical", "not resolvable", "resolved"]
 
 EXIT_CODES: dict[Decision, int] = {"below": 0, "above": 3, "undecided": 4}

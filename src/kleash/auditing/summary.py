@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from kleash.auditing.accumulator import LOWEST, PER_DECADE, AuditAccumulator
 from kleash.auditing.confidence_intervals import ConfidenceInterval, Kind, tail_index
 from kleash.auditing.model_pair import ModelPair
+from kleash.auditing.padding import FLOOR_RESPONSES, noise_floor
 from kleash.auditing.result import AuditedResponse, Measure, Part, Share, Tail, Verdict, WorstToken
 from kleash.auditing.token_classes import TOKEN_CLASSES
 from kleash.auditing.token_records import Record
-from kleash.auditing.worst_responses import ResponseDetails, noise_floor, response_details
+from kleash.auditing.worst_responses import ResponseDetails, item_of, response_details
 from kleash.kl.position_bins import POSITIONS, first_position
 from kleash.report.token_heatmap import spaced
 from kleash.rollout.top_tokens import decode, text_of_id
@@ -85,9 +86,10 @@ def verdict(mean: float, account: AuditAccumulator, floor: float) -> Verdict:
     return "resolved" if abs(mean) >= RESOLVABLE * floor else "not resolvable"
 
 
-def floor_of(account: AuditAccumulator, pair: ModelPair) -> float:
-    """The floor, from some of the responses."""
-    return noise_floor(account.at_random(), pair.policy, pair.policy.device)
+def floor_of(account: AuditAccumulator, pair: ModelPair, *, budget: int) -> float:
+    """The floor, from responses drawn at random: the larger one of the two models."""
+    items = [item_of(record) for record in account.drawn(FLOOR_RESPONSES)]
+    return max(noise_floor(items, model, budget=budget) for model in (pair.policy, pair.reference))
 
 
 def with_details(

@@ -26,6 +26,8 @@ class SharedVocabulary:
     reference_only: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     """Special tokens whose roles differ, a sentence each."""
+    rows: tuple[int, int] = (0, 0)
+    """Ids that the policy and the reference each have a row for; those beyond `words` left out."""
 
     @property
     def notes(self) -> list[str]:
@@ -81,6 +83,7 @@ def shared_vocabulary(
         _beyond(mine, theirs, shared, words[0]),
         _beyond(theirs, mine, shared, words[1]),
         roles=_roles(policy, reference),
+        rows=words,
     )
 
 
