@@ -13,6 +13,7 @@ from tiny_models import save_model, tokenizer
 from kleash.auditing.api import audit
 from kleash.auditing.inputs import Item, Source
 from kleash.auditing.model_pair import load_pair
+from kleash.auditing.options import AuditOptions
 from kleash.auditing.partial_results import NAME, PartFile
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import audit_pair
