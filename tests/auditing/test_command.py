@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from kleash.auditing.bits_per_byte import audit_bytes, raw_texts
 from kleash.auditing.inputs import Source
 from kleash.auditing.model_pair import ModelPair, open_checkpoint
-from kleash.auditing.result import Audit
 from kleash.auditing.options import AuditOptions
+from kleash.auditing.result import Audit
 from kleash.cli import main
 from kleash.errors import NonFiniteError, PromptError
 
@@ -126,6 +126,10 @@ def test_errors_are_one_sentence(kleash, tmp_path) -> None:
         (("base", "base", "--texts", "nowhere.jsonl"), "expected a file of texts"),
         (("base", "other", "--texts", "texts.jsonl", "--bytes", "--fail-above", "1"), "no KL"),
         (("step-100", "step-200", "other", "--texts", "texts.jsonl", "--bytes"), "a drift curve"),
+        (("base", "base", "--texts", "texts.jsonl", "--into", "a"), "--into is called --output"),
+        (("base", "base", "--texts", "texts.jsonl", "--into=a"), "--into is called --output"),
+        (("base", "base", "--texts", "texts.jsonl", "--resume"), "(--output)"),
+        (("base", "base", "--texts", "texts.jsonl", "--keep", "0"), "keep of at least 1"),
     ):
         code, _, err = kleash(*arguments)
         assert code in (1, 2) and err.startswith("kleash: ") and sentence in err

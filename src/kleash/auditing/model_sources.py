@@ -22,7 +22,7 @@ from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import number_of_words, require_special_tokens, stop_ids
 from kleash.models.policy import Identity, Policy
 
-LoadedModel = tuple[Any, PreTrainedTokenizerBase]
+LoadedModel = tuple[Any, Any]
 """A transformers or PEFT model and its tokenizer."""
 ModelSource = str | Path | Policy | LoadedModel
 
