@@ -49,10 +49,19 @@ def audit(
         RunError: if `output` cannot be written, or holds another audit.
 
     Example:
-        >>> from pathlib import Path
-        >>> from kleash.playground.build import build_world
-        >>> world = build_world(0)  # doctest: +SKIP
-        >>> audit(world / "sft", world / "base", ["how do I"], both=True)  # doctest: +SKIP
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+        >>> inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> ends = {"eos_token": "<eos>", "pad_token": "<eos>"}
+        >>> tok = PreTrainedTokenizerFast(tokenizer_object=inner, **ends)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=3, num_hidden_layers=1, eos_token_id=0, **sizes)
+        >>> tuned, base = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> audit((tuned, tok), (base, tok), ["a", "b a"], max_new_tokens=4).kl.per_token.n
+        2
+        >>> audit((tuned, tok), (tuned, tok), texts=["a b a"]).kl.per_token.mean
+        0.0
     """
     chosen = make_options(options)
     kind, what = one_source({"prompts": prompts, "texts": texts, "responses": responses})

@@ -124,7 +124,7 @@ class Part:
     groups: list[Share]
     tail: Tail
     floor: float
-    """KL per token of the policy to itself, read in a batch and alone: what rounding makes."""
+    """KL per token of a model to itself, read in a batch and alone: what rounding makes."""
     verdict: Verdict
     samples: list[AuditedResponse] = field(default_factory=list[AuditedResponse])
     worst_tokens: list[WorstToken] = field(default_factory=list[WorstToken])
