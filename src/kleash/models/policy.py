@@ -311,6 +311,31 @@ def check_compatible(policy: Policy, reference: Reference) -> SharedVocabulary:
     return shared
 
 
+def compare_tokenizers(
+    ours: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str, path: str
+) -> None:
+    """Check that two tokenizers give every token, special ones included, the same id.
+
+    Raises:
+        ModelError: naming the first token whose ids differ.
+    """
+    mine, theirs = ours.get_vocab(), other.get_vocab()
+    for token in sorted(mine.keys() | theirs.keys()):
+        if mine.get(token) != theirs.get(token):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's vocabulary, got token "
+                f"{token!r} with id {mine.get(token)} in the policy and {theirs.get(token)} in the "
+                f"{role} ({len(mine)} and {len(theirs)} tokens): take models of one tokenizer"
+            )
+    for special in ("bos_token_id", "eos_token_id"):
+        if getattr(ours, special) != getattr(other, special):
+            raise ModelError(
+                f"expected the {role} in {path!r} to have the policy's special tokens, got "
+                f"{special} {getattr(ours, special)} in the policy and "
+                f"{getattr(other, special)} in the {role}"
+            )
+
+
 def trunk_states(
     trunk: nn.Module,
     prompt_ids: Int[Tensor, "batch prompt"],
