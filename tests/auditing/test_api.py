@@ -15,10 +15,10 @@ from tiny_models import ARCHITECTURES, save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 import kleash
-from kleash.auditing.accumulator import Tally
+from kleash.auditing.accumulator import AuditAccumulator
 from kleash.auditing.api import audit
 from kleash.auditing.inputs import Item, Source, pack, windows
-from kleash.auditing.model_pair import Pair, load_pair, open_checkpoint
+from kleash.auditing.model_pair import ModelPair, load_pair, open_checkpoint
 from kleash.auditing.result import Audit
 from kleash.auditing.token_classes import TOKEN_CLASSES, classify, token_classes
 from kleash.auditing.token_records import score_items
@@ -48,7 +48,7 @@ def texts(tmp_path_factory) -> Path:
 # ---- the numbers ---------------------------------------------------------------------------------
 
 
-def dense(pair: Pair, prompt_ids, ids) -> dict[str, np.ndarray]:
+def dense(pair: ModelPair, prompt_ids, ids) -> dict[str, np.ndarray]:
     """The models' own logits, in float64, one response at a time."""
     sides = []
     for side in (pair.policy, pair.reference):
@@ -70,7 +70,7 @@ def dense(pair: Pair, prompt_ids, ids) -> dict[str, np.ndarray]:
     }
 
 
-def compare(pair: Pair) -> None:
+def compare(pair: ModelPair) -> None:
     items = [
         Item(n, (3, 4 + n), tuple((5 * n + k) % 20 + 3 for k in range(2 + 3 * n))) for n in range(4)
     ]
@@ -338,11 +338,13 @@ def test_percentiles_are_within_one_percent(base, moved, scale: float) -> None:
     items = [Item(n, (3,), tuple((n + k) % 20 + 3 for k in range(30))) for n in range(40)]
     records = score_items(items, pair, first_number=0, temperature=1.0, budget=500, agreement=False)
     records = [replace(record, kl=record.kl * np.float32(scale)) for record in records]
-    tally = Tally("policy", token_classes(pair.policy.tokenizer, pair.policy.words), keep=3, seed=0)
-    tally.add(records)
-    tally.close_window()
+    account = AuditAccumulator(
+        "policy", token_classes(pair.policy.tokenizer, pair.policy.words), keep=3, seed=0
+    )
+    account.add(records)
+    account.close_window()
     every = np.concatenate([record.kl for record in records])
     for share in (0.5, 0.9, 0.99):
         expected = np.quantile(every, share, method="inverted_cdf")
-        assert tally.percentile(share) == pytest.approx(expected, rel=0.01)
-    assert tally.largest_token == every.max()
+        assert account.percentile(share) == pytest.approx(expected, rel=0.01)
+    assert account.largest_token == every.max()

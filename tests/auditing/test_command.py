@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from kleash.auditing.bits_per_byte import audit_bytes, raw_texts
 from kleash.auditing.inputs import Source
-from kleash.auditing.model_pair import Pair, open_checkpoint
+from kleash.auditing.model_pair import ModelPair, open_checkpoint
+from kleash.auditing.options import AuditOptions
 from kleash.auditing.result import Audit
-from kleash.auditing.runner import Settings
 from kleash.cli import main
 from kleash.errors import NonFiniteError, PromptError
 
@@ -126,6 +126,10 @@ def test_errors_are_one_sentence(kleash, tmp_path) -> None:
         (("base", "base", "--texts", "nowhere.jsonl"), "expected a file of texts"),
         (("base", "other", "--texts", "texts.jsonl", "--bytes", "--fail-above", "1"), "no KL"),
         (("step-100", "step-200", "other", "--texts", "texts.jsonl", "--bytes"), "a drift curve"),
+        (("base", "base", "--texts", "texts.jsonl", "--into", "a"), "--into is called --output"),
+        (("base", "base", "--texts", "texts.jsonl", "--into=a"), "--into is called --output"),
+        (("base", "base", "--texts", "texts.jsonl", "--resume"), "(--output)"),
+        (("base", "base", "--texts", "texts.jsonl", "--keep", "0"), "keep of at least 1"),
     ):
         code, _, err = kleash(*arguments)
         assert code in (1, 2) and err.startswith("kleash: ") and sentence in err
@@ -175,7 +179,7 @@ def test_bits_per_byte_against_the_dense_path(folder, tmp_path) -> None:
     models = [open_checkpoint(folder / n, dtype="float32", device="cpu") for n in ("base", "other")]
     file = tmp_path / "book.txt"
     file.write_text(" ".join(f"w{n % 20}" for n in range(300)))
-    found = audit_bytes(Pair(*models), Source("texts", file), Settings(batch_tokens=50))
+    found = audit_bytes(ModelPair(*models), Source("texts", file), AuditOptions(batch_tokens=50))
     texts = list(raw_texts(file))
     for model, one in zip(
         models, (found.bits_per_byte.policy, found.bits_per_byte.reference), strict=True
@@ -208,7 +212,9 @@ def test_bits_of_what_cannot_be_read(folder, tmp_path) -> None:
     for parameter in model.model.parameters():
         parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="got NaN"):
-        audit_bytes(Pair(model, model), Source("texts", folder / "texts.jsonl"), Settings())
+        audit_bytes(
+            ModelPair(model, model), Source("texts", folder / "texts.jsonl"), AuditOptions()
+        )
 
 
 def test_importing_kleash_is_light() -> None:

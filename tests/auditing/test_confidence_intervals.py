@@ -8,7 +8,7 @@ import torch
 from oracles import TabularModel, World
 from scipy import stats
 
-from kleash.auditing.clustered_moments import Moments
+from kleash.auditing.clustered_moments import ClusteredMoments
 from kleash.auditing.confidence_intervals import (
     anytime_factor,
     clusters_for,
@@ -27,7 +27,7 @@ KINDS = 40
 NAMES = ("kl", "tokens", "responses")
 
 
-class Both:
+class TwoModels:
     def __init__(self, policy: TabularModel, reference: TabularModel) -> None:
         self.policy, self.reference = policy, reference
 
@@ -43,7 +43,7 @@ def population() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # Policies of very different distance, as prompts of very different difficulty.
         logits = world.random_logits(kind)
         other = logits + (0.1 + kind / KINDS) * world.random_logits(1000 + kind)
-        both = Both(TabularModel(world, logits), TabularModel(world, other))
+        both = TwoModels(TabularModel(world, logits), TabularModel(world, other))
         records = score_items(
             items, both, first_number=0, temperature=1.0, budget=64, agreement=False
         )
@@ -91,7 +91,7 @@ def test_the_interval_covers_what_it_promises(population, per: str) -> None:
     truth, rng = truths(population)[per], np.random.default_rng(7)
     covered = 0
     for _ in range(TRIALS):
-        moments = Moments(NAMES)
+        moments = ClusteredMoments(NAMES)
         moments.add(draw(population, rng, 100, 2))
         found = moments.ratio("kl", per)
         covered += found.low <= truth <= found.high
@@ -104,7 +104,7 @@ def test_the_width_shrinks_as_one_over_the_root_of_n(population) -> None:
     for prompts in (100, 400, 1600):
         halves = []
         for _ in range(40):
-            moments = Moments(NAMES)
+            moments = ClusteredMoments(NAMES)
             moments.add(draw(population, rng, prompts, 1))
             halves.append(moments.ratio("kl", "tokens").half_width)
         widths.append(np.mean(halves))
@@ -112,9 +112,9 @@ def test_the_width_shrinks_as_one_over_the_root_of_n(population) -> None:
     assert widths[1] / widths[2] == pytest.approx(2, rel=0.05)
 
 
-def sample_until(population, rng: np.random.Generator, done) -> tuple[Moments, object]:
+def sample_until(population, rng: np.random.Generator, done) -> tuple[ClusteredMoments, object]:
     """Windows of 32 prompts until `done` says so, as the audit samples."""
-    moments = Moments(NAMES)
+    moments = ClusteredMoments(NAMES)
     for _ in range(400):
         moments.add(draw(population, rng, 32, 1))
         found = moments.ratio("kl", "tokens", kind="anytime")
@@ -142,7 +142,7 @@ def test_looking_until_the_truth_is_excluded_seldom_succeeds(population) -> None
     truth, rng = truths(population)["tokens"], np.random.default_rng(5)
     wrong = {"fixed": 0, "anytime": 0}
     for _ in range(TRIALS // 4):
-        moments, out = Moments(NAMES), {"fixed": False, "anytime": False}
+        moments, out = ClusteredMoments(NAMES), {"fixed": False, "anytime": False}
         for _ in range(30):
             moments.add(draw(population, rng, 32, 1))
             for kind in out:
@@ -161,7 +161,7 @@ def test_the_gate_errs_no_more_often_than_promised(population) -> None:
     for factor in wrong:
         threshold, right = factor * truth, "above" if factor < 1 else "below"
         for _ in range(trials):
-            moments = Moments(NAMES)
+            moments = ClusteredMoments(NAMES)
             moments.add(draw(population, rng, 128, 1))
             said = decide(moments.ratio("kl", "tokens"), threshold)
             wrong[factor] += said not in (right, "undecided")
@@ -181,7 +181,7 @@ def test_moments_give_the_clustered_standard_error() -> None:
     prompt = torch.randint(0, 12, (60,), generator=generator)
     rows = torch.zeros(12, 3, dtype=torch.float64)
     rows.index_add_(0, prompt, torch.stack([kl, tokens, torch.ones(60, dtype=torch.float64)], 1))
-    moments = Moments(NAMES)
+    moments = ClusteredMoments(NAMES)
     for part in rows.split(5):
         moments.add(part)
     expected = clustered_ratio(kl, tokens, prompt)
@@ -194,7 +194,7 @@ def test_moments_give_the_clustered_standard_error() -> None:
 
 
 def test_what_cannot_be_known_is_none() -> None:
-    moments = Moments(NAMES)
+    moments = ClusteredMoments(NAMES)
     with pytest.raises(ValueError, match="positive sum of 'tokens'"):
         moments.ratio("kl", "tokens")
     moments.add(torch.tensor([[1.0, 2.0, 1.0]], dtype=torch.float64))

@@ -16,12 +16,12 @@ from kleash.auditing.drift_curve import drift_of, write_drift
 from kleash.auditing.html import render, write_page
 from kleash.auditing.result import (
     Audit,
+    AuditedResponse,
     BitsPerByte,
     Gate,
     Measure,
     Part,
     Precision,
-    Sample,
     Share,
     Tail,
     Wanted,
@@ -48,7 +48,7 @@ def sample(number: int, tokens: int, *, text: str | None = None, by: str = "poli
     top = [
         Wanted([rng.randrange(40) for _ in range(5)], [0.4, 0.2, 0.1, 0.05, 0.01]) for _ in words
     ]
-    return Sample(
+    return AuditedResponse(
         number=number,
         kind="worst" if number % 2 else "random",
         by=by,
@@ -75,7 +75,7 @@ def measure(mean: float) -> Measure:
     )
 
 
-def part(samples: list[Sample], *, by: str = "policy", name: str = "word") -> Part:
+def part(samples: list[AuditedResponse], *, by: str = "policy", name: str = "word") -> Part:
     head = "reverse_kl" if by == "reference" else "kl"
     kl = interval(0.1, 0.01, n=200, clusters=100)
     shares = [Share(f"{name} {n}", float(n), kl, 50, 0.1) for n in range(10)]
@@ -99,7 +99,7 @@ def part(samples: list[Sample], *, by: str = "policy", name: str = "word") -> Pa
     )  # fmt: skip
 
 
-def made(samples: list[Sample], *, name: str = "models/tuned", **more) -> Audit:
+def made(samples: list[AuditedResponse], *, name: str = "models/tuned", **more) -> Audit:
     parts = more.pop("parts", None) or [part(samples, name=name)]
     return Audit(
         policy=Identity(name, "loaded", "float32", "9f" * 32),

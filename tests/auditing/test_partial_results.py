@@ -13,9 +13,10 @@ from tiny_models import save_model, tokenizer
 from kleash.auditing.api import audit
 from kleash.auditing.inputs import Item, Source
 from kleash.auditing.model_pair import load_pair
+from kleash.auditing.options import AuditOptions
 from kleash.auditing.partial_results import NAME, PartFile
 from kleash.auditing.result import Audit
-from kleash.auditing.runner import Settings, audit_pair
+from kleash.auditing.runner import audit_pair
 from kleash.auditing.token_records import from_line, score_items, to_line
 from kleash.errors import ConfigError, ModelError, NonFiniteError, PromptError, RunError
 
@@ -59,7 +60,7 @@ def test_a_stopped_audit_goes_on_to_the_same_json(base, moved, prompts, tmp_path
     whole = audit(moved, base, prompts, **settings)
     into = tmp_path / "audit"
     with pytest.raises(Stop):
-        audit(moved, base, prompts, into=into, watch=stop_after(batches), **settings)
+        audit(moved, base, prompts, output=into, watch=stop_after(batches), **settings)
     partial = Audit.from_json((into / "audit.json").read_text())
     assert not partial.complete and 0 < partial.parts[0].responses <= whole.parts[0].responses
     # What a kill leaves: half a line.
@@ -67,19 +68,19 @@ def test_a_stopped_audit_goes_on_to_the_same_json(base, moved, prompts, tmp_path
     with file.open("ab") as stream:
         stream.write(file.read_bytes().splitlines()[-1][:50])
     with pytest.raises(RunError, match="already holds an audit"):
-        audit(moved, base, prompts, into=into, **settings)
+        audit(moved, base, prompts, output=into, **settings)
     with pytest.raises(RunError, match="seed = 0 there and 1 here"):
-        audit(moved, base, prompts, into=into, resume=True, seed=1, **settings)
-    done = audit(moved, base, prompts, into=into, resume=True, **settings)
+        audit(moved, base, prompts, output=into, resume=True, seed=1, **settings)
+    done = audit(moved, base, prompts, output=into, resume=True, **settings)
     assert done.to_json() == whole.to_json()
-    assert audit(moved, base, prompts, into=into, resume=True, **settings) == whole
-    again = audit(moved, base, prompts, into=into, resume=True, fail_above=0.0, **settings)
+    assert audit(moved, base, prompts, output=into, resume=True, **settings) == whole
+    again = audit(moved, base, prompts, output=into, resume=True, fail_above=0.0, **settings)
     assert again.gate.decision == "above" and again.kl == whole.kl
 
 
 def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path) -> None:
     into = tmp_path / "audit"
-    audit(moved, base, prompts, into=into, batch_tokens=80, **SMALL)
+    audit(moved, base, prompts, output=into, batch_tokens=80, **SMALL)
     file = into / NAME
     lines = file.read_text().splitlines(keepends=True)
     for changed, message in (
@@ -90,7 +91,7 @@ def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path)
     ):
         file.write_text("".join(changed))
         with pytest.raises(RunError, match=message):
-            audit(moved, base, prompts, into=into, resume=True, batch_tokens=80, **SMALL)
+            audit(moved, base, prompts, output=into, resume=True, batch_tokens=80, **SMALL)
     # Not even the header is whole: there is nothing to go on with.
     file.write_text(lines[0][:20])
     assert PartFile.resume(into, {"a": 1}).take(("policy", 0, 0)) is None
@@ -100,7 +101,7 @@ def test_a_part_file_that_was_changed_is_refused(base, moved, prompts, tmp_path)
 def test_a_directory_that_cannot_be_made(base, moved, prompts, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
-        audit(moved, base, prompts, into=tmp_path / "file" / "audit", **SMALL)
+        audit(moved, base, prompts, output=tmp_path / "file" / "audit", **SMALL)
 
 
 def test_records_survive_their_line(base, moved) -> None:
@@ -210,4 +211,4 @@ def test_a_broken_model_is_named(base, tmp_path, prompts) -> None:
         for name, parameter in pair.reference.model.named_parameters():
             break_it(name, parameter)
     with pytest.raises(NonFiniteError, match="got NaN for kl of response 0"):
-        audit_pair(pair, Source("prompts", prompts, 4), Settings(max_new_tokens=4))
+        audit_pair(pair, Source("prompts", prompts, 4), AuditOptions(max_new_tokens=4))

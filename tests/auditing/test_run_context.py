@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from audit_models import SMALL, change, noise, write_prompts
 from synthetic_run import write_synthetic_run
 from tiny_models import save_model
@@ -14,7 +15,7 @@ from kleash.auditing.api import audit
 from kleash.auditing.confidence_intervals import interval
 from kleash.auditing.result import Audit
 from kleash.auditing.run_context import Standing, charts_over_root_kl, standing_of
-from kleash.errors import RunError
+from kleash.errors import PromptError, RunError
 from kleash.models.policy import Identity
 from kleash.report.metric_charts import frontier_points
 from kleash.storage.plan_file import make_frontier, write_frontier
@@ -122,3 +123,40 @@ def test_an_audit_finds_the_run_of_its_policy(tmp_path: Path) -> None:
     found = audit(checkpoint, base, prompts, **SMALL)
     assert found.standing is None
     assert any("run of this checkpoint could not be read" in note for note in found.notes)
+
+
+@pytest.fixture
+def sampled(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A checkpoint of a run that wrote 5 tokens at a temperature of 0.7, its base, and prompts."""
+    base = save_model(tmp_path / "base")
+    run = write_synthetic_run(tmp_path / "run", steps=4)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rollout"] = {"max_new_tokens": 5, "temperature": 0.7}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = run / "checkpoints" / "step-000004" / "policy"
+    change(base, checkpoint, noise)
+    return checkpoint, base, write_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_a_checkpoint_brings_the_sampling_of_its_run(sampled) -> None:
+    checkpoint, base, prompts = sampled
+    for pair in ((checkpoint, base), (base, checkpoint)):
+        found = audit(*pair, prompts, keep=4)
+        assert (found.settings["max_new_tokens"], found.settings["temperature"]) == (5, 0.7)
+        assert max(len(s.tokens) for s in found.parts[0].samples) == 5
+        assert not any("Sampled otherwise" in note for note in found.notes)
+    with pytest.raises(PromptError, match="max_new_tokens = 64"):
+        audit(base, base, prompts, keep=4)  # The general default, which this context cannot hold.
+
+
+def test_sampling_other_than_the_runs_is_said(sampled) -> None:
+    checkpoint, base, prompts = sampled
+    found = audit(checkpoint, base, prompts, max_new_tokens=8, temperature=1.0, keep=4)
+    assert (found.settings["max_new_tokens"], found.settings["temperature"]) == (8, 1.0)
+    (note,) = [one for one in found.notes if "Sampled otherwise" in one]
+    assert "max_new_tokens = 8 here and 5 in the run" in note
+    assert "temperature = 1 here and 0.7 in the run" in note
+    # Given texts are not sampled: nothing to follow.
+    found = audit(checkpoint, base, texts=["w1 w2 w3"], keep=1)
+    assert found.settings["temperature"] == 1.0
+    assert not any("Sampled otherwise" in one for one in found.notes)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from kleash.auditing.clustered_moments import Moments
-from kleash.auditing.confidence_intervals import Interval, Kind
+from kleash.auditing.clustered_moments import ClusteredMoments
+from kleash.auditing.confidence_intervals import ConfidenceInterval, Kind
 from kleash.auditing.token_classes import TOKEN_CLASSES
 from kleash.auditing.token_records import By, Record
 from kleash.kl.estimators import sampled_kl
@@ -47,7 +47,7 @@ LARGEST = 200
 """Responses of largest KL whose KL is remembered, for the index of the tail."""
 
 
-class Tally:
+class AuditAccumulator:
     """Everything an audit says of the responses seen so far."""
 
     def __init__(
@@ -68,8 +68,8 @@ class Tally:
         names = [*QUANTITIES]
         names += [f"{what} {name}" for name in TOKEN_CLASSES for what in ("kl", "count")]
         names += [f"{what} at {at}" for at in range(POSITIONS) for what in ("kl", "count")]
-        self.moments = Moments(names)
-        self.groups: dict[str, Moments] = {}
+        self.moments = ClusteredMoments(names)
+        self.groups: dict[str, ClusteredMoments] = {}
         self.groups_left_out = 0
         self.histogram = np.zeros(BINS + 2, dtype=np.int64)
         self.largest_token = -math.inf
@@ -99,15 +99,15 @@ class Tally:
                 self.groups_left_out += 1
                 continue
             inside = [place for place, label in enumerate(labels) if label == group]
-            found = self.groups.setdefault(group, Moments(QUANTITIES))
+            found = self.groups.setdefault(group, ClusteredMoments(QUANTITIES))
             found.add(rows[inside, : len(QUANTITIES)])
         self._open.clear()
 
-    def mean(self, name: str, per: str, *, kind: Kind = "fixed") -> Interval:
+    def mean(self, name: str, per: str, *, kind: Kind = "fixed") -> ConfidenceInterval:
         """Mean of a quantity per "token" or per "response", over closed windows."""
         return self.moments.ratio(name, f"{per}s", kind=kind)
 
-    def glimpse(self, name: str, per: str, *, kind: Kind = "fixed") -> Interval:
+    def glimpse(self, name: str, per: str, *, kind: Kind = "fixed") -> ConfidenceInterval:
         """The same with the open window: to look at, not to stop by, for long texts come first."""
         moments = self.moments.copy()
         if self._open:
@@ -136,6 +136,10 @@ class Tally:
     def at_random(self) -> list[Record]:
         """A sample of the responses, each as likely as any other, in their order."""
         return sorted((record for _, _, record in self._random), key=lambda r: r.number)
+
+    def drawn(self, count: int) -> list[Record]:
+        """So many responses, each as likely as any other: of the lengths that there are."""
+        return [r for _, _, r in sorted(self._random, key=lambda e: (-e[0], -e[1]))[:count]]
 
     def worst_tokens(self) -> list[tuple[Record, int]]:
         """Tokens of largest KL, largest first, each as a record and a place in it."""

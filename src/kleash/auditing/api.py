@@ -2,113 +2,77 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from kleash.auditing.inputs import Source, SourceKind
-from kleash.auditing.model_pair import AuditDtype, Pair, check_pair, open_checkpoint
-from kleash.auditing.result import Audit, Per
-from kleash.auditing.runner import Settings, Watch, audit_pair
+from kleash.auditing.model_sources import ModelSource, opened_pair
+from kleash.auditing.options import AuditKeywords, make_options
+from kleash.auditing.result import Audit
+from kleash.auditing.runner import Watch, audit_pair
 from kleash.errors import ConfigError
-from kleash.models.policy import Policy
 
-Given = str | Path | Sequence[str]
-"""A file, or texts."""
+Texts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]]
+"""A file, or texts, or rows as a file would hold them."""
 
 
 def audit(
-    policy: str | Path | Policy,
-    reference: str | Path | Policy,
-    prompts: Given | None = None,
+    policy: ModelSource,
+    reference: ModelSource,
+    prompts: Texts | None = None,
     *,
-    texts: Given | None = None,
-    responses: str | Path | None = None,
-    both: bool = False,
-    temperature: float = 1.0,
-    max_new_tokens: int = 64,
-    responses_per_prompt: int = 1,
-    precision: float | None = None,
-    fail_above: float | None = None,
-    per: Per = "token",
-    seed: int = 0,
-    batch_tokens: int = 8192,
-    keep: int = 40,
-    dtype: AuditDtype = "float32",
-    device: str = "cpu",
-    into: str | Path | None = None,
-    resume: bool = False,
+    texts: Texts | None = None,
+    responses: Texts | None = None,
     watch: Watch | None = None,
+    **options: Unpack[AuditKeywords],
 ) -> Audit:
     """Measure exactly how far a policy is from a reference, with 95 % intervals.
 
-    Give one of prompts (the policy answers them: KL(π‖π_ref) on its own writing), texts (both
+    Give one of prompts (the policy answers them: KL(π‖π_ref) on its own responses), texts (both
     read them) or responses (rows of prompt and response).
 
     Args:
-        policy: a Hugging Face directory or hub name, a peft adapter, or an open model.
+        policy: a Hugging Face directory or hub name, the directory of a PEFT adapter, or a loaded
+            transformers or PEFT model with its tokenizer, as `(model, tokenizer)`.
         reference: the same.
-        prompts: a prompt file, or prompts.
-        texts: a .txt file, a file with rows of `text`, or texts.
-        responses: a file with rows of `prompt` and `response`.
-        both: let the reference answer the prompts as well: KL(π_ref‖π) on its own writing.
-        temperature: of sampling and of both models' distributions.
-        max_new_tokens: length limit of a response.
-        responses_per_prompt: answers to each prompt; intervals are clustered by prompt.
-        precision: stop as soon as the headline's interval, valid at any time, is mean ± this.
-        fail_above: threshold of the gate, see `Audit.gate`.
-        per: what `precision` and `fail_above` are per, "token" or "response".
-        seed: of sampling.
-        batch_tokens: most tokens read at once, padding included.
-        keep: responses and tokens of each kind to look at closely.
-        dtype: of parameters and arithmetic; "auto" as stored.
-        device: a torch device.
-        into: a directory for the scored responses, so that the audit can be resumed.
-        resume: go on with what `into` holds.
+        prompts: a prompt file, or a list of prompts.
+        texts: a .txt file, a file with rows of `text`, or a list of texts.
+        responses: a file with rows of `prompt` and `response`, or a list of such rows.
         watch: called after each batch.
+        options: see `AuditOptions`, which names them all with their defaults.
 
     Raises:
-        ConfigError: if there is not exactly one source, or a setting cannot be.
+        ConfigError: if there is not exactly one source, or an option cannot be.
         ModelError: if a model cannot be used, or the two have different tokens.
         PromptError: if the source cannot be used.
-        RunError: if `into` cannot be written, or holds another audit.
+        RunError: if `output` cannot be written, or holds another audit.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+        >>> inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> ends = {"eos_token": "<eos>", "pad_token": "<eos>"}
+        >>> tok = PreTrainedTokenizerFast(tokenizer_object=inner, **ends)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> config = LlamaConfig(vocab_size=3, num_hidden_layers=1, eos_token_id=0, **sizes)
+        >>> tuned, base = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> audit((tuned, tok), (base, tok), ["a", "b a"], max_new_tokens=4).kl.per_token.n
+        2
+        >>> audit((tuned, tok), (tuned, tok), texts=["a b a"]).kl.per_token.mean
+        0.0
     """
-    settings = Settings(
-        both=both,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        responses_per_prompt=responses_per_prompt,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        precision=precision,
-        fail_above=fail_above,
-        per=per,
-        keep=keep,
-    )
-    given: dict[SourceKind, Given | None]
-    given = {"prompts": prompts, "texts": texts, "responses": responses}
-    kind, what = one_source(given)
-    pair = Pair(
-        *(
-            m if isinstance(m, Policy) else open_checkpoint(m, dtype=dtype, device=device)
-            for m in (policy, reference)
-        )
-    )
-    check_pair(pair)
-    with tempfile.TemporaryDirectory() as folder:
-        file = _as_file(kind, what, Path(folder))
-        room = max_new_tokens if kind == "prompts" else 0
-        return audit_pair(
-            pair,
-            Source(kind, file, room),
-            settings,
-            into=None if into is None else Path(into),
-            resume=resume,
-            watch=watch,
-        )
+    chosen = make_options(options)
+    kind, what = one_source({"prompts": prompts, "texts": texts, "responses": responses})
+    with (
+        opened_pair(policy, reference, dtype=chosen.dtype, device=chosen.device) as pair,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        return audit_pair(pair, Source(kind, _as_file(kind, what, Path(folder))), chosen, watch)
 
 
-def one_source(given: dict[SourceKind, Any]) -> tuple[SourceKind, Any]:
+def one_source(given: Mapping[SourceKind, Any]) -> tuple[SourceKind, Any]:
     """The one source that was given.
 
     Raises:
@@ -123,10 +87,11 @@ def one_source(given: dict[SourceKind, Any]) -> tuple[SourceKind, Any]:
     return found[0]
 
 
-def _as_file(kind: SourceKind, given: Given, folder: Path) -> Path:
+def _as_file(kind: SourceKind, given: Texts, folder: Path) -> Path:
     if isinstance(given, str | Path):
         return Path(given)
-    key = "prompt" if kind == "prompts" else "text"
+    key = "text" if kind == "texts" else "prompt"
+    rows = [row if isinstance(row, Mapping) else {key: row} for row in given]
     file = folder / f"{kind}.jsonl"
-    file.write_text("".join(json.dumps({key: text}) + "\n" for text in given), encoding="utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file

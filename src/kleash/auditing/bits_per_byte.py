@@ -6,18 +6,18 @@ whole text, by its own tokens, per byte of that text: a log-ratio on given texts
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from kleash.auditing.clustered_moments import Moments
+from kleash.auditing.clustered_moments import ClusteredMoments
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.inputs import Item, Source, pack
-from kleash.auditing.model_pair import Pair
+from kleash.auditing.model_pair import ModelPair
+from kleash.auditing.options import MAX_NEW_TOKENS, TEMPERATURE, AuditOptions, with_sampling
 from kleash.auditing.result import Audit, BitsPerByte
-from kleash.auditing.runner import WINDOW, Settings
+from kleash.auditing.runner import WINDOW
 from kleash.auditing.token_records import side_by_side
 from kleash.errors import NonFiniteError, PromptError
 from kleash.models.policy import Policy
@@ -30,22 +30,23 @@ STRETCH = 2000
 _NAMES = ("policy", "reference", "log_ratio", "bytes", "responses")
 
 
-def audit_bytes(pair: Pair, source: Source, settings: Settings) -> Audit:
+def audit_bytes(pair: ModelPair, source: Source, options: AuditOptions) -> Audit:
     """Compare two models by the bits per byte that they need for the same texts.
 
     Args:
         pair: the models; their tokens need not be the same.
         source: texts.
-        settings: temperature and batch size are used.
+        options: temperature and batch size are used.
 
     Raises:
         PromptError: if the file cannot be used.
         NonFiniteError: if a model gives NaN.
     """
-    moments = Moments(_NAMES)
+    options = with_sampling(options, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
+    moments = ClusteredMoments(_NAMES)
     count = 0
     for window in _windows(raw_texts(source.path)):
-        ours, theirs = (_bits(model, window, settings) for model in (pair.policy, pair.reference))
+        ours, theirs = (_bits(model, window, options) for model in (pair.policy, pair.reference))
         rows = [
             (a, b, b - a, float(len(text.encode("utf-8", "surrogatepass"))), 1.0)
             for a, b, text in zip(ours, theirs, window, strict=True)
@@ -60,7 +61,7 @@ def audit_bytes(pair: Pair, source: Source, settings: Settings) -> Audit:
             "file": source.path.name,
             "file_sha256": source.sha256(),
             "count": count,
-            **asdict(settings),
+            **options.as_settings(),
         },
         parts=[],
         complete=True,
@@ -121,7 +122,7 @@ def _windows(texts: Iterator[str]) -> Iterator[list[str]]:
         yield window
 
 
-def _bits(model: Policy, texts: Sequence[str], settings: Settings) -> list[float]:
+def _bits(model: Policy, texts: Sequence[str], options: AuditOptions) -> list[float]:
     """−log₂ p of each text, every token of it scored."""
     items = [item for number, text in enumerate(texts) for item in _items(model, text, number)]
     bits = [0.0] * len(texts)
@@ -129,8 +130,10 @@ def _bits(model: Policy, texts: Sequence[str], settings: Settings) -> list[float
     def width(item: Item) -> int:
         return len(item.prompt_ids) + len(item.response_ids)
 
-    for batch in pack(items, width, settings.batch_tokens):
-        for item, nats in zip(batch, _nats(model, batch, settings.temperature), strict=True):
+    for batch in pack(items, width, options.batch_tokens):
+        for item, nats in zip(
+            batch, _nats(model, batch, options.temperature or TEMPERATURE), strict=True
+        ):
             bits[item.cluster] += nats / math.log(2)
     return bits
 

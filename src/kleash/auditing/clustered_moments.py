@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.auditing.confidence_intervals import Interval, Kind, interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval, Kind, interval
 
 
-class Moments:
+class ClusteredMoments:
     """Running first and second moments of what is summed up within each prompt."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -32,9 +32,9 @@ class Moments:
         self._second += sums.T @ sums
         self.clusters += len(sums)
 
-    def copy(self) -> "Moments":
+    def copy(self) -> "ClusteredMoments":
         """The same so far, to be gone on with apart."""
-        other = Moments(tuple(self._place))
+        other = ClusteredMoments(tuple(self._place))
         other._first, other._second = self._first.clone(), self._second.clone()
         other.clusters = self.clusters
         return other
@@ -43,7 +43,9 @@ class Moments:
         """Sum over all prompts."""
         return float(self._first[self._place[name]])
 
-    def ratio(self, numerator: str, denominator: str, *, kind: Kind = "fixed") -> Interval:
+    def ratio(
+        self, numerator: str, denominator: str, *, kind: Kind = "fixed"
+    ) -> ConfidenceInterval:
         """Ratio of two sums, such as KL to tokens, with its interval.
 
         Raises:

@@ -23,7 +23,7 @@ Decision = Literal["below", "above", "undecided"]
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean, and where it may lie."""
 
     mean: float
@@ -45,7 +45,7 @@ class Interval:
 
 def interval(
     mean: float, standard_error: float | None, *, n: int, clusters: int, kind: Kind = "fixed"
-) -> Interval:
+) -> ConfidenceInterval:
     """Put an interval around a mean, from its standard error clustered by prompt.
 
     Args:
@@ -63,10 +63,10 @@ def interval(
         True
     """
     if standard_error is None or not math.isfinite(mean):
-        return Interval(mean, None, None, None, n, clusters, kind)
+        return ConfidenceInterval(mean, None, None, None, n, clusters, kind)
     factor = student_quantile(clusters - 1) if kind == "fixed" else anytime_factor(clusters)
     half = factor * standard_error
-    return Interval(mean, mean - half, mean + half, standard_error, n, clusters, kind)
+    return ConfidenceInterval(mean, mean - half, mean + half, standard_error, n, clusters, kind)
 
 
 def anytime_factor(clusters: int) -> float:
@@ -95,7 +95,7 @@ def anytime_factor(clusters: int) -> float:
     return math.sqrt(2 * spread / (clusters * rho2) * math.log(math.sqrt(spread) / alpha))
 
 
-def clusters_for(half_width: float, now: Interval) -> int | None:
+def clusters_for(half_width: float, now: ConfidenceInterval) -> int | None:
     """How many prompts it would take to be this narrow, if they vary as those so far do.
 
     Args:
@@ -129,7 +129,7 @@ def clusters_for(half_width: float, now: Interval) -> int | None:
     return high
 
 
-def decide(found: Interval, threshold: float) -> Decision:
+def decide(found: ConfidenceInterval, threshold: float) -> Decision:
     """Say on which side of a threshold the mean lies, if the interval lies wholly on one.
 
     An infinite KL is above every threshold, however few prompts were seen.

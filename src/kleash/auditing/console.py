@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from kleash.auditing.confidence_intervals import Interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval
 from kleash.auditing.result import Audit, Part
 from kleash.auditing.runner import Progress as Step
 from kleash.report.html_template import visible
@@ -121,7 +121,7 @@ def closing(audit: Audit) -> list[str]:
     return found
 
 
-def plus_minus(one: Interval) -> str:
+def plus_minus(one: ConfidenceInterval) -> str:
     """Mean ± half of the 95 % interval."""
     if one.half_width is None:
         return format_number(one.mean)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kleash.auditing.confidence_intervals import Interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval
 from kleash.auditing.glossary import GLOSSARY
 from kleash.auditing.result import Audit, Measure
 from kleash.auditing.run_context import Standing, charts_over_root_kl
@@ -136,7 +136,7 @@ def _charts(drift: Drift, responses: int) -> list[Chart]:
     return found + charts_over_root_kl(placed)
 
 
-def _root_error(kl: Interval) -> float | None:
+def _root_error(kl: ConfidenceInterval) -> float | None:
     """Standard error of √KL, by the delta method; none where there is no slope."""
     if kl.standard_error is None or not kl.mean > 0:
         return None

@@ -2,14 +2,24 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from kleash.auditing.inputs import Item
 from kleash.models.policy import Policy
 from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec, generate
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A response, and log π of its tokens as the sampler computed it, in nats."""
+
+    item: Item
+    logprobs: Float[Tensor, " token"]
 
 
 def write_responses(
@@ -19,7 +29,7 @@ def write_responses(
     responses_per_prompt: int,
     spec: SamplingSpec,
     seed: str,
-) -> list[Item]:
+) -> list[Written]:
     """Let a model answer a batch of prompts.
 
     Args:
@@ -30,7 +40,7 @@ def write_responses(
         seed: names the batch. The global random state is left as it was.
 
     Returns:
-        The items with their responses.
+        The items with their responses, and how likely the sampler held each token.
     """
     rows = [item for item in items for _ in range(responses_per_prompt)]
     prompts = [Prompt("", item.prompt_ids, item.cluster) for item in rows]
@@ -39,14 +49,14 @@ def write_responses(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(_number(seed))
         rollout = generate(writer, batch, spec)
-    return [
-        replace(
-            item,
-            response_ids=tuple(rollout.response_ids[row][rollout.response_mask[row]].tolist()),
-            ended=bool(rollout.ended[row]),
-        )
-        for row, item in enumerate(rows)
-    ]
+    assert rollout.sampler_logprobs is not None
+    written: list[Written] = []
+    for row, item in enumerate(rows):
+        mask = rollout.response_mask[row]
+        ids = tuple(rollout.response_ids[row][mask].tolist())
+        response = replace(item, response_ids=ids, ended=bool(rollout.ended[row]))
+        written.append(Written(response, rollout.sampler_logprobs[row][mask].cpu()))
+    return written
 
 
 def _number(seed: str) -> int:

@@ -95,7 +95,8 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "floor",
         "Floor",
-        "KL per token of the policy to itself, read in a batch and alone: what rounding makes. "
+        "KL per token of a model to itself, read in a batch and alone, on responses drawn at "
+        "random: what rounding makes; the larger one of policy and reference. "
         "A mean below 3 times this is not resolvable.",
         "mean |KL(π in a batch ‖ π alone)|",
         "nats per token",

@@ -11,7 +11,7 @@ from typing import Any
 
 from kleash.auditing.console import WRITERS, closing, titles
 from kleash.auditing.glossary import GLOSSARY
-from kleash.auditing.result import Audit, Part, Sample, Share
+from kleash.auditing.result import Audit, AuditedResponse, Part, Share
 from kleash.auditing.run_context import charts_over_root_kl
 from kleash.report import svg_chart
 from kleash.report.html_template import pointer_data, render_page
@@ -148,7 +148,7 @@ def _sample_size(audit: Audit) -> str:
     return "n = " + " and ".join(f"{part.tokens:,}" for part in audit.parts) + " tokens"
 
 
-def _page_sample(part: Part, sample: Sample) -> dict[str, Any]:
+def _page_sample(part: Part, sample: AuditedResponse) -> dict[str, Any]:
     """A response as the script of the page expects it; see `report.heatmap`."""
     forward = part.headline == "kl"
     return {

@@ -6,22 +6,23 @@ dtypes and padding of the vocabulary may differ; the tokens may not.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from kleash.auditing.options import AuditDtype
 from kleash.errors import ModelError
 from kleash.models.loading import Dtype
 from kleash.models.merging import adapter_settings, is_adapter
-from kleash.models.policy import Identity, Policy, compare_tokenizers, load_policy
-
-AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+from kleash.models.policy import Identity, Policy, load_policy
+from kleash.models.vocabulary import SharedVocabulary, shared_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class ModelPair:
     """A policy and the reference it is measured against. Both can write."""
 
     policy: Policy
     reference: Policy
+    vocabulary: SharedVocabulary | None = None
+    """The tokens that both are read over; None where the two need not share any."""
 
     @property
     def context(self) -> int | None:
@@ -36,7 +37,7 @@ def load_pair(
     *,
     dtype: AuditDtype = "float32",
     device: str = "cpu",
-) -> Pair:
+) -> ModelPair:
     """Open both checkpoints and check that they can be compared.
 
     Args:
@@ -49,12 +50,10 @@ def load_pair(
     Raises:
         ModelError: if a model cannot be used, or the two have different tokens.
     """
-    pair = Pair(
+    return comparable_pair(
         open_checkpoint(policy, dtype=dtype, device=device),
         open_checkpoint(reference, dtype=dtype, device=device),
     )
-    check_pair(pair)
-    return pair
 
 
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
@@ -74,24 +73,25 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
     return found
 
 
-def check_pair(pair: Pair) -> None:
-    """Check that every token has the same id in both.
+def comparable_pair(policy: Policy, reference: Policy) -> ModelPair:
+    """Both models, read over the tokens that both can produce.
 
     Raises:
-        ModelError: naming the first difference.
+        ModelError: naming the first token of the basic vocabulary that differs.
     """
-    policy, reference = pair.policy, pair.reference
     try:
-        compare_tokenizers(policy.tokenizer, reference.tokenizer, "reference", reference.path)
+        shared = shared_vocabulary(
+            policy.tokenizer,
+            reference.tokenizer,
+            words=(policy.words, reference.words),
+            path=reference.path,
+        )
     except ModelError as error:
         raise ModelError(
             f"{error}; or compare whole texts with --texts FILE --bytes, in bits per byte"
         ) from None
-    if policy.words != reference.words:
-        raise ModelError(
-            f"expected two models of one vocabulary, got {policy.words} tokens in "
-            f"{policy.path!r} and {reference.words} in {reference.path!r}"
-        )
+    ours, theirs = (replace(model, words=shared.words) for model in (policy, reference))
+    return ModelPair(ours, theirs, shared)
 
 
 def same_weights(one: Identity, other: Identity) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from kleash.auditing.confidence_intervals import Decision, Interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval, Decision
+from kleash.auditing.options import Per
 from kleash.auditing.run_context import Standing
 from kleash.auditing.token_records import By
 from kleash.errors import RunError
@@ -22,7 +23,6 @@ from kleash.storage.atomic_files import NON_FINITE, plain_json
 
 SCHEMA = "kleash.audit/1"
 
-Per = Literal["token", "response"]
 Verdict = Literal["identical", "not resolvable", "resolved"]
 
 EXIT_CODES: dict[Decision, int] = {"below": 0, "above": 3, "undecided": 4}
@@ -33,8 +33,8 @@ EXIT_CODES: dict[Decision, int] = {"below": 0, "above": 3, "undecided": 4}
 class Measure:
     """A quantity per token and per response."""
 
-    per_token: Interval
-    per_response: Interval
+    per_token: ConfidenceInterval
+    per_response: ConfidenceInterval
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Share:
     name: str
     start: float
     """First position of the bin; the number in its list for what is no position."""
-    kl: Interval
+    kl: ConfidenceInterval
     """Nats per token of this part."""
     tokens: int
     share: float
@@ -63,7 +63,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Sample:
+class AuditedResponse:
     """A response looked at closely. Lists have one entry per token."""
 
     number: int
@@ -113,7 +113,7 @@ class Part:
     headline: str
     """Key of the KL these responses were drawn for: "kl", or "reverse_kl" of the reference's."""
     measures: dict[str, Measure]
-    perplexity: dict[str, Interval]
+    perplexity: dict[str, ConfidenceInterval]
     """Of given texts, by "policy" and "reference"."""
     percentiles: dict[str, float]
     """Of KL per token: "50", "90", "99" to 1 %, "max" exact."""
@@ -124,9 +124,9 @@ class Part:
     groups: list[Share]
     tail: Tail
     floor: float
-    """KL per token of the policy to itself, read in a batch and alone: what rounding makes."""
+    """KL per token of a model to itself, read in a batch and alone: what rounding makes."""
     verdict: Verdict
-    samples: list[Sample] = field(default_factory=list[Sample])
+    samples: list[AuditedResponse] = field(default_factory=list[AuditedResponse])
     worst_tokens: list[WorstToken] = field(default_factory=list[WorstToken])
     gained: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """Ids whose probability grew most from reference to policy, and by how much a token."""
@@ -161,10 +161,10 @@ class Gate:
 class BitsPerByte:
     """Two models of different tokens on the same texts."""
 
-    policy: Interval
+    policy: ConfidenceInterval
     """−log₂ of the text's probability, per byte of UTF-8."""
-    reference: Interval
-    log_ratio: Interval
+    reference: ConfidenceInterval
+    log_ratio: ConfidenceInterval
     """Reference less policy: bits per byte by which the policy finds the texts likelier."""
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kleash.auditing.confidence_intervals import Interval
+from kleash.auditing.confidence_intervals import ConfidenceInterval
+from kleash.auditing.options import IN_MEMORY
 from kleash.models.policy import Identity
 from kleash.report.metric_charts import ROOT_KL, known_frontier, over_root_kl
 from kleash.report.svg_chart import Chart, Point, Series
@@ -50,6 +51,43 @@ class Standing:
     """What the run's plan held possible, as far as it knew; empty without a plan."""
 
 
+@dataclass(frozen=True)
+class RunSampling:
+    """How a run sampled; None where its configuration does not say."""
+
+    run: str
+    temperature: float | None
+    max_new_tokens: int | None
+
+
+def run_of(policy: Identity) -> Path | None:
+    """The directory of the run that a checkpoint lies in, RUN/checkpoints/NAME/policy."""
+    if policy.how == IN_MEMORY:
+        return None
+    checkpoint = Path(policy.path).resolve().parent
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == "checkpoints" and holds_run(run) else None
+
+
+def sampling_of_run(policy: Identity) -> RunSampling | None:
+    """How the run of a checkpoint sampled; None for what is no checkpoint of a run.
+
+    Raises:
+        RunError: the run cannot be read.
+    """
+    folder = run_of(policy)
+    if folder is None:
+        return None
+    run = read_run(folder)
+    rollout: Mapping[str, Any] = run.config.get("rollout") or {}
+    temperature, length = rollout.get("temperature"), rollout.get("max_new_tokens")
+    return RunSampling(
+        run.name,
+        None if temperature is None else float(temperature),
+        None if length is None else int(length),
+    )
+
+
 def standing_of(policy: Identity, reference: Identity, *, temperature: float) -> Standing | None:
     """Look the checkpoint up in its run.
 
@@ -65,10 +103,9 @@ def standing_of(policy: Identity, reference: Identity, *, temperature: float) ->
     Raises:
         RunError: the run cannot be read.
     """
+    folder = run_of(policy)
     step = Path(policy.path).resolve().parent
-    folder = step.parent.parent
-    in_a_run = step.parent.name == "checkpoints" and holds_run(folder)
-    if not in_a_run or re.fullmatch(r"step-\d+", step.name) is None:
+    if folder is None or re.fullmatch(r"step-\d+", step.name) is None:
         return None
     run = read_run(folder)
     held_to: Mapping[str, Any] = run.meta.get("reference") or {}
@@ -109,7 +146,7 @@ def _spots(points: list[Point]) -> list[Spot]:
     return [Spot(point.x, point.y, point.error) for point in points]
 
 
-def charts_over_root_kl(placed: Sequence[tuple[Interval, Standing]]) -> list[Chart]:
+def charts_over_root_kl(placed: Sequence[tuple[ConfidenceInterval, Standing]]) -> list[Chart]:
     """Score against √KL, and gold where several checkpoints have one.
 
     Args:

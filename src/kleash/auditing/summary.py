@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kleash.auditing.accumulator import LOWEST, PER_DECADE, Tally
-from kleash.auditing.confidence_intervals import Interval, Kind, tail_index
-from kleash.auditing.model_pair import Pair
-from kleash.auditing.result import Measure, Part, Sample, Share, Tail, Verdict, WorstToken
+from kleash.auditing.accumulator import LOWEST, PER_DECADE, AuditAccumulator
+from kleash.auditing.confidence_intervals import ConfidenceInterval, Kind, tail_index
+from kleash.auditing.model_pair import ModelPair
+from kleash.auditing.padding import FLOOR_RESPONSES, noise_floor
+from kleash.auditing.result import AuditedResponse, Measure, Part, Share, Tail, Verdict, WorstToken
 from kleash.auditing.token_classes import TOKEN_CLASSES
 from kleash.auditing.token_records import Record
-from kleash.auditing.worst_responses import Closer, look_closer, noise_floor
+from kleash.auditing.worst_responses import ResponseDetails, item_of, response_details
 from kleash.kl.position_bins import POSITIONS, first_position
 from kleash.report.token_heatmap import spaced
 from kleash.rollout.top_tokens import decode, text_of_id
@@ -31,30 +32,32 @@ COARSE = PER_DECADE // 8
 """Bins of the histogram that are shown as one."""
 
 
-def part_of(tally: Tally, *, kind: Kind, floor: float) -> Part:
+def part_of(account: AuditAccumulator, *, kind: Kind, floor: float) -> Part:
     """What can be said without another look at the models.
 
     Args:
-        tally: the account, its windows closed.
+        account: the account, its windows closed.
         kind: of the headline's intervals.
         floor: KL per token that rounding alone makes.
     """
     names = ["kl", "reverse_kl", "entropy", "ref_entropy"]
-    names += ["k1", "k3"] if tally.by in ("policy", "reference") else ["nll", "ref_nll", "same_top"]
-    headline = tally.headline
+    names += (
+        ["k1", "k3"] if account.by in ("policy", "reference") else ["nll", "ref_nll", "same_top"]
+    )
+    headline = account.headline
     measures = {
         name: Measure(
-            tally.mean(name, "token", kind=kind if name == headline else "fixed"),
-            tally.mean(name, "response", kind=kind if name == headline else "fixed"),
+            account.mean(name, "token", kind=kind if name == headline else "fixed"),
+            account.mean(name, "response", kind=kind if name == headline else "fixed"),
         )
         for name in names
     }
     given = "nll" in measures
     return Part(
-        by=tally.by,
-        responses=round(tally.moments.total("responses")),
-        prompts=tally.moments.clusters,
-        tokens=round(tally.moments.total("tokens")),
+        by=account.by,
+        responses=round(account.moments.total("responses")),
+        prompts=account.moments.clusters,
+        tokens=round(account.moments.total("tokens")),
         headline=headline,
         measures=measures,
         perplexity={
@@ -63,49 +66,52 @@ def part_of(tally: Tally, *, kind: Kind, floor: float) -> Part:
             if given
         },
         percentiles={
-            **{f"{100 * share:g}": tally.percentile(share) for share in (0.5, 0.9, 0.99)},
-            "max": tally.largest_token,
+            **{f"{100 * share:g}": account.percentile(share) for share in (0.5, 0.9, 0.99)},
+            "max": account.largest_token,
         },
-        histogram=_histogram(tally),
-        positions=_positions(tally),
-        classes=_classes(tally),
-        groups=_groups(tally),
-        tail=_tail(tally),
+        histogram=_histogram(account),
+        positions=_positions(account),
+        classes=_classes(account),
+        groups=_groups(account),
+        tail=_tail(account),
         floor=floor,
-        verdict=verdict(measures[headline].per_token.mean, tally, floor),
+        verdict=verdict(measures[headline].per_token.mean, account, floor),
     )
 
 
-def verdict(mean: float, tally: Tally, floor: float) -> Verdict:
+def verdict(mean: float, account: AuditAccumulator, floor: float) -> Verdict:
     """Whether a mean KL per token is more than rounding."""
-    if mean == 0 and tally.largest_token == 0:
+    if mean == 0 and account.largest_token == 0:
         return "identical"
     return "resolved" if abs(mean) >= RESOLVABLE * floor else "not resolvable"
 
 
-def floor_of(tally: Tally, pair: Pair) -> float:
-    """The floor, from some of the responses."""
-    return noise_floor(tally.at_random(), pair.policy, pair.policy.device)
+def floor_of(account: AuditAccumulator, pair: ModelPair, *, budget: int) -> float:
+    """The floor, from responses drawn at random: the larger one of the two models."""
+    items = [item_of(record) for record in account.drawn(FLOOR_RESPONSES)]
+    return max(noise_floor(items, model, budget=budget) for model in (pair.policy, pair.reference))
 
 
-def with_details(part: Part, tally: Tally, pair: Pair, *, temperature: float) -> Part:
+def with_details(
+    part: Part, account: AuditAccumulator, pair: ModelPair, *, temperature: float
+) -> Part:
     """Add the responses and tokens that are worth looking at, and what both models wanted there."""
-    worst, chance = tally.worst(), tally.at_random()
-    tokens = tally.worst_tokens()
+    worst, chance = account.worst(), account.at_random()
+    tokens = account.worst_tokens()
     every = {record.number: record for record in (*worst, *chance, *(r for r, _ in tokens))}
-    closer: dict[int, Closer] = {}
+    closer: dict[int, ResponseDetails] = {}
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
     random_numbers = {record.number for record in chance}
     for number, record in sorted(every.items()):
-        closer[number], mass = look_closer(record, pair, temperature=temperature)
+        closer[number], mass = response_details(record, pair, temperature=temperature)
         if number in random_numbers:
             moved += mass
     count = sum(len(record.ids) for record in chance)
     tokenizer = pair.policy.tokenizer
-    samples = [_sample(r, "worst", tally, closer[r.number], tokenizer) for r in worst]
+    samples = [_sample(r, "worst", account, closer[r.number], tokenizer) for r in worst]
     shown = {record.number for record in worst}
     samples += [
-        _sample(r, "random", tally, closer[r.number], tokenizer)
+        _sample(r, "random", account, closer[r.number], tokenizer)
         for r in chance
         if r.number not in shown
     ]
@@ -113,7 +119,9 @@ def with_details(part: Part, tally: Tally, pair: Pair, *, temperature: float) ->
     return replace(
         part,
         samples=samples,
-        worst_tokens=[_worst_token(r, at, tally, closer[r.number], tokenizer) for r, at in tokens],
+        worst_tokens=[
+            _worst_token(r, at, account, closer[r.number], tokenizer) for r, at in tokens
+        ],
         gained=_moved_most(mean),
         lost=_moved_most(-mean),
         mass_tokens=count,
@@ -133,14 +141,14 @@ def texts_of_ids(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> d
     return {str(number): text_of_id(tokenizer, number) for number in sorted(ids)}
 
 
-def _exponential(of: Interval) -> Interval:
+def _exponential(of: ConfidenceInterval) -> ConfidenceInterval:
     """The interval of e^x from that of x."""
     ends = [None if end is None else math.exp(end) for end in (of.low, of.high)]
     return replace(of, mean=math.exp(of.mean), low=ends[0], high=ends[1], standard_error=None)
 
 
-def _histogram(tally: Tally) -> list[tuple[float, int]]:
-    counts = tally.histogram.copy()
+def _histogram(account: AuditAccumulator) -> list[tuple[float, int]]:
+    counts = account.histogram.copy()
     counts[1] += counts[0]
     counts[-2] += counts[-1]
     coarse = np.add.reduceat(counts[1:-1], np.arange(0, len(counts) - 2, COARSE))
@@ -151,8 +159,8 @@ def _histogram(tally: Tally) -> list[tuple[float, int]]:
     return [(LOWEST + k * COARSE / PER_DECADE, int(coarse[k])) for k in span]
 
 
-def _share(tally: Tally, name: str, start: float, kl: str, count: str) -> Share | None:
-    moments = tally.moments
+def _share(account: AuditAccumulator, name: str, start: float, kl: str, count: str) -> Share | None:
+    moments = account.moments
     tokens = round(moments.total(count))
     if tokens == 0:
         return None
@@ -161,50 +169,52 @@ def _share(tally: Tally, name: str, start: float, kl: str, count: str) -> Share 
         start=start,
         kl=moments.ratio(kl, count),
         tokens=tokens,
-        share=_part_of_all(moments.total(kl), tally),
+        share=_part_of_all(moments.total(kl), account),
     )
 
 
-def _part_of_all(amount: float, tally: Tally) -> float:
-    whole = tally.moments.total(tally.headline)
+def _part_of_all(amount: float, account: AuditAccumulator) -> float:
+    whole = account.moments.total(account.headline)
     return amount / whole if 0 < whole < math.inf else 0.0
 
 
-def _positions(tally: Tally) -> list[Share]:
+def _positions(account: AuditAccumulator) -> list[Share]:
     starts = [first_position(place) for place in range(POSITIONS)]
     found = [
-        _share(tally, f"{math.ceil(start)}", float(math.ceil(start)), f"kl at {k}", f"count at {k}")
+        _share(
+            account, f"{math.ceil(start)}", float(math.ceil(start)), f"kl at {k}", f"count at {k}"
+        )
         for k, start in enumerate(starts)
     ]
     return [one for one in found if one is not None]
 
 
-def _classes(tally: Tally) -> list[Share]:
+def _classes(account: AuditAccumulator) -> list[Share]:
     found = [
-        _share(tally, name, float(k), f"kl {name}", f"count {name}")
+        _share(account, name, float(k), f"kl {name}", f"count {name}")
         for k, name in enumerate(TOKEN_CLASSES)
     ]
     return [one for one in found if one is not None]
 
 
-def _groups(tally: Tally) -> list[Share]:
-    headline = tally.headline
+def _groups(account: AuditAccumulator) -> list[Share]:
+    headline = account.headline
     return [
         Share(
             name=name,
             start=float(k),
             kl=moments.ratio(headline, "tokens"),
             tokens=round(moments.total("tokens")),
-            share=_part_of_all(moments.total(headline), tally),
+            share=_part_of_all(moments.total(headline), account),
         )
-        for k, (name, moments) in enumerate(sorted(tally.groups.items()))
+        for k, (name, moments) in enumerate(sorted(account.groups.items()))
     ]
 
 
-def _tail(tally: Tally) -> Tail:
-    largest = tally.largest()
+def _tail(account: AuditAccumulator) -> Tail:
+    largest = account.largest()
     index = tail_index(largest)
-    share = _part_of_all(largest[0], tally)
+    share = _part_of_all(largest[0], account)
     few = len(largest) >= 10 and share > HEAVY_SHARE
     return Tail(index, share, few or (index is not None and index < 2))
 
@@ -212,16 +222,16 @@ def _tail(tally: Tally) -> Tail:
 def _sample(
     record: Record,
     kind: str,
-    tally: Tally,
-    closer: Closer,
+    account: AuditAccumulator,
+    closer: ResponseDetails,
     tokenizer: PreTrainedTokenizerBase,
-) -> Sample:
+) -> AuditedResponse:
     response = decode(tokenizer, record.ids.tolist())
-    kl = record.reverse_kl if tally.headline == "reverse_kl" else record.kl
-    return Sample(
+    kl = record.reverse_kl if account.headline == "reverse_kl" else record.kl
+    return AuditedResponse(
         number=record.number,
         kind="worst" if kind == "worst" else "random",
-        by=tally.by,
+        by=account.by,
         group=record.group,
         prompt=decode(tokenizer, record.prompt_ids.tolist()),
         response=response,
@@ -239,10 +249,14 @@ def _sample(
 
 
 def _worst_token(
-    record: Record, at: int, tally: Tally, closer: Closer, tokenizer: PreTrainedTokenizerBase
+    record: Record,
+    at: int,
+    account: AuditAccumulator,
+    closer: ResponseDetails,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> WorstToken:
     ids = record.ids.tolist()
-    kl = record.reverse_kl if tally.headline == "reverse_kl" else record.kl
+    kl = record.reverse_kl if account.headline == "reverse_kl" else record.kl
     before = (record.prompt_ids.tolist() + ids[:at])[-CONTEXT:]
     texts = _three(tokenizer, before, ids[at], ids[at + 1 :][:CONTEXT])
     return WorstToken(

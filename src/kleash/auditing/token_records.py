@@ -25,7 +25,7 @@ By = Literal["policy", "reference", "text", "given"]
 
 
 @runtime_checkable
-class Both(Protocol):
+class TwoModels(Protocol):
     """Two models that read the same tokens."""
 
     @property
@@ -66,13 +66,12 @@ _DTYPES = {"prompt_ids": "<i4", "ids": "<i4", "same_top": "u1", **dict.fromkeys(
 
 def score_items(
     items: Sequence[Item],
-    both: Both,
+    both: TwoModels,
     *,
     first_number: int,
     temperature: float,
     budget: int,
     agreement: bool,
-    device: torch.device | str = "cpu",
 ) -> list[Record]:
     """Let both models read what was written, in batches of similar length.
 
@@ -83,7 +82,6 @@ def score_items(
         temperature: divides both models' logits.
         budget: most tokens in a batch, padding included.
         agreement: also find each model's likeliest word.
-        device: where the models are.
 
     Raises:
         NonFiniteError: if a model gives NaN.
@@ -91,7 +89,7 @@ def score_items(
     records: dict[int, Record] = {}
     numbered = list(enumerate(items, start=first_number))
     for batch in pack(numbered, lambda one: _length(one[1]), budget):
-        for record in _score_batch(batch, both, temperature, agreement, device):
+        for record in _score_batch(batch, both, temperature, agreement):
             records[record.number] = record
     return [records[number] for number, _ in numbered]
 
@@ -135,12 +133,11 @@ def _length(item: Item) -> int:
 @torch.no_grad()
 def _score_batch(
     batch: Sequence[tuple[int, Item]],
-    both: Both,
+    both: TwoModels,
     temperature: float,
     agreement: bool,
-    device: torch.device | str,
 ) -> list[Record]:
-    part, kept = side_by_side([item for _, item in batch], device)
+    part, kept = side_by_side([item for _, item in batch], both.policy.head.weight.device)
     states = states_of(both.policy, part, kept)
     ref_states = states_of(both.reference, part, kept)
     targets = part[2][kept]

@@ -4,7 +4,7 @@ Here, and only here, whole next-token distributions are held: a few dozen rows a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -12,17 +12,14 @@ from torch import Tensor
 
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.inputs import Item
-from kleash.auditing.model_pair import Pair
+from kleash.auditing.model_pair import ModelPair
 from kleash.auditing.token_records import Record, side_by_side
-from kleash.models.policy import LanguageModel
+from kleash.models.policy import Policy
 from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest
-from kleash.scoring import token_scores
-
-FLOOR_RESPONSES = 8
 
 
 @dataclass(frozen=True)
-class Closer:
+class ResponseDetails:
     """What both models wanted at each token of a response."""
 
     policy_top: list[Wanted]
@@ -30,9 +27,9 @@ class Closer:
 
 
 @torch.no_grad()
-def look_closer(
-    record: Record, pair: Pair, *, temperature: float
-) -> tuple[Closer, Float[Tensor, " vocab"]]:
+def response_details(
+    record: Record, pair: ModelPair, *, temperature: float
+) -> tuple[ResponseDetails, Float[Tensor, " vocab"]]:
     """The likeliest words of both models at each token of a response.
 
     Args:
@@ -43,7 +40,7 @@ def look_closer(
     Returns:
         The words, and Σ_t (π_t − π_ref,t): the probability each word gained over the response.
     """
-    part, kept = side_by_side([_item(record)], pair.policy.device)
+    part, kept = side_by_side([item_of(record)], pair.policy.device)
     states = states_of(pair.policy, part, kept)
     ref_states = states_of(pair.reference, part, kept)
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
@@ -54,35 +51,36 @@ def look_closer(
         moved += (p - q).sum(0).double().cpu()
         for found, these in zip(tops, (p, q), strict=True):
             found += likeliest(these)
-    return Closer(*tops), moved
+    return ResponseDetails(*tops), moved
 
 
 @torch.no_grad()
-def noise_floor(records: Sequence[Record], model: LanguageModel, device: torch.device) -> float:
-    """KL per token of a model to itself, read in a batch of several and alone.
-
-    The two ways differ in nothing but rounding, so a KL of this size says nothing. A size is
-    taken, not a sign: rounding takes a KL of 0 to either side.
+def left_out_mass(
+    records: Sequence[Record], model: Policy, *, shared: int, rows: int, temperature: float
+) -> float:
+    """Mean probability, per token, of the tokens that the comparison leaves out.
 
     Args:
         records: some responses.
-        model: the model.
-        device: where it is.
+        model: a model that has these tokens.
+        shared: number of ids that are compared.
+        rows: number of ids that the model has.
+        temperature: divides its logits.
+
+    Returns:
+        Σ_v π_v over shared ≤ v < rows, mean over the tokens of the responses.
     """
-    items = [_item(record) for record in records[:FLOOR_RESPONSES]]
-    part, kept = side_by_side(items, device)
-    together = states_of(model, part, kept)
-    singles: list[Tensor] = []
-    for item in items:
-        one, inside = side_by_side([item], device)
-        singles.append(states_of(model, one, inside))
-    alone = torch.cat(singles)
-    scores = token_scores(
-        together, model.head, part[2][kept], reference=(alone, model.head), want=("kl",)
-    )
-    assert scores.kl is not None
-    return float(scores.kl.double().abs().mean())
+    head = replace(model, words=rows).head
+    total = tokens = 0.0
+    for record in records:
+        part, kept = side_by_side([item_of(record)], model.device)
+        for states in states_of(model, part, kept).split(ROWS):
+            mass = distributions(head, states, temperature=temperature)[:, shared:]
+            total += float(mass.double().sum())
+            tokens += len(states)
+    return total / max(1.0, tokens)
 
 
-def _item(record: Record) -> Item:
+def item_of(record: Record) -> Item:
+    """The tokens of a response, to be read again."""
     return Item(record.cluster, tuple(record.prompt_ids.tolist()), tuple(record.ids.tolist()))

@@ -162,5 +162,5 @@ def _audit(config: Config, into: Path) -> Audit:
         responses_per_prompt=_ANSWERS,
         seed=config.seed,
         keep=20,
-        into=into,
+        output=into,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from kleash import __version__
+from kleash.auditing.options import AuditOptions
 from kleash.cli.console import (
     explicit_as_json,
     numbers,
@@ -68,6 +69,8 @@ def main() -> None:
     try:
         app(arguments)
     except CycloptsError as error:
+        if "--into" in {argument.split("=")[0] for argument in arguments}:
+            _fail("--into is called --output, as in every other command", 2)
         _fail(f"{error}. See kleash --help.".replace("..", "."), 2)
     except KleashError as error:
         if "--debug" in arguments:
@@ -365,22 +368,8 @@ def audit(
     prompts: Path | None = None,
     texts: Path | None = None,
     responses: Path | None = None,
-    both: Annotated[bool, Parameter(negative="")] = False,
+    options: Annotated[AuditOptions | None, Parameter(name="*", negative="")] = None,
     bytewise: Annotated[bool, Parameter(name="--bytes", negative="")] = False,
-    precision: float | None = None,
-    fail_above: float | None = None,
-    per: Literal["token", "response"] = "token",
-    max_new_tokens: int = 64,
-    responses_per_prompt: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_tokens: int = 8192,
-    keep: int = 40,
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32",
-    device: str = "cpu",
-    output: Path | None = None,
-    into: _OldInto = None,
-    resume: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -400,48 +389,16 @@ def audit(
         A .txt file, or rows of `text`: both models read them.
     responses
         Rows of `prompt` and `response`: both models read the responses.
-    both
-        Let the reference answer the prompts as well.
     bytewise
         For models of different tokens: bits per byte of whole texts instead of a KL.
-    precision
-        Sample until the interval is mean ± this many nats, or say what it would cost.
-    fail_above
-        Gate: exit 3 if the interval lies above this many nats, 0 if below, 4 if undecided.
-    per
-        What precision and gate are per.
-    max_new_tokens
-        Length limit of a response.
-    responses_per_prompt
-        Answers to each prompt.
-    temperature
-        Of sampling, and of both models' distributions.
-    seed
-        Of sampling.
-    batch_tokens
-        Most tokens read at once, padding included.
-    keep
-        Responses and tokens of each kind to look at closely.
-    dtype
-        Of parameters and arithmetic; auto: each model as it is stored.
-    device
-        A torch device.
-    output
-        Directory for audit.html, audit.json and the scored responses.
-    into
-        The earlier name of --output.
-    resume
-        Go on with the audit in that directory.
     as_json
         Print JSON instead of a table.
     """
     del debug
     from kleash.auditing.api import one_source
-    from kleash.auditing.command import Order, run_order
+    from kleash.auditing.command import AuditCommand, run_command
     from kleash.auditing.inputs import Source
-    from kleash.auditing.runner import Settings
 
-    refuse_into(into)
     if not others:
         raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")
     try:
@@ -449,27 +406,12 @@ def audit(
     except ConfigError as error:
         raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
     quiet_libraries()
-    code = run_order(
-        Order(
+    code = run_command(
+        AuditCommand(
             policies=(policy, *others[:-1]),
             reference=others[-1],
-            source=Source(kind, file, max_new_tokens if kind == "prompts" else 0),
-            settings=Settings(
-                both=both,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                responses_per_prompt=responses_per_prompt,
-                seed=seed,
-                batch_tokens=batch_tokens,
-                precision=precision,
-                fail_above=fail_above,
-                per=per,
-                keep=keep,
-            ),
-            dtype=dtype,
-            device=device,
-            into=output,
-            resume=resume,
+            source=Source(kind, file),
+            options=options or AuditOptions(),
             as_json=as_json,
             bytewise=bytewise,
         )

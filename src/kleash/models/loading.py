@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kleash.errors import ModelError
+from kleash.models.hub import require_source
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -112,6 +113,7 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PretrainedC
             revision is asked of a directory.
     """
     check_revision(path, revision)
+    require_source("a model", path, revision)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
@@ -146,6 +148,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     Raises:
         ModelError: if there is none.
     """
+    require_source("a tokenizer", path, revision)
     file = Path(path) / "tokenizer.json"
     try:
         with quiet():
@@ -187,12 +190,17 @@ def number_of_words(tokenizer: PreTrainedTokenizerBase, rows: int, path: str | P
     Checkpoints often pad the vocabulary to a round number. An id without text can be neither read
     nor rewarded, so the rows beyond the tokenizer have probability 0 for everyone alike: the
     sampler, the policy's scoring and the reference's. Differently padded copies of one model then
-    stay comparable.
+    stay comparable. Added tokens that have no row are no harm until one occurs in a text.
 
     Raises:
-        ModelError: if the tokenizer knows ids that the matrix does not have.
+        ModelError: if the matrix has no row for the end token or for a token of the basic
+            vocabulary.
     """
-    words = max(tokenizer.get_vocab().values()) + 1
+    ids = set(tokenizer.get_vocab().values())
+    words = max(ids) + 1
+    spare = set(tokenizer.added_tokens_decoder) - {cast("int | None", tokenizer.eos_token_id)}
+    if words > rows and max(ids - spare) < rows:
+        return rows
     if words > rows:
         raise ModelError(
             f"expected at most {rows} token ids, the rows of the model in {str(path)!r}, got a "
@@ -324,10 +332,6 @@ def _mistaken(what: str, path: Path) -> str | None:
     """What a path is instead of a model, where that can be seen; the library's words do not say."""
     if path.is_file():
         return f"a file: give the directory {str(path.parent)!r}"
-    # A hub name has one slash at most, and goes nowhere upwards.
-    if not path.exists() and (path.is_absolute() or ".." in path.parts or len(path.parts) > 2):
-        where = "" if path.is_absolute() else f" (it is looked for in {Path.cwd()})"
-        return f"nothing there{where}: check the path"
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         return (
             "a LoRA adapter without the model it was trained on: give that model as path, and this "

@@ -35,6 +35,11 @@ from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.merging import merge_adapter
 from kleash.models.probing import check_padding, own_code
 from kleash.models.trunk import trunk_of, trunk_states
+from kleash.models.vocabulary import (
+    SharedVocabulary,
+    require_shared_ending,
+    shared_vocabulary,
+)
 from kleash.types import Head
 
 
@@ -113,8 +118,13 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a batch; never looked at, since masks come from lengths."""
-        return cast(int, self.tokenizer.pad_token_id)
+        """Id that fills a batch; never looked at, since masks come from lengths.
+
+        A padding token that the matrix has no row for (added, and never resized) cannot be read,
+        so another id stands in for it.
+        """
+        pad = cast(int, self.tokenizer.pad_token_id)
+        return pad if pad < self.words else 0
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that learn."""
@@ -298,21 +308,24 @@ def freeze_copy(policy: Policy) -> Reference:
     )
 
 
-def check_compatible(policy: Policy, reference: Reference) -> None:
+def check_compatible(policy: Policy, reference: Reference) -> SharedVocabulary:
     """Check that policy and reference speak of the same tokens and that the reference is frozen.
 
+    Returns:
+        The tokens that both can produce; score both over these.
+
     Raises:
-        ModelError: naming the first difference of vocabulary or special tokens, or the parameter
-            that the reference shares with the policy or would train.
+        ModelError: naming the first difference of their basic vocabularies, the token that ends
+            the policy's responses and that the reference lacks, or the parameter that the
+            reference shares with the policy or would train.
     """
-    compare_tokenizers(policy.tokenizer, reference.tokenizer, "reference", reference.path)
-    if policy.words != reference.words:
-        raise ModelError(
-            f"expected policy and reference of one vocabulary, got {policy.words} tokens in "
-            f"{policy.path!r} and {reference.words} in {reference.path!r}"
-        )
+    words = policy.words, reference.words
+    shared = shared_vocabulary(
+        policy.tokenizer, reference.tokenizer, words=words, path=reference.path
+    )
+    require_shared_ending(policy.tokenizer, policy.stop_ids, shared, policy.path)
     if reference.adapter is not None:
-        return
+        return shared
     learning = {p.data_ptr() for p in policy.model.parameters()}
     for name, parameter in reference.model.named_parameters():
         if parameter.requires_grad or parameter.data_ptr() in learning:
@@ -320,6 +333,7 @@ def check_compatible(policy: Policy, reference: Reference) -> None:
                 f"expected a frozen reference of its own, got {name!r} that learns or is shared "
                 "with the policy: make the reference with freeze_copy or load_reference"
             )
+    return shared
 
 
 def compare_tokenizers(

@@ -31,13 +31,19 @@ from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
-from kleash.models.reference_offload import FrozenReference, OffloadedReference, open_cache
+from kleash.models.reference_offload import (
+    FrozenReference,
+    OffloadedReference,
+    open_cache,
+    underlying,
+)
 from kleash.models.reward_model import (
     ClassifierReward,
     RewardModel,
     WeightedSum,
 )
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
@@ -56,6 +62,8 @@ def assemble(config: Config) -> Components:
     device = choose_device(config.device)
     policy = _policy(config, device)
     reference = _reference(config, policy, device)
+    # Added tokens that the reference lacks have probability 0 for both.
+    policy = replace(policy, words=underlying(reference).words)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -208,7 +216,7 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
         revision=source.revision,
         merge=source.adapter,
     )
-    check_compatible(policy, reference)
+    reference = replace(reference, words=check_compatible(policy, reference).words)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
@@ -223,13 +231,17 @@ def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenRe
 def _prompts(
     path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
-    return read_prompts(
+    prompts = read_prompts(
         path,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
         chat_template=chat_template,
     )
+    for prompt in prompts:
+        where = f"prompt {prompt.index + 1} of {path!r}"
+        require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
+    return prompts
 
 
 def _groups(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> list[str]:

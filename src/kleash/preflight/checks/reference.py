@@ -89,8 +89,9 @@ def vocabulary(model: Policy, frozen: FrozenReference) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
     ask = Question("reference.vocabulary", "the same id for every token in both models")
     policy, reference = model, underlying(frozen)
+    notes: list[str] = []
     try:
-        check_compatible(policy, reference)
+        notes = check_compatible(policy, reference).notes
     except ModelError as error:
         if "frozen reference of its own" not in str(error):
             return ask.fail(
@@ -98,7 +99,7 @@ def vocabulary(model: Policy, frozen: FrozenReference) -> Finding:
                 f"Policy and reference do not share a vocabulary: {error}.",
                 "Take two models of one tokenizer.",
             )
-    return ask.ok(f"{policy.words} tokens")
+    return ask.ok(" ".join([f"{policy.words} tokens", *notes]))
 
 
 def _adapter_storage(trial: Trial, ask: Question) -> Finding:

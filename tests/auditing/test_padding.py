@@ -1,0 +1,132 @@
+"""Padding must change nothing: models that read it are refused, the floor sees every length."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from audit_models import SMALL, write_prompts, write_texts
+from tiny_models import save_model, tokenizer
+from transformers import AutoModelForCausalLM, MambaConfig, PretrainedConfig, RwkvConfig
+
+from kleash.auditing.accumulator import AuditAccumulator
+from kleash.auditing.api import audit
+from kleash.auditing.generation import Written
+from kleash.auditing.inputs import Item, Source
+from kleash.auditing.model_pair import load_pair
+from kleash.auditing.padding import require_sampler_agreement
+from kleash.auditing.token_classes import token_classes
+from kleash.auditing.token_records import Record
+from kleash.errors import ModelError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+"""Recurrent models announce which kernels they lack."""
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 1}
+
+
+def save_recurrent(folder: Path, config: PretrainedConfig, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rwkv(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("rwkv")
+    config = RwkvConfig(
+        vocab_size=25, attention_hidden_size=16, intermediate_size=24, context_length=64, **SIZES
+    )
+    return save_recurrent(folder / "a", config, 0), save_recurrent(folder / "b", config, 1)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+
+
+def test_a_model_that_reads_padding_is_refused_with_the_cause(rwkv, texts, tmp_path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    transformer = save_model(tmp_path / "llama")
+    for policy, reference in (rwkv, (transformer, rwkv[0])):
+        for given in ({"texts": texts}, {"prompts": prompts}):
+            with pytest.raises(ModelError, match="RwkvForCausalLM reads the padding") as caught:
+                audit(policy, reference, **given, **SMALL)
+            assert "--batch-tokens 1" in str(caught.value)
+
+
+def test_one_text_at_a_time_is_exact_for_it(rwkv, texts) -> None:
+    found = audit(*rwkv, texts=texts, batch_tokens=1, keep=4)
+    pair = load_pair(*rwkv)
+    kls = []
+    for item in Source("texts", texts).items(pair.policy.tokenizer, None):
+        ids = torch.tensor([[*item.prompt_ids, *item.response_ids]])
+        with torch.no_grad():
+            p, q = (
+                side.model(input_ids=ids).logits[0, len(item.prompt_ids) - 1 : -1].double()
+                for side in (pair.policy, pair.reference)
+            )
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        kls.append((p.exp() * (p - q)).sum(-1).numpy())
+    assert found.kl.per_token.mean == pytest.approx(np.concatenate(kls).mean(), abs=1e-5)
+
+
+def test_a_model_that_leaves_padding_alone_is_the_same_at_any_batch_size(tmp_path, texts) -> None:
+    config = MambaConfig(vocab_size=25, state_size=4, pad_token_id=2, **SIZES)
+    pair = [save_recurrent(tmp_path / str(seed), config, seed) for seed in (0, 1)]
+    means = [
+        audit(*pair, texts=texts, batch_tokens=size, keep=4).kl.per_token.mean
+        for size in (1, 100, 8192)
+    ]
+    assert max(means) - min(means) < 1e-5 and min(means) > 0.1
+
+
+def record(number: int, length: int) -> Record:
+    ids = np.full(length, 5)
+    numbers = {
+        name: np.full(length, 0.1, dtype=np.float32)
+        for name in ("kl", "reverse_kl", "logprobs", "ref_logprobs", "entropy", "ref_entropy")
+    }
+    return Record(
+        number, number, None, True, ids, ids, same_top=np.zeros(0, dtype=np.uint8), **numbers
+    )
+
+
+def test_the_floor_is_of_lengths_as_they_come() -> None:
+    """Batches come longest first, so the first responses are the longest."""
+    classes = token_classes(tokenizer(), 25)
+    means = []
+    for seed in range(50):
+        account = AuditAccumulator("policy", classes, keep=40, seed=seed)
+        account.add(record(number, 200 - number) for number in range(200))
+        drawn = account.drawn(8)
+        assert len({r.number for r in drawn}) == 8
+        means.append(np.mean([len(r.ids) for r in drawn]))
+    # Of 1 … 200: mean 100.5, standard deviation 57.7 of one, 20 of the mean of eight.
+    assert abs(np.mean(means) - 100.5) < 4 * 20.4 / np.sqrt(50)
+
+
+@pytest.mark.parametrize(("shift", "refused"), [(0.0, False), (1e-4, False), (0.1, True)])
+def test_responses_of_another_distribution_are_refused(tmp_path, shift, refused) -> None:
+    model = load_pair(save_model(tmp_path / "a"), tmp_path / "a").policy
+    records = [record(0, 3), record(1, 4)]
+    for ragged in (False, True):
+        written = [
+            Written(
+                Item(n, (3,) * (1 + n * ragged), tuple(r.ids.tolist())),
+                torch.from_numpy(r.logprobs) + shift,
+            )
+            for n, r in enumerate(records)
+        ]
+        if not refused:
+            require_sampler_agreement(written, records, model, forward=True)
+            continue
+        cause = "it reads the padding" if ragged else "cached states are not those"
+        with pytest.raises(ModelError, match=f"got 0.0048.* between sampler and scoring .*{cause}"):
+            require_sampler_agreement(written, records, model, forward=True)
