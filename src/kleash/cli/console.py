@@ -67,18 +67,17 @@ def explicit_as_json(result: ExplicitKL) -> dict[str, object]:
 def print_explicit(result: ExplicitKL) -> None:
     """Every term of both directions, as a table."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    from kleash.report.terminal import TableColumn, print_table
+
     headers = ("outcome", "p", "q", "p·ln(p/q)", "q·ln(q/p)")
-    for header in headers:
-        table.add_column(header, justify="right")
-    rows = zip(result.p, result.q, result.forward_terms, result.reverse_terms, strict=True)
-    for index, (p, q, forward, reverse) in enumerate(rows):
-        cells = (f"{p:.4g}", f"{q:.4g}", f"{forward:+.4f}", f"{reverse:+.4f}")
-        table.add_row(str(index), *cells)
+    terms = zip(result.p, result.q, result.forward_terms, result.reverse_terms, strict=True)
+    rows = [
+        (str(index), f"{p:.4g}", f"{q:.4g}", f"{forward:+.4f}", f"{reverse:+.4f}")
+        for index, (p, q, forward, reverse) in enumerate(terms)
+    ]
     console = Console(highlight=False)
-    console.print(table)
+    print_table(console, [TableColumn(header) for header in headers], rows)
     console.print(f"\nKL(p‖q) = {result.forward:.4f} nats   KL(q‖p) = {result.reverse:.4f} nats")
     if float("inf") in (result.forward, result.reverse):
         console.print("Infinite: an outcome that one gives, the other never does.")

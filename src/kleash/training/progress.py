@@ -10,31 +10,31 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from kleash.report.terminal import ProgressLine, print_log_line
 
 
 class TrainingDisplay:
     """Show steps, score, KL against its target, β, speed and the time left."""
 
-    def __init__(self, steps: int, *, title: str, target_kl: float | None, done: int = 0) -> None:
-        self._console = Console(highlight=False)
+    def __init__(
+        self,
+        steps: int,
+        *,
+        title: str,
+        target_kl: float | None,
+        done: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console(highlight=False)
         self._steps = steps
         self._title = title
         self._target = "" if target_kl is None else f" of {target_kl:g}"
-        self._live = self._console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-        )
-        self._task: TaskID = self._progress.add_task(title, total=steps, completed=done, line="")
+        self._progress = ProgressLine(self._console, done=done)
+        self._progress.show(title, done=done, total=steps)
 
     def __enter__(self) -> "TrainingDisplay":
-        if self._live:
-            self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -43,12 +43,11 @@ class TrainingDisplay:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._live:
-            self._progress.stop()
+        self._progress.__exit__(kind, error, traceback)
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the line."""
-        self._console.print(sentence, markup=False)
+        print_log_line(self._console, sentence)
 
     def show(self, metrics: Mapping[str, float | int | None]) -> None:
         """Show the numbers of a finished step."""
@@ -59,10 +58,10 @@ class TrainingDisplay:
             f"β {_number(metrics['objective/beta'], '.4g')}  "
             f"{_number(metrics['tokens_per_second'], '.0f')} tok/s"
         )
-        self._progress.update(self._task, completed=metrics["step"], line=line)
-        if not self._live:
-            step = metrics["step"]
-            self._console.print(f"{self._title} {step}/{self._steps}  {line}", markup=False)
+        step = int(metrics["step"] or 0)
+        self._progress.show(self._title, done=step, total=self._steps, line=line)
+        if not self._progress.live:
+            print_log_line(self._console, f"{self._title} {step}/{self._steps}  {line}")
 
 
 @contextlib.contextmanager
