@@ -100,10 +100,7 @@ def _table(facts: ModelCardFacts) -> str:
     rows = [
         ("reference", _code(facts.reference)),
         ("exact KL(policy ‖ reference)", _kl(facts)),
-        (
-            "KL budget",
-            None if facts.target_kl is None else f"{facts.target_kl:g} nats per response",
-        ),
+        ("KL budget", budget),
         ("objective", f"score − β·KL, KL charged as {_code(facts.placement)}"),
         ("β in force", f"{facts.beta:.4g} {facts.beta_unit}"),
         ("score", _score(facts)),
