@@ -204,7 +204,7 @@ def told_by(frontier: Frontier, question: Question) -> list[str]:
         )
     if target is not None:
         per_token = question.target_kl_per_token is not None
-        asked = f"{target:.4g} nats" if per_token else f"leash.target_kl {target:g}"
+        asked = f"{target:.4g} nats per response" if per_token else f"leash.target_kl {target:g}"
         told.append(start_sentence(asked, _start(frontier, target)))
     return told + _told_of_groups(frontier)
 

@@ -45,8 +45,8 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/kl_ref_k1",
         "KL to the reference, sampled",
-        "The same quantity from the sampled tokens alone, as most trainers report it. Unbiased "
-        "but noisy, and a single batch may well be negative.",
+        "The same quantity from the sampled tokens alone. Unbiased but noisy, and a single batch "
+        "may well be negative.",
         "mean_y Σ_t (log π(y_t) − log π_ref(y_t)), y ~ π",
         "nats per response",
         "within a few of its standard errors of objective/kl_ref; a lasting gap means that the "
