@@ -137,7 +137,7 @@ def test_sampled_lines_of_two_runs_can_be_told_apart(browser, pages) -> None:
 
 def test_checkpoints_are_counted_and_named(browser, pages) -> None:
     with Opened(browser, pages["drift"]) as page:
-        labels = page.locator("svg[data-chart='0'] text[text-anchor=middle]").all_inner_texts()
+        labels = page.locator("svg[data-chart='0'] text[text-anchor=middle]").all_text_contents()
         assert labels == ["1", "2"]
         captions = page.locator("figcaption p").all_inner_texts()
         assert all("40 prompts a point" in text for text in captions[:3])
