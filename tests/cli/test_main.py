@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: each test runs the real program."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,31 @@ def test_kl_as_json() -> None:
     assert found["kl_q_p"] == "Infinity"
 
 
+def test_kl_from_samples_works_a_token_and_converges() -> None:
+    ask = ("kl", "0.25,0.75", "0.05,0.95", "--samples", "1,100,1000000", "--seed", "1")
+    text = " ".join(kleash(*ask).stdout.split())
+    assert "log 0.25 − log 0.05 = 1.609; k1 = 1.609, k2 = 1.295, k3 = 0.8094" in text
+    found = json.loads(kleash(*ask, "--json").stdout)
+    exact, sampled = found["kl_p_q"], found["sampled"]
+    assert exact == pytest.approx(0.25 * math.log(5) + 0.75 * math.log(0.75 / 0.95))
+    assert sampled["token"]["k1"] == pytest.approx(math.log(0.25) - math.log(0.05))
+    assert [row["samples"] for row in sampled["estimates"]] == [1, 100, 1_000_000]
+    last = sampled["estimates"][-1]
+    for name in ("k1", "k3"):
+        assert abs(last[name]["mean"] - exact) < 4 * last[name]["standard_error"] < 0.01
+    k2 = 0.25 * math.log(5) ** 2 / 2 + 0.75 * math.log(0.75 / 0.95) ** 2 / 2
+    assert sampled["limits"] == pytest.approx({"k1": exact, "k2": k2, "k3": exact})
+    assert abs(last["k2"]["mean"] - k2) < 4 * last["k2"]["standard_error"]
+    assert sampled["estimates"][0]["k1"] == {
+        "mean": sampled["token"]["k1"], "standard_error": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("kl", "1,0", "0.5,0.5", "--samples", "10,x"), "separated by commas, got '10,x'"),
+        (("kl", "1,0", "0.5,0.5", "--samples", "0"), "from 1 to 10,000,000"),
         (("kl", "0.7,0.2", "0.5,0.5"), "sum to 1, got 0.9"),
         (("kl", "0.7;0.3", "0.5,0.5"), "numbers separated by commas, got '0.7;0.3'"),
         (("kl", "0.7,0.3"), "requires an argument"),

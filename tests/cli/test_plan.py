@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def test_a_target_per_token_is_planned_in_nats_per_response(
         f"leash.target_kl_per_token 0.06 is {0.06 * length:.4g} nats per response, of "
         f"{length:.1f} tokens as the reference writes them"
     )
-    assert start.startswith(f"for {0.06 * length:.4g} nats: start near β = ")
+    assert re.fullmatch(
+        rf"β starts near \d\.\d+: the plan's for {0.06 * length:.4g} nats per response", start
+    )
 
 
 def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path
     print_plan(made, told_by(made, asked), console=console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, text.splitlines())) <= 80
-    assert "for leash.groups.even 0.3: start near β =" in text
+    assert "the plan's for leash.groups.even 0.3" in " ".join(text.split())
     assert "for leash.target_kl 0.2 nothing is planned: the group has a single prompt" in (
         " ".join(text.split())
     )
@@ -150,20 +153,25 @@ def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "E*[score]" in text and "…" not in text
     assert "not known, KL 50" in text
-    assert "for leash.target_kl 0.3: start near β =" in text
+    start = starting_point(planned, question)
+    assert start is not None
+    assert f"β starts near {start.beta:.4g}: the plan's for leash.target_kl 0.3" in text
 
 
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
         (torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), "carried on from the"),
-        (torch.tensor([[0.0, 1.0, 3.0], [2.0, 4.0, 9.0]]), "from the spread of the scores"),
+        (
+            torch.tensor([[0.0, 1.0, 3.0], [2.0, 4.0, 9.0]]),
+            "from the spread of the reference's scores",
+        ),
     ],
 )
 def test_a_start_that_is_not_the_plans_is_said_to_be_none(scores: torch.Tensor, words: str) -> None:
     made = make_frontier(scores, prompts=list(range(len(scores))), about={}, budgets=[9.0])
     sentence = told_by(made, Question(target_kl=9.0))[1]
-    assert "the plan does not know β" in sentence and words in sentence
+    assert sentence.startswith("β starts near ") and words in sentence and "because" in sentence
 
 
 def test_without_a_target_there_is_no_start(planned: Frontier) -> None:

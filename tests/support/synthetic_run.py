@@ -117,6 +117,7 @@ def _metrics(
         "objective/kl_ref_k1_se": 3 * kl_se * (step > 1),
         "objective/kl_ref_per_token": kl / 24,
         "objective/entropy": 38 - 14 * settle + rng.gauss(0, 0.5),
+        "objective/entropy_per_token": (38 - 14 * settle) / 24,
         "objective/scores": score,
         "objective/scores_se": 0.05,
         "objective/non_score_reward": -now * kl,
@@ -143,7 +144,6 @@ def _metrics(
         "optim/grad_norm": 0.8 + 0.2 * rng.random(),
         "time/generate": 1.1,
         "time/score": 0.3,
-        "time/reward": 0.1,
         "time/update": 0.8,
     }
     if step == 1 or step % max(1, steps // 6) == 0:

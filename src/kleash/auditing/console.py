@@ -3,8 +3,6 @@
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from kleash.auditing.confidence_intervals import ConfidenceInterval
@@ -12,6 +10,7 @@ from kleash.auditing.result import Audit, Part
 from kleash.auditing.runner import Progress as Step
 from kleash.report.html_template import visible
 from kleash.report.svg_chart import format_number, format_with_error
+from kleash.report.terminal import ProgressLine, TableColumn, print_log_line, print_table
 
 WRITERS = {
     "policy": "written by the policy",
@@ -47,20 +46,10 @@ class AuditDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}  {task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-        )
-        self._task: TaskID | None = None
-        self._by = ""
+        self._progress = ProgressLine(console)
 
     def __enter__(self) -> "AuditDisplay":
-        if self._live:
-            self._progress.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -69,24 +58,21 @@ class AuditDisplay:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._live:
-            self._progress.stop()
+        self._progress.__exit__(kind, error, traceback)
 
     def show(self, step: Step) -> None:
         """Show one more batch."""
+        title = WRITERS[step.by]
         line = f"KL {plus_minus(step.headline)}"
-        if self._task is None or step.by != self._by:
-            self._by = step.by
-            self._task = self._progress.add_task(WRITERS[step.by], total=step.total, line=line)
-        self._progress.update(self._task, completed=step.done, line=line)
-        if not self._live and step.done == step.total:
-            self._console.print(f"{WRITERS[step.by]}: {step.done} of {step.total}", markup=False)
+        self._progress.show(title, done=step.done, total=step.total, line=line)
+        if not self._progress.live and step.done == step.total:
+            print_log_line(self._console, f"{title}: {step.done} of {step.total}")
 
 
 def print_audit(console: Console, audit: Audit) -> None:
     """The audit as a table, with what must be known to read it."""
     for part in audit.parts:
-        console.print(_table(part))
+        _print_measures(console, part)
         console.print(_sentence(part), markup=False)
         console.print()
     if audit.bits_per_byte is not None:
@@ -128,20 +114,22 @@ def plus_minus(one: ConfidenceInterval) -> str:
     return format_with_error(one.mean, one.half_width)
 
 
-def _table(part: Part) -> Table:
-    table = Table(box=None, pad_edge=False, title=WRITERS[part.by], title_justify="left")
-    table.add_column("nats, mean ± 95 %")
-    table.add_column("per token", justify="right")
-    table.add_column("per response", justify="right")
+def _print_measures(console: Console, part: Part) -> None:
+    columns = (
+        TableColumn("nats, mean ± 95 %", "name"),
+        TableColumn("per token"),
+        TableColumn("per response"),
+    )
+    rows: list[tuple[str, str, str]] = []
     for name, measure in part.measures.items():
-        title = titles(part)[part.by, name]
         per_response = "" if name == "same_top" else plus_minus(measure.per_response)
-        cell = plus_minus(measure.per_token)
-        style = "bold" if name == part.headline else ""
-        table.add_row(title, cell, per_response, style=style)
+        rows.append((titles(part)[part.by, name], plus_minus(measure.per_token), per_response))
+    styles = ["bold" if name == part.headline else "" for name in part.measures]
     for who, one in part.perplexity.items():
-        table.add_row(f"perplexity, {who}", f"{one.mean:.4g}", "")
-    return table
+        rows.append((f"perplexity, {who}", f"{one.mean:.4g}", ""))
+        styles.append("")
+    console.print(WRITERS[part.by], style="italic")
+    print_table(console, columns, rows, styles=styles)
 
 
 def _sentence(part: Part) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from kleash.auditing.confidence_intervals import ConfidenceInterval
 from kleash.auditing.glossary import GLOSSARY
-from kleash.auditing.result import Audit, Measure
+from kleash.auditing.result import Audit, Measure, Part
 from kleash.auditing.run_context import Standing, charts_over_root_kl
 from kleash.errors import UsageError
 from kleash.report import svg_chart
-from kleash.report.html_template import pointer_data, render_page
+from kleash.report.html_template import pointer_data, render_page, short_path
 from kleash.report.svg_chart import Chart, Point, Series, draw
 from kleash.storage.atomic_files import plain_json, replace_file
 
@@ -56,7 +56,8 @@ def drift_of(audits: Sequence[Audit]) -> Drift:
     if any(not audit.parts for audit in audits):
         raise UsageError("a drift curve needs a KL; with --bytes give one policy at a time")
     paths = [audit.policy.path for audit in audits]
-    numbers = [re.findall(r"\d+", Path(path).name) for path in paths]
+    # Of leashed/checkpoints/step-000040/policy it is the step that is its name.
+    numbers = [re.findall(r"\d+", short_path(path).split("/")[-1]) for path in paths]
     places = [float(found[-1]) for found in numbers if found]
     grow = len(places) == len(paths) and all(a < b for a, b in itertools.pairwise(places))
     if not grow:
@@ -80,7 +81,7 @@ def write_drift(drift: Drift, audits: Sequence[Audit], into: Path) -> None:
 
 
 def _render(drift: Drift, audits: Sequence[Audit]) -> str:
-    drawings = [draw(chart) for chart in _charts(drift, audits[0].parts[0].responses)]
+    drawings = [draw(chart) for chart in _charts(drift, audits[0].parts[0])]
     data = {
         "runs": [drift.reference],
         "samples": [],
@@ -100,7 +101,7 @@ def _render(drift: Drift, audits: Sequence[Audit]) -> str:
     )
 
 
-def _charts(drift: Drift, responses: int) -> list[Chart]:
+def _charts(drift: Drift, part: Part) -> list[Chart]:
     """KL over checkpoints, its root, which grows steadily under a steady pull, and the score."""
     per_response = [(point.at, point.kl.per_response) for point in drift.points]
     curves = {
@@ -120,7 +121,7 @@ def _charts(drift: Drift, responses: int) -> list[Chart]:
         Chart(
             title=title,
             unit=unit,
-            sample=f"n = {responses:,} responses a point",
+            sample=f"n = {part.prompts:,} {'texts' if part.by == 'text' else 'prompts'} a point",
             key=key,
             series=[Series("exact KL" if key == "kl" else "√ of the exact KL", points)],
             x_title=drift.x_title,

@@ -145,7 +145,12 @@ def _survival(part: Part) -> list[Point]:
 
 
 def _sample_size(audit: Audit) -> str:
-    return "n = " + " and ".join(f"{part.tokens:,}" for part in audit.parts) + " tokens"
+    """What the error of a point rests on: prompts, or texts, and how many tokens they have."""
+    counts = [
+        f"{part.prompts:,} {'texts' if part.by == 'text' else 'prompts'} ({part.tokens:,} tokens)"
+        for part in audit.parts
+    ]
+    return "n = " + " and ".join(counts)
 
 
 def _page_sample(part: Part, sample: AuditedResponse) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from kleash.auditing.console import plus_minus
 from kleash.auditing.result import Audit
@@ -13,6 +11,7 @@ from kleash.preflight.console import print_report
 from kleash.preflight.findings import Report
 from kleash.report.html_template import visible
 from kleash.report.plan_page import plus_minus as planned
+from kleash.report.terminal import TableColumn, print_table
 from kleash.storage.plan_file import Frontier
 from kleash.storage.run_directory import Run
 from kleash.storage.samples import Sample
@@ -55,19 +54,19 @@ def tell_checks(console: Console, report: Report) -> None:
 
 def tell_plan(console: Console, frontier: Frontier) -> None:
     """A row for each β: what the best policy there is would spend and gain."""
-    table = Table(box=None, pad_edge=False)
-    for header in ("β", "KL*, nats", "E*[score]", "effective samples", "known"):
-        table.add_column(Text(header), justify="right")
-    for row in frontier.rows:
-        table.add_row(
+    headers = ("β", "KL*, nats", "E*[score]", "effective samples", "known")
+    rows = [
+        (
             f"{row.beta.value:g}",
             planned(row.kl),
             planned(row.score),
             f"{row.effective_samples:.1f}",
             "yes" if row.known else "no",
-            style="" if row.known else "dim",
         )
-    console.print(table)
+        for row in frontier.rows
+    ]
+    styles = ["" if row.known else "dim" for row in frontier.rows]
+    print_table(console, [TableColumn(header) for header in headers], rows, styles=styles)
     prompts, responses = frontier.scores.shape
     console.print(f"± 95 %, {prompts} prompts × {responses} replies of the reference", style="dim")
 
@@ -119,15 +118,14 @@ def row_of(name: str, run: Run, *, first: bool = False) -> Row:
 
 def tell_rows(console: Console, rows: tuple[Row, ...]) -> None:
     """The policies beside each other."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("policy")
-    for header in ("proxy score", "gold score", "KL, nats/response", "distinct-2"):
-        table.add_column(header, justify="right")
+    headers = ("proxy score", "gold score", "KL, nats/response", "distinct-2")
+    columns = [TableColumn("policy", "name"), *map(TableColumn, headers)]
+    cells: list[tuple[str, ...]] = []
     for row in rows:
-        cells = [f"{mean:+.2f} ± {error:.2f}" for mean, error in (row.proxy, row.gold)]
+        scores = [f"{mean:+.2f} ± {error:.2f}" for mean, error in (row.proxy, row.gold)]
         distance, error = row.kl
-        table.add_row(row.name, *cells, f"{distance:.2f} ± {error:.2f}", f"{row.distinct_2:.2f}")
-    console.print(table)
+        cells.append((row.name, *scores, f"{distance:.2f} ± {error:.2f}", f"{row.distinct_2:.2f}"))
+    print_table(console, columns, cells)
     console.print("± one standard error, clustered by prompt", style="dim")
 
 

@@ -20,12 +20,15 @@ from kleash.cli.console import (
     explicit_as_json,
     numbers,
     print_explicit,
+    print_sampled,
     quiet_libraries,
-    refuse_into,
+    sample_sizes,
+    sampled_as_json,
     split_overrides,
 )
 from kleash.errors import ConfigError, KleashError, UsageError
 from kleash.kl.discrete import explicit_kl
+from kleash.kl.sampled import sampled_explicit_kl
 
 if TYPE_CHECKING:
     from kleash.config.schema import Config
@@ -59,7 +62,6 @@ app = App(
 
 _EMBEDDED_WORLD = Path(__file__).parents[1] / "playground" / "recipes" / "leashed.yaml"
 
-_OldInto = Annotated[Path | None, Parameter(name="--into", show=False)]
 _Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
 
 
@@ -91,6 +93,7 @@ def _fail(message: str, code: int) -> None:
 @app.command(
     name="kl",
     help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
+    "\n\n    kleash kl 0.25,0.75 0.05,0.95 --samples 1,100,10000"
     "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
 )
 def kl_command(
@@ -98,10 +101,14 @@ def kl_command(
     q: str,
     /,
     *,
+    samples: Annotated[str, Parameter(show_default=False)] = "",
+    seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
     """KL divergence of two explicit distributions: every term of the sum, both directions.
+
+    With `--samples`, also what a trainer sees of it: k1, k2 and k3 from outcomes drawn from P.
 
     Parameters
     ----------
@@ -109,18 +116,29 @@ def kl_command(
         Probabilities of the policy, separated by commas.
     q
         Probabilities of the reference, separated by commas.
+    samples
+        Numbers of samples to estimate it from, separated by commas.
+    seed
+        Of the samples.
     as_json
         Print JSON instead of a table.
     """
     del debug  # read by `main`
     try:
         result = explicit_kl(numbers(p), numbers(q))
+        sizes = sample_sizes(samples) if samples else []
     except ValueError as error:
         raise UsageError(str(error)) from None
+    sampled = sampled_explicit_kl(result, sizes, seed=seed) if sizes else None
     if as_json:
-        print(json.dumps(explicit_as_json(result), indent=2))
+        shown = explicit_as_json(result)
+        if sampled is not None:
+            shown["sampled"] = sampled_as_json(sampled)
+        print(json.dumps(shown, indent=2, allow_nan=False))
     else:
         print_explicit(result)
+        if sampled is not None:
+            print_sampled(sampled)
 
 
 @app.command(
@@ -271,7 +289,6 @@ def plan_command(
     prompts: int | None = None,
     scores: Path | None = None,
     output: Path | None = None,
-    into: _OldInto = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -293,13 +310,10 @@ def plan_command(
         An earlier plan.json: ask its samples instead of drawing new ones.
     output
         Directory for plan.json and plan.html.
-    into
-        The earlier name of --output.
     as_json
         Print plan.json instead of a table.
     """
     del debug
-    refuse_into(into)
     path, overrides = split_overrides(arguments)
     if scores is not None and (path is not None or responses or prompts):
         raise UsageError("--scores has its samples already: give no CONFIG, no --responses")

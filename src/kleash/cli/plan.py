@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from kleash.config.leash import LeashConfig
 from kleash.config.schema import Config, ReferenceConfig
@@ -19,6 +17,7 @@ from kleash.errors import RewardError, UsageError
 from kleash.kl.control.groups import OTHERS
 from kleash.kl.planning.initial_beta import Start, starting_beta
 from kleash.report.plan_page import HEADERS, plan_page, plus_minus, start_sentence, table_rows
+from kleash.report.terminal import TableColumn, print_table
 from kleash.storage.atomic_files import replace_file
 from kleash.storage.plan_file import (
     PLAN_FILE,
@@ -132,15 +131,14 @@ def _start(frontier: Frontier, target: float) -> Start:
 def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | None = None) -> None:
     """The plan as a table, and what it comes to."""
     console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for header in HEADERS[:-1]:
-        table.add_column(Text(header), justify="right", no_wrap=True)
     rows = table_rows(frontier, plus_minus)
-    for row, cells in rows:
-        table.add_row(*(Text(cell) for cell in cells[:-1]), style="" if row.known else "dim")
-    console.print(table)
+    styles = ["" if row.known else "dim" for row, _ in rows]
+    columns = [TableColumn(header) for header in HEADERS[:-1]]
+    # A budget that the plan does not know has no β: its KL says which row it is.
+    print_table(console, columns, [cells[:-1] for _, cells in rows], styles=styles, repeated=2)
     if frontier.groups:
-        console.print(_group_table(frontier.groups))
+        console.print()
+        _print_groups(console, frontier.groups)
     for row, cells in rows:
         if not row.known:
             console.print(f"not known, KL {cells[1]}: {row.reason}", markup=False, style="dim")
@@ -167,16 +165,16 @@ def _told_of_groups(frontier: Frontier) -> list[str]:
     return told
 
 
-def _group_table(groups: Mapping[str, Frontier]) -> Table:
+def _print_groups(console: Console, groups: Mapping[str, Frontier]) -> None:
     """The budget of each group, from its own prompts."""
-    table = Table(box=None, pad_edge=False)
-    for header in ("group", "prompts", *HEADERS[:5]):
-        table.add_column(Text(header), justify="right", no_wrap=True)
+    columns = [TableColumn("group", "name"), *map(TableColumn, ("prompts", *HEADERS[:5]))]
+    rows: list[tuple[str, ...]] = []
+    styles: list[str] = []
     for name, group in groups.items():
         row, cells = table_rows(replace(group, rows=[]), plus_minus)[0]
-        texts = (name, str(len(group.prompts)), *cells[:5])
-        table.add_row(*map(Text, texts), style="" if row.known else "dim")
-    return table
+        rows.append((name, str(len(group.prompts)), *cells[:5]))
+        styles.append("" if row.known else "dim")
+    print_table(console, columns, rows, styles=styles)
 
 
 def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: str) -> Path:
@@ -206,7 +204,7 @@ def told_by(frontier: Frontier, question: Question) -> list[str]:
         )
     if target is not None:
         per_token = question.target_kl_per_token is not None
-        asked = f"{target:.4g} nats" if per_token else f"leash.target_kl {target:g}"
+        asked = f"{target:.4g} nats per response" if per_token else f"leash.target_kl {target:g}"
         told.append(start_sentence(asked, _start(frontier, target)))
     return told + _told_of_groups(frontier)
 

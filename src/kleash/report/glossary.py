@@ -45,8 +45,8 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/kl_ref_k1",
         "KL to the reference, sampled",
-        "The same quantity from the sampled tokens alone, as most trainers report it. Unbiased "
-        "but noisy, and a single batch may well be negative.",
+        "The same quantity from the sampled tokens alone. Unbiased but noisy, and a single batch "
+        "may well be negative.",
         "mean_y Σ_t (log π(y_t) − log π_ref(y_t)), y ~ π",
         "nats per response",
         "within a few of its standard errors of objective/kl_ref; a lasting gap means that the "
@@ -72,10 +72,19 @@ GLOSSARY: tuple[Metric, ...] = (
         "objective/entropy",
         "Entropy",
         "How undecided the policy is: mean over responses of the summed entropy of its "
-        "next-token distributions.",
+        "next-token distributions. Grows with the length of the responses.",
         "mean_y Σ_t H(π(·|y<t))",
         "nats per response",
         "falls slowly; a fall towards 0, or a rise after a fall, is a policy that collapses",
+    ),
+    Metric(
+        "objective/entropy_per_token",
+        "Entropy per token",
+        "Total entropy divided by the number of response tokens; tripwires.min_entropy is a bound "
+        "on it.",
+        "Σ_y Σ_t H(π(·|y<t)) / Σ_y length(y)",
+        "nats per token",
+        "falls slowly",
     ),
     Metric(
         "objective/scores",
@@ -169,16 +178,18 @@ GLOSSARY: tuple[Metric, ...] = (
         "policy/approx_kl",
         "KL of the update",
         "How far the policy moved within the step, from the policy that wrote the rollout: k3, "
-        "averaged over tokens. Not the KL to the reference.",
-        "mean_t (e^(−δ) − 1 + δ), δ = log π_rollout − log π",
+        "averaged over the tokens of a minibatch, then over the step's updates. Not the KL to the "
+        "reference.",
+        "mean_u mean_t (e^(−δ) − 1 + δ), δ = log π_rollout − log π",
         "nats per token",
         "0.001 to 0.02",
     ),
     Metric(
         "policy/clipfrac",
         "Clipped fraction",
-        "Share of tokens whose ratio left the clip range.",
-        "mean_t 1[|ratio_t − 1| > ε]",
+        "Share of a minibatch's tokens whose ratio left the clip range, mean over the step's "
+        "updates.",
+        "mean_u mean_t 1[|ratio_t − 1| > ε]",
         "fraction of tokens",
         "0.01 to 0.3",
     ),
@@ -229,15 +240,16 @@ GLOSSARY: tuple[Metric, ...] = (
         "loss/policy",
         "Policy loss",
         "The clipped surrogate; its level says little, since it is built anew at each step.",
-        "−mean_t min(ratio·A, clip(ratio, 1 ± ε)·A)",
+        "−mean_u mean_t min(ratio·A, clip(ratio, 1 ± ε)·A)",
         "score",
         "near 0",
     ),
     Metric(
         "loss/value",
         "Value loss",
-        "Squared error of the value model against the returns.",
-        "½ mean_t (V_t − R_t)²",
+        "Squared error of the value model against the returns; with ppo.value_clip_range the "
+        "larger of that error and of the clipped value's.",
+        "½ mean_u mean_t max((V_t − R_t)², (clip(V_t, V_rollout ± ε) − R_t)²)",
         "score²",
         "falls",
     ),
@@ -246,7 +258,7 @@ GLOSSARY: tuple[Metric, ...] = (
         "KL loss",
         "The part of the KL that is differentiated directly; absent where the whole penalty is in "
         "the rewards.",
-        "mean_t w_t · KL_t, w_t = β or the weight that the placement gives",
+        "mean_u mean_t w_t · KL_t, w_t = β or the weight that the placement gives",
         "score",
         "moves with the KL",
     ),
@@ -375,7 +387,15 @@ GLOSSARY: tuple[Metric, ...] = (
         "—",
     ),
     Metric("step", "Step", "One rollout and the updates from it.", "count", "steps", "—"),
-    Metric("seconds", "Time", "Wall time since the run began.", "—", "s", "—"),
+    Metric(
+        "seconds",
+        "Time",
+        "Wall time of the steps so far. Setting up, held-out evaluations and interruptions are "
+        "not in it.",
+        "Σ_step seconds of the step",
+        "s",
+        "—",
+    ),
     Metric("episodes", "Episodes", "Responses written so far.", "count", "responses", "—"),
     Metric(
         "tokens_per_second",
@@ -385,9 +405,15 @@ GLOSSARY: tuple[Metric, ...] = (
         "tokens/s",
         "steady",
     ),
-    Metric("time/generate", "Time to write", "Writing the responses.", "—", "s", "—"),
+    Metric(
+        "time/generate",
+        "Time to write",
+        "Writing the responses, and what the reward models say of them.",
+        "—",
+        "s",
+        "—",
+    ),
     Metric("time/score", "Time to score", "Policy, reference and values.", "—", "s", "—"),
-    Metric("time/reward", "Time to reward", "The reward models.", "—", "s", "—"),
     Metric("time/update", "Time to learn", "All updates of the step.", "—", "s", "—"),
 )
 
@@ -425,7 +451,8 @@ This page is written by `python -m kleash.report.glossary > docs/metrics.md`; a 
 equal to the table in `src/kleash/report/glossary.py`, which the report shows too.
 
 Nats throughout. A KL is positive when the policy has drifted. Per response unless the key or the
-unit says per token. There are three KLs and never a bare `kl`: to the **reference**
+unit says per token. In a formula y runs over responses, t over tokens and u over the updates of a
+step. There are three KLs and never a bare `kl`: to the **reference**
 (`objective/kl_ref`), of the **update** (`policy/approx_kl`), and of the **sampler**
 (`rollout/kl_sampler`). "Healthy" is where to look twice, not a law.
 

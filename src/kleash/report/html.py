@@ -11,13 +11,13 @@ from typing import Any
 
 from kleash.errors import RunError
 from kleash.report import svg_chart
-from kleash.report.diagnostics.drift import drift_findings, efficiency, last_third, series
+from kleash.report.diagnostics.drift import Finding, drift_findings, efficiency, last_third, series
 from kleash.report.diagnostics.overoptimisation import overoptimisation_findings
 from kleash.report.event_table import SHOWN, event_rows
 from kleash.report.glossary import GLOSSARY
 from kleash.report.html_template import pointer_data, render_page
 from kleash.report.metric_charts import chart_groups, responses_per_step
-from kleash.report.svg_chart import draw
+from kleash.report.svg_chart import draw, format_number
 from kleash.report.token_heatmap import KL_LEVELS, page_samples
 from kleash.storage.atomic_files import plain, plain_json, replace_file
 from kleash.storage.run_directory import Run, read_run
@@ -28,7 +28,7 @@ SCHEMA = "kleash.report/1"
 def write_report(
     runs: Sequence[Path | str], *, into: Path | str | None = None
 ) -> tuple[Path, Path]:
-    """Write the page of one run, or a comparison of is_distributed, and its JSON twin.
+    """Write the page of one run, or a comparison of several, and its JSON twin.
 
     Args:
         runs: run directories.
@@ -102,15 +102,36 @@ def render(report: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def _run_report(run: Run) -> dict[str, Any]:
     found = [*overoptimisation_findings(run.metrics), *drift_findings(run.metrics)]
+    summary = _summary(run)
     return {
         "status": run.status,
         "meta": dict(run.meta),
         "notes": list(run.notes),
-        "summary": _summary(run),
+        "summary": summary,
+        "answer": _answer(summary, found),
         "findings": [vars(finding) for finding in found],
         "metrics": list(run.metrics),
         "samples": len(run.samples),
     }
+
+
+def _answer(summary: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+    """What a reader asks first: on its leash, what was gained, and where it went wrong."""
+    kl, target, earned = (summary[key] for key in ("kl_last_third", "target_kl", "efficiency"))
+    budget = next((finding for finding in findings if finding.name == "budget"), None)
+    if kl is None:
+        leash = "its KL is not known"
+    elif budget is None:
+        leash = f"no budget was given: {format_number(kl)} nats over the last third"
+    else:
+        where = budget.sentence.split(":")[0].lower()
+        leash = f"{where}: {format_number(kl)} of {format_number(target)} nats over the last third"
+    gained = "the score it gained is not known"
+    if earned is not None:
+        gain, per_nat = (format_number(earned[key]) for key in ("score_gain", "per_nat"))
+        gained = f"{gain} of score, {per_nat} per nat"
+    wrong = [finding.sentence for finding in findings if finding.level == "warning"]
+    return {"leash": leash, "gained": gained, "wrong": wrong}
 
 
 def _summary(run: Run) -> dict[str, Any]:

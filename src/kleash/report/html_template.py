@@ -102,15 +102,40 @@ def _environment() -> jinja2.Environment:
         "marked": _marked,
         "moment": _moment,
         "number": _number,
+        "per_row": _per_row,
         "percent": "{:.0%}".format,
         "plus_minus": _plus_minus,
         "probability": _probability,
         "share": _share,
+        "short_path": short_path,
         "slug": _slug,
         "visible": visible,
         "with_error": _with_error,
     }
     return environment
+
+
+def short_path(path: str) -> str:
+    """The two last telling parts of a path, for a heading; a hub name and a file stay as they are.
+
+    Example:
+        >>> short_path("/data/runs/leashed/checkpoints/step-000040/policy")
+        'leashed/step-000040'
+        >>> short_path("org/name"), short_path("recipes/stories.yaml")
+        ('org/name', 'recipes/stories.yaml')
+    """
+    parts = [part for part in path.split("/") if part]
+    if len(parts) <= 2:
+        return path
+    telling = [part for part in parts if part not in ("checkpoints", "policy")]
+    return "/".join((telling or parts)[-2:])
+
+
+def _per_row(charts: int) -> str:
+    """Class of a row of charts: as many in a row as leave no chart alone in the last."""
+    counts = (3, 4, 2)
+    fits = next((count for count in counts if charts % count != 1), 3)
+    return f"by{2 if charts == 4 else fits}"
 
 
 def _number(value: float | int | None) -> str:

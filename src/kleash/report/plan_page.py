@@ -42,21 +42,29 @@ def plus_minus(interval: Interval) -> str:
 
 
 def start_sentence(asked: str, start: Start) -> str:
-    """Where β would start for what was asked, and why not by the plan if not."""
-    beta = format_number(start.beta)
+    """Where β starts for what was asked, and why: the words of a run's log.
+
+    Args:
+        asked: such as "leash.target_kl 5".
+        start: β and its source.
+
+    Example:
+        >>> start_sentence("leash.target_kl 5", Start(0.18114, "plan"))
+        "β starts near 0.1811: the plan's for leash.target_kl 5"
+    """
     match start.source:
+        case "given":
+            how = f"from leash.initial_beta, for {asked}"
         case "plan":
-            return f"for {asked}: start near β = {beta}"
+            how = f"the plan's for {asked}"
         case "edge":
-            return (
-                f"for {asked} the plan does not know β: {start.reason}; carried on from the last "
-                f"row known, a run would start near {beta}"
+            how = (
+                f"carried on from the last β that the plan knows, for {asked}, because "
+                f"{start.reason}"
             )
         case _:
-            return (
-                f"for {asked} the plan does not know β: {start.reason}; from the spread of the "
-                f"scores, a run would start near {beta}"
-            )
+            how = f"from the spread of the reference's scores, for {asked}, because {start.reason}"
+    return f"β starts near {start.beta:.4g}: {how}"
 
 
 def frontier_chart(frontier: Frontier) -> Chart | None:

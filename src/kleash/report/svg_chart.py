@@ -202,7 +202,9 @@ def format_with_error(value: float, error: float) -> str:
     return f"{value:,.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
 
 
-def labelled_ticks(low: float, high: float, *, count: int = 5) -> list[tuple[float, str]]:
+def labelled_ticks(
+    low: float, high: float, *, count: int = 5, least_step: float = 0.0
+) -> list[tuple[float, str]]:
     """Round numbers, about `count` of them, within [low, high], with no more digits than needed.
 
     Example:
@@ -210,11 +212,14 @@ def labelled_ticks(low: float, high: float, *, count: int = 5) -> list[tuple[flo
         [(0.0, '0'), (2.0, '2'), (4.0, '4'), (6.0, '6')]
         >>> [label for _, label in labelled_ticks(-0.1, 0.12)]
         ['−0.10', '−0.05', '0', '0.05', '0.10']
+        >>> labelled_ticks(1.0, 2.0, least_step=1.0)
+        [(1.0, '1'), (2.0, '2')]
     """
     if not high > low:
         return [(low, format_number(low))]
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs((high - low) / s - count))
+    step = max(step, least_step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     values = [round(step * k, 12) for k in range(first, last + 1)]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -261,12 +266,15 @@ def draw(chart: Chart) -> Drawing:
         _domain(places, margin=0.0, fixed=()),
         _domain([*heights, *chart.include], margin=0.06, fixed=chart.include),
     )
+    # Steps and checkpoints are counted: there is none at 1.2.
+    counted = 1.0 if all(float(place).is_integer() for place in places) else 0.0
+    x_ticks = labelled_ticks(*scale.x, least_step=counted)
     return Drawing(
         chart=chart,
         series=[_draw_series(series, scale) for series in chart.series],
         bands=[_draw_band(band, scale) for band in chart.bands],
         marks=_draw_marks(chart.marks, scale),
-        x_ticks=[Tick(scale.place(x, 0.0)[0], label) for x, label in labelled_ticks(*scale.x)],
+        x_ticks=[Tick(scale.place(x, 0.0)[0], label) for x, label in x_ticks],
         y_ticks=[Tick(scale.place(0.0, y)[1], label) for y, label in labelled_ticks(*scale.y)],
         x_domain=scale.x,
     )

@@ -49,7 +49,8 @@ def objective_measures(scored: ScoredRollout, *, beta: Beta | None) -> dict[str,
         **with_error("objective/kl_ref_k1", k1),
         **with_error("objective/scores", scores),
         "objective/kl_ref_per_token": float(masked_mean(scored.kl, mask)),
-        "objective/entropy": float(masked_mean(scored.entropy, mask)),
+        "objective/entropy": float(response_kl(scored.entropy, mask).double().mean()),
+        "objective/entropy_per_token": float(masked_mean(scored.entropy, mask)),
     }
     if beta is not None:
         price = float((beta_of_each(beta, spent) * spent).mean())

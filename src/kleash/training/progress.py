@@ -10,8 +10,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kleash.report.terminal import ProgressLine, print_log_line
 from kleash.training.callbacks import RefusalEvent, StartEvent, StepEvent
 
 
@@ -21,24 +21,13 @@ class TrainingDisplay:
     target_kl: float | None = None
     """The budget in nats per response, shown beside the KL."""
 
-    def __init__(self, steps: int, *, title: str) -> None:
-        self._console = Console(highlight=False)
+    def __init__(self, steps: int, *, title: str, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
         self._steps = steps
         self._title = title
-        self._live = self._console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-        )
-        self._task: TaskID = self._progress.add_task(title, total=steps, line="")
+        self._progress = ProgressLine(self._console)
 
     def __enter__(self) -> "TrainingDisplay":
-        if self._live:
-            self._progress.start()
         return self
 
     def __exit__(
@@ -47,18 +36,19 @@ class TrainingDisplay:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._live:
-            self._progress.stop()
+        self._progress.__exit__(kind, error, traceback)
 
     def on_start(self, event: StartEvent) -> None:
         """Print the objective, the warnings and where β starts."""
-        self._progress.update(self._task, completed=event.done)
+        self._progress = ProgressLine(self._console, done=event.done)
+        self._progress.show(self._title, done=event.done, total=self._steps)
+        self._progress.__enter__()
         for line in event.lines:
-            self._console.print(line, markup=False)
+            print_log_line(self._console, line)
 
     def on_refusal(self, event: RefusalEvent) -> None:
         """Print that a step was refused, and why."""
-        self._console.print(f"step {event.step} refused: {event.reason}", markup=False)
+        print_log_line(self._console, f"step {event.step} refused: {event.reason}")
 
     def on_step(self, event: StepEvent) -> None:
         """Show the numbers of a finished step."""
@@ -71,10 +61,10 @@ class TrainingDisplay:
             f"β {_number(metrics['objective/beta'], '.4g')}  "
             f"{_number(metrics['tokens_per_second'], '.0f')} tok/s"
         )
-        self._progress.update(self._task, completed=metrics["step"], line=line)
-        if not self._live:
-            step = metrics["step"]
-            self._console.print(f"{self._title} {step}/{self._steps}  {line}", markup=False)
+        step = int(metrics["step"] or 0)
+        self._progress.show(self._title, done=step, total=self._steps, line=line)
+        if not self._progress.live:
+            print_log_line(self._console, f"{self._title} {step}/{self._steps}  {line}")
 
 
 @contextlib.contextmanager

@@ -91,6 +91,7 @@
     };
     link.addEventListener("pointerenter", show);
     link.addEventListener("focus", show);
+    link.addEventListener("click", () => { byId(link.dataset.def).closest("details").open = true; });
     link.addEventListener("pointerleave", hideTip);
     link.addEventListener("blur", hideTip);
   }
