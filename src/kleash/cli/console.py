@@ -6,6 +6,7 @@ Imports what is heavy when it is called, so that `kleash --help` is quick.
 import logging
 from pathlib import Path
 
+from kleash.config.recipe_library import configuration_file
 from kleash.errors import UsageError
 from kleash.kl.discrete import ExplicitKL
 
@@ -27,6 +28,7 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
 
     Raises:
         UsageError: a value is missing, or there is more than one CONFIG.
+        ConfigError: CONFIG is neither a file nor the name of a recipe.
     """
     path: Path | None = None
     overrides: dict[str, str] = {}
@@ -41,7 +43,7 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
                 value = found
             overrides[key] = value
         elif path is None:
-            path = Path(argument)
+            path = configuration_file(argument)
         else:
             raise UsageError(f"expected one CONFIG, got {str(path)!r} and {argument!r}")
     return path, overrides
