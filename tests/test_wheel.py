@@ -33,8 +33,8 @@ def command_lines() -> list[tuple[str, set[str]]]:
     """Each command of the README's blocks without a language, and its marks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines: list[tuple[str, set[str]]] = []
-    for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for line in block.splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for line in [] if language else block.splitlines():
             command, _, comment = line.partition("  #")
             if command.strip() and not command.startswith("make "):
                 lines.append((command.strip(), set(re.findall(r"\[\w+\]", comment))))
