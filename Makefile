@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
+export NO_MKDOCS_2_WARNING = 1
 
 # The layers of pure tensors, whose every line and branch the tests must reach.
 MATHEMATICS := src/kleash/masked.py,src/kleash/kl/*,src/kleash/algorithms/*,src/kleash/scoring/api.py,src/kleash/scoring/dense.py,src/kleash/scoring/streaming.py
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 demo: .venv/.installed
 	$(BIN)/kleash demo
@@ -22,6 +23,10 @@ check: .venv/.installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# A test builds it as well; this one is to look at: site/index.html.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
+
 format: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -34,4 +39,4 @@ format: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv runs site .pytest_cache .ruff_cache .hypothesis .coverage

@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kleash.training.loop
 from kleash.algorithms.rewards import ScoreStatistics
-from kleash.cli.demo import RECIPES
 from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.recipe_library import FOLDER
 from kleash.kl.control.controllers import BudgetBeta
 from kleash.kl.control.groups import OTHERS
 from kleash.models.fingerprint import weights_sha256
@@ -64,7 +64,7 @@ def timed(owner: Any, name: str, spent: list[float]) -> None:
 
 def shares(steps: int, folder: Path) -> None:
     """Each part's share of an iteration of the embedded world's recipe."""
-    world, path = build_world(0), RECIPES / "leashed.yaml"
+    world, path = build_world(0), FOLDER / "embedded-world.yaml"
     overrides = {"steps": str(steps), "output": str(folder / "run"), "heldout.every": "0"}
     tree = with_world(load_config(path, overrides, base=path), world).model_dump()
     tree["leash"] |= {"beta": None, "target_kl": 2.0}

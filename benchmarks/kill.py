@@ -33,8 +33,8 @@ import torch
 import kleash.training.distributed
 import kleash.training.loop
 import kleash.training.recovery
-from kleash.cli.demo import RECIPES
 from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.recipe_library import FOLDER
 from kleash.config.schema import Config
 from kleash.playground.build import build_world
 from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
@@ -53,7 +53,7 @@ STEPS = 6
 
 def configuration(world: Path, output: Path, bound: float | None = None) -> Config:
     """A run of seconds that has everything: budget, running statistics, evaluation, saving."""
-    path = RECIPES / "leashed.yaml"
+    path = FOLDER / "embedded-world.yaml"
     overrides = {
         "output": str(output),
         "steps": str(STEPS),

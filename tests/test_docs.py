@@ -1,6 +1,7 @@
 """Documents that can be executed or derived are: what they say is what the code does."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_configuration_page_is_the_configuration() -> None:
@@ -35,6 +36,41 @@ def test_no_link_of_a_document_leads_nowhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_file_that_a_document_names_is_missing(page: Path) -> None:
+    named = r"\b(?:tests|benchmarks|examples|docs|src/kleash)/[\w/.-]*\.(?:py|md|yaml|jsonl)\b"
+    for path in re.findall(named, page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(([^)#]+)\)", index)) | {"index.md"}
+    docs = ROOT / "docs"
+    assert named == {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))  # and the page of lost readers
+    loaded = r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+    for page in pages:
+        assert re.findall(loaded, page.read_text(encoding="utf-8")) == [], page
+    # A name of the package, with its docstring and a doctest, stands in the reference.
+    reference = (tmp_path / "site" / "api" / "kl.html").read_text(encoding="utf-8")
+    assert 'id="kleash.kl.exact.exact_kl"' in reference
+    assert "&gt;&gt;&gt;" in reference
 
 
 def test_commands_of_the_readme_exist() -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from pathlib import Path
 
+from kleash.config.recipe_library import configuration_file
 from kleash.errors import UsageError
 from kleash.kl.discrete import ExplicitKL
 from kleash.kl.sampled import SampledKL
@@ -33,6 +34,7 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
     Raises:
         UsageError: an option does not exist, is given twice or without a value, or there is more
             than one CONFIG.
+        ConfigError: CONFIG is neither a file nor the name of a recipe.
     """
     from kleash.config.loading import key_of_flag, require_option
 
@@ -54,7 +56,7 @@ def split_overrides(arguments: tuple[str, ...]) -> tuple[Path | None, dict[str, 
                 value = found
             overrides[key] = value
         elif path is None:
-            path = Path(argument)
+            path = configuration_file(argument)
         else:
             raise UsageError(f"expected one CONFIG, got {str(path)!r} and {argument!r}")
     return path, overrides

@@ -28,6 +28,7 @@ from kleash.cli.demo_output import (
 )
 from kleash.cli.plan import Question, plan, told_by, write_plan
 from kleash.config.loading import load_config, with_world
+from kleash.config.recipe_library import recipe_named
 from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.playground.build import build_world
@@ -39,7 +40,7 @@ from kleash.storage.run_directory import holds_run, read_run
 from kleash.training.loop import train
 from kleash.training.state import latest_checkpoint
 
-RECIPES = Path(__file__).parents[1] / "playground" / "recipes"
+_RECIPES = {"leashed": "embedded-world", "free": "embedded-world-free"}
 _LADDER = (1.0, 0.5, 0.3, 0.2)
 """βs of the plan; one of them is the leashed recipe's."""
 _PLANNED = {"plan.prompts": "16", "plan.responses": "64"}
@@ -147,7 +148,7 @@ class _Parts:
 def demo_config(name: str, *, world: Path, seed: int, output: Path) -> Config:
     """The configuration of one of the demo's two runs, `leashed` or `free`."""
     overrides = {"output": str(output), "seed": str(seed), "world": str(seed), **_PLANNED}
-    path = RECIPES / f"{name}.yaml"
+    path = recipe_named(_RECIPES[name]).path
     return with_world(load_config(path, overrides, base=path), world)
 
 

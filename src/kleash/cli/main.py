@@ -26,6 +26,8 @@ from kleash.cli.console import (
     sampled_as_json,
     split_overrides,
 )
+from kleash.cli.recipes import init, recipes_app
+from kleash.config.recipe_library import FOLDER
 from kleash.errors import ConfigError, KleashError, UsageError
 from kleash.kl.discrete import explicit_kl
 from kleash.kl.sampled import sampled_explicit_kl
@@ -60,7 +62,14 @@ app = App(
     result_action="return_value",
 )
 
-_EMBEDDED_WORLD = Path(__file__).parents[1] / "playground" / "recipes" / "leashed.yaml"
+_EMBEDDED_WORLD = FOLDER / "embedded-world.yaml"
+
+app.command(recipes_app)
+app.command(
+    init,
+    help_epilogue="Examples:\n\n    kleash init models/sft\n\n    kleash init models/sft "
+    "--output run.yaml",
+)
 
 _Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
 
@@ -142,9 +151,9 @@ def kl_command(
 
 
 @app.command(
-    help_epilogue="Examples:\n\n    kleash train\n\n    kleash train recipes/stories.yaml "
+    help_epilogue="Examples:\n\n    kleash train\n\n    kleash train stories "
     "--leash.target-kl 5\n\n    kleash train --leash.beta 0 --steps 20 --output runs/free"
-    "\n\n    kleash train --resume runs/free\n\n    kleash train recipes/stories-rloo.yaml "
+    "\n\n    kleash train --resume runs/free\n\n    kleash train stories-rloo "
     "--algorithm grpo\n\n    torchrun --nproc-per-node 2 -m kleash train"
 )
 def train(
@@ -163,7 +172,7 @@ def train(
     Parameters
     ----------
     arguments
-        A YAML file, then overrides of its keys.
+        A YAML file or the name of a recipe, then overrides of its keys.
     resume
         Continue the run in this directory from its newest checkpoint. The same command as
         before, with the same output, does it too.
@@ -203,7 +212,7 @@ def train(
 
 
 @app.command(
-    help_epilogue="Examples:\n\n    kleash check recipes/stories.yaml\n\n    kleash check --quick "
+    help_epilogue="Examples:\n\n    kleash check stories\n\n    kleash check --quick "
     "--leash.beta 0.2\n\n    kleash check mine.yaml --json > findings.json"
 )
 def check(
@@ -223,7 +232,8 @@ def check(
     Parameters
     ----------
     arguments
-        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+        A YAML file or the name of a recipe, then overrides of its keys; with no CONFIG, the
+        embedded world.
     quick
         Only the checks that `kleash train` makes by itself.
     pairs
@@ -275,7 +285,7 @@ def _build_world(config: "Config", say: Callable[[str], object]) -> "Config":
 
 @app.command(
     name="plan",
-    help_epilogue="Examples:\n\n    kleash plan\n\n    kleash plan recipes/stories.yaml "
+    help_epilogue="Examples:\n\n    kleash plan\n\n    kleash plan stories "
     "--kl 0.5,1,2 --responses 128 --output runs/plan\n\n    kleash plan --scores "
     "runs/plan/plan.json --beta 0.2,0.1",
 )
@@ -297,7 +307,8 @@ def plan_command(
     Parameters
     ----------
     arguments
-        A YAML file, then overrides of its keys; with no CONFIG, the embedded world.
+        A YAML file or the name of a recipe, then overrides of its keys; with no CONFIG, the
+        embedded world.
     beta
         βs to plan for, separated by commas; by default a ladder of them.
     kl

@@ -1,4 +1,4 @@
-"""VADER sentiment as a reward: the plain-Python reward of `recipes/stories.yaml`.
+"""VADER sentiment as a reward: the plain-Python reward of recipe `stories`.
 
 Needs the extra `kleash[stories]`. Nothing is downloaded: the lexicon comes with the package.
 """

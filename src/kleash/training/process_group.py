@@ -1,6 +1,6 @@
 """Several processes on one run: one leads, the others lend a hand.
 
-    torchrun --nproc-per-node 4 -m kleash train recipes/stories.yaml
+    torchrun --nproc-per-node 4 -m kleash train stories
 
 The leader runs the loop and alone knows it: files, β, tripwires, random numbers, the optimiser.
 What is heavy it shares out by rows, and the others keep nothing but a copy of the models, so that
