@@ -29,7 +29,7 @@ class Function:
     name: str
     node: ast.FunctionDef | ast.AsyncFunctionDef
     public: bool
-    """Neither it nor what it stands in has a private name, and it is not nested in a function."""
+    """Neither it nor its class has a private name, and it is not nested in a function."""
 
     @property
     def where(self) -> str:
@@ -76,8 +76,9 @@ def functions(path: Path) -> Iterator[Function]:
     def inside(node: ast.AST, *, public: bool) -> Iterator[Function]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                seen = public and not child.name.startswith("_")
-                yield Function(path, child.name, child, seen)
+                # What `__init__` and the like take is what users of a public class give.
+                private = child.name.startswith("_") and not child.name.endswith("__")
+                yield Function(path, child.name, child, public and not private)
                 yield from inside(child, public=False)
             elif isinstance(child, ast.ClassDef):
                 yield from inside(child, public=public and not child.name.startswith("_"))
@@ -206,6 +207,10 @@ def defaults(a, *, b=1, c=1, d=1, e=1, f=1, g=1, h=1): ...
 class Holder:
     def method(self, inside: training.Components): ...
     def _private(self, a, b=1, c=1, d=1, e=1, f=1, g=1, h=1): ...
+def documented(a):
+    '''A docstring
+    of two lines.'''
+    return a
 """
     node = ast.parse(source)
     path = PACKAGE / "cli" / "example.py"

@@ -21,6 +21,7 @@ from torch import Tensor
 from kleash.models.lm_head import apply_head
 from kleash.models.policy import freeze_copy
 from kleash.models.reward_model import ClassifierReward
+from kleash.preflight.findings import Verdict
 from kleash.training.components import Components
 from kleash.types import Head, Rollout, ScoredRollout
 
@@ -40,7 +41,7 @@ class Fix:
 # --- settings and files ---------------------------------------------------------------------------
 
 
-def told(key: str) -> Fix:
+def set_as_advised(key: str) -> Fix:
     """Set a key to the value that the text gives it: `key: value`."""
 
     def apply(world: World, text: str) -> None:
@@ -95,7 +96,7 @@ def both(one: Fix, other: Fix) -> Fix:
     return Fix(one.kind, (*one.words, *other.words), apply)
 
 
-def sampler_told(*keys: str) -> Fix:
+def sampler_as_advised(*keys: str) -> Fix:
     """Give the sampler the settings of the text."""
 
     def apply(world: World, text: str) -> None:
@@ -157,7 +158,7 @@ def removed(content: dict[str, Any], text: str) -> None:
     del content[key]
 
 
-def pad_as_told(content: dict[str, Any], text: str) -> None:
+def pad_as_advised(content: dict[str, Any], text: str) -> None:
     content["pad_token_id"] = value_of("pad_token_id", text)
 
 
@@ -360,3 +361,15 @@ def loaded_judge(components: Components) -> Components:
 
 def fix_components(words: str, change: Callable[[Components], Any]) -> Fix:
     return code(words, on_components(change))
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    check: str
+    cause: str
+    """A regular expression that the cause must match."""
+    plant: Callable[[World], None]
+    fix: Fix
+    """What the check's remedy says, carried out."""
+    verdict: Verdict = "fail"

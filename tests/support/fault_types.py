@@ -29,7 +29,7 @@ from kleash.training.components import Components
 Kind = Literal["gpt2", "llama", "gemma2"]
 KINDS: tuple[Kind, ...] = ("gpt2", "llama", "gemma2")
 FEW = Size(prompts=8, responses_per_prompt=2, texts=2)
-# The faults in the words of a sampler need more words to be told apart.
+# The faults in the words of a sampler need more words to be distinguished.
 MANY = Size(prompts=26, responses_per_prompt=3, texts=1)
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -173,5 +173,5 @@ def only(name: str, size: Size | None = None) -> Callable[[Config, Components], 
 
 
 def advice(finding: Finding) -> str:
-    """What its reader is told to do; of a refusal, the error says it."""
+    """What its reader should do; of a refusal, the error says it."""
     return finding.cause if finding.name == "assembly" else finding.remedy

@@ -57,8 +57,8 @@ def settings(
         "steps": 4,
         "output": str(output),
     }
-    for told in (layer or {}, changes):
-        for key, value in told.items():
+    for overrides in (layer or {}, changes):
+        for key, value in overrides.items():
             merges = key in tree and isinstance(value, dict)
             tree[key] = {**tree[key], **value} if merges else value
     return parse_config(tree, where="the test")

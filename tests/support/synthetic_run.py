@@ -148,16 +148,21 @@ def _metrics(
     }
     if step == 1 or step % max(1, steps // 6) == 0:
         fall = 2.4 * max(0.0, done - 0.3) if gold_falls else 0.0
-        line |= {
-            "heldout/responses": 128,
-            "heldout/scores": score - 0.05,
-            "heldout/scores_se": 0.06,
-            "heldout/kl_ref": kl,
-            "heldout/kl_ref_se": kl_se,
-            "heldout/gold": 0.9 + 0.8 * settle - fall,
-            "heldout/gold_se": 0.09,
-        }
+        line |= _evaluation(score - 0.05, (kl, kl_se), gold=0.9 + 0.8 * settle - fall)
     return line
+
+
+def _evaluation(score: float, kl: tuple[float, float], *, gold: float) -> dict[str, float]:
+    """What a held-out evaluation adds to a line; the KL with its standard error."""
+    return {
+        "heldout/responses": 128,
+        "heldout/scores": score,
+        "heldout/scores_se": 0.06,
+        "heldout/kl_ref": kl[0],
+        "heldout/kl_ref_se": kl[1],
+        "heldout/gold": gold,
+        "heldout/gold_se": 0.09,
+    }
 
 
 def _pairs(step: int, steps: int, count: int, tokens: int, rng: random.Random) -> list[Sample]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from oracles import ScoredModel, scored_rollout
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def climb(
     logits = model.reference.repeat(n, 1, 1).requires_grad_()
     values = torch.zeros(n, len(world.prefixes), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam(
-        [{"params": [logits], "lr": pace.lr}, {"params": [values], "lr": pace.value_lr}],
+        [{"params": [logits], "lr": pace.lr}, {"params": [values], "lr": pace.value_lr}]
     )
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / pace.iterations)
     everything = scored_rollout(
@@ -70,21 +70,14 @@ def climb(
         with torch.no_grad():
             tables = logits.log_softmax(-1)[:, states, ids] * world.mask
             for lane, table in enumerate(tables):
-                drawn.append(
-                    torch.multinomial(
-                        table.sum(-1).exp(),
-                        pace.rollouts,
-                        replacement=True,
-                        generator=generators[lane],
-                    )
-                )
-                seen = replace(
+                drawn.append(_draw(table, pace.rollouts, generators[lane]))
+                every = replace(
                     everything,
                     rollout_logprobs=table,
                     kl=world.at_tokens(world.state_kl(logits[lane], model.reference)),
                     values=world.at_tokens(values[lane]),
                 )
-                scored = select(seen, drawn[lane])
+                scored = select(every, drawn[lane])
                 scored = replace(scored, rollout=replace(scored.rollout, prompt_index=prompts))
                 experiences.append(prepare(scored, lanes[lane].beta))
         experience, strings = concatenate(experiences), torch.cat(drawn)
@@ -110,6 +103,13 @@ def climb(
         if watch is not None:
             watch(iteration + 1, logits.detach())
     return logits.detach()
+
+
+def _draw(
+    logprobs: Float[Tensor, "string token"], count: int, generator: torch.Generator
+) -> Int[Tensor, " count"]:
+    """Numbers of strings, drawn with the probability that their tokens have together."""
+    return torch.multinomial(logprobs.sum(-1).exp(), count, replacement=True, generator=generator)
 
 
 def concatenate(parts: Sequence[Any]) -> Any:

@@ -26,7 +26,7 @@ class ModelFacts:
 
 
 def facts_of(path: str) -> ModelFacts:
-    """Read them from a directory or hub name; the weights are not looked at.
+    """Read them from a directory or hub name; no weights are loaded.
 
     Raises:
         ModelError: there is no model or no tokenizer.
@@ -53,7 +53,9 @@ def starting_config(facts: ModelFacts) -> str:
         path=_quoted(facts.path),
         prompts=_CHAT if facts.chat else _TEXT,
         sample="sample-chat-prompts" if facts.chat else "sample-prompts",
-        room="" if facts.context is None else f"; prompts keep {facts.context - length} tokens",
+        remaining=""
+        if facts.context is None
+        else f"; prompts keep {facts.context - length} tokens",
         length=length,
         output=_quoted(f"runs/{name}"),
     )
@@ -67,7 +69,7 @@ def _quoted(value: Any) -> str:
 
 def _comment(text: str) -> str:
     """Text that cannot leave its comment: a model's own files wrote part of it."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 _TEXT = """\
@@ -111,7 +113,7 @@ prompts:
 rollout:
   prompts_per_step: 64
   responses_per_prompt: 1
-  max_new_tokens: {length}    # per response{room}
+  max_new_tokens: {length}    # per response{remaining}
   temperature: 1.0
   truncated: score    # a response cut by the limit: score, penalise, drop, bootstrap
   microbatch_size: 16    # responses scored at once: memory and speed, not results
@@ -124,7 +126,8 @@ leash:
 
 # tripwires: {{stop_kl: 50.0}}    # refuse a step beyond this KL, in nats per response
 
-ppo:
+algorithm:
+  name: ppo    # or grpo, rloo: these take several responses to a prompt
   epochs: 2    # passes over a rollout
   minibatches: 2    # optimiser steps in one pass
   microbatch_size: 16    # responses in one backward pass: memory and speed, not the gradient

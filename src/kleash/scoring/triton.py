@@ -154,6 +154,14 @@ def _sums(
 
 @triton.jit
 @no_type_check
+def _below(at, maximum, here, gain):
+    """How far one row's logits lie below its maximum of all tiles, and 2 to that in bits."""
+    below = tl.load(at, mask=here, other=0.0) - tl.load(maximum)
+    return below, tl.exp2(below * gain)
+
+
+@triton.jit
+@no_type_check
 def _gradients(
     x,
     y,
@@ -185,11 +193,9 @@ def _gradients(
     here = column < columns
     at = row * columns + column
     if x is not None:
-        a = tl.load(x + at, mask=here, other=0.0) - tl.load(m + row)
-        p = tl.exp2(a * gain)
+        a, p = _below(x + at, m + row, here, gain)
     if y is not None:
-        b = tl.load(y + at, mask=here, other=0.0) - tl.load(n + row)
-        q = tl.exp2(b * ref_gain)
+        b, q = _below(y + at, n + row, here, ref_gain)
     if mean_d is not None:
         d = a - b * ratio - tl.load(mean_d + row)
     if constant is not None:
