@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from kleash.cli.main import _build_world  # pyright: ignore[reportPrivateUsage]
-from kleash.cli.plan import Question, plan
+from kleash.cli.plan import PlanRequest, plan
 from kleash.config.loading import load_config
 from kleash.config.schema import Config
 from kleash.kl.control.controllers import initial_beta
@@ -56,7 +56,7 @@ def _large_plan(arguments: argparse.Namespace) -> Frontier:
     if not file.exists():
         sizes = {"plan.responses": arguments.responses, "plan.prompts": arguments.prompts}
         arguments.output.mkdir(parents=True, exist_ok=True)
-        write_frontier(file, plan(_config(arguments, sizes), Question()))
+        write_frontier(file, plan(_config(arguments, sizes), PlanRequest()))
     return read_frontier(file)
 
 

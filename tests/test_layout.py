@@ -173,6 +173,15 @@ def test_no_function_is_long() -> None:
     assert long == []
 
 
+def test_class_names_are_unique_across_the_package() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize(
     ("annotated", "named", "most"),
     [

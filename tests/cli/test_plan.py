@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from kleash.cli.plan import (
-    Question,
+    PlanRequest,
     plan,
     print_plan,
     question_of,
@@ -64,7 +64,7 @@ def settings(folder: Path, **changes: Any) -> Config:
 @pytest.fixture(scope="module")
 def planned(folder: Path) -> Frontier:
     config = settings(folder)
-    return plan(config, Question(budgets=[0.1, 50.0], target_kl=config.leash.target_kl))
+    return plan(config, PlanRequest(budgets=[0.1, 50.0], target_kl=config.leash.target_kl))
 
 
 def test_a_plan_draws_and_answers(folder: Path, planned: Frontier) -> None:
@@ -77,14 +77,14 @@ def test_a_plan_draws_and_answers(folder: Path, planned: Frontier) -> None:
 
 
 def test_the_same_seed_draws_the_same_plan(folder: Path, planned: Frontier) -> None:
-    again = plan(settings(folder), Question())
+    again = plan(settings(folder), PlanRequest())
     assert torch.equal(again.scores, planned.scores)
 
 
 def test_a_plan_samples_the_reference_not_the_policy(folder: Path, planned: Frontier) -> None:
     differs = {"path": str(folder / "policy"), "reference_differs": True}
     config = settings(folder, policy={"path": str(folder / "other")}, reference=differs)
-    assert torch.equal(plan(config, Question()).scores, planned.scores)
+    assert torch.equal(plan(config, PlanRequest()).scores, planned.scores)
 
 
 def test_a_target_per_token_is_planned_in_nats_per_response(
@@ -133,20 +133,20 @@ def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path
         " ".join(text.split())
     )
     page = write_plan(tmp_path / "plan", made, told_by(made, asked), title="groups")
-    again = replan(page.with_name("plan.json"), Question(betas=[1.0]))
+    again = replan(page.with_name("plan.json"), PlanRequest(betas=[1.0]))
     assert again.groups["odd"].budgets == made.groups["odd"].budgets
-    assert told_by(again, Question()) == told_by(made, asked)
+    assert told_by(again, PlanRequest()) == told_by(made, asked)
 
 
 def test_normalised_scores_are_planned_in_their_units(folder: Path, planned: Frontier) -> None:
     config = settings(folder, score_normalisation="initial")
-    scores = plan(config, Question()).scores
+    scores = plan(config, PlanRequest()).scores
     raw = planned.scores.flatten()
     torch.testing.assert_close(scores.flatten(), (raw - raw.mean()) / raw.std(), atol=1e-5, rtol=0)
 
 
 def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
-    question = Question(target_kl=0.3)
+    question = PlanRequest(target_kl=0.3)
     console = Console(file=io.StringIO(), width=80)
     print_plan(planned, told_by(planned, question), console=console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -170,13 +170,13 @@ def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
 )
 def test_a_start_that_is_not_the_plans_is_said_to_be_none(scores: torch.Tensor, words: str) -> None:
     made = make_frontier(scores, prompts=list(range(len(scores))), about={}, budgets=[9.0])
-    sentence = told_by(made, Question(target_kl=9.0))[1]
+    sentence = told_by(made, PlanRequest(target_kl=9.0))[1]
     assert sentence.startswith("β starts near ") and words in sentence and "because" in sentence
 
 
 def test_without_a_target_there_is_no_start(planned: Frontier) -> None:
-    assert starting_point(planned, Question()) is None
-    assert len(told_by(planned, Question())) == 1
+    assert starting_point(planned, PlanRequest()) is None
+    assert len(told_by(planned, PlanRequest())) == 1
 
 
 def test_a_plan_is_written_and_asked_again(planned: Frontier, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_plan_is_written_and_asked_again(planned: Frontier, tmp_path: Path) ->
     text = page.read_text()
     assert "a &lt;b&gt; sentence" in text and "<script" not in text
     assert "the optimum ± s.e." in text and "not known" in text
-    again = replan(page.with_name("plan.json"), Question(betas=[2.0, 1.0], budgets=[0.1]))
+    again = replan(page.with_name("plan.json"), PlanRequest(betas=[2.0, 1.0], budgets=[0.1]))
     assert [row.beta.value for row in again.rows] == [2.0, 1.0]
     assert again.budgets == planned.budgets[:1]
     assert read_frontier(page.with_name("plan.json")).about == planned.about
@@ -196,7 +196,7 @@ def test_a_page_of_a_plan_without_a_row_has_no_chart(tmp_path: Path) -> None:
     assert "<svg" not in page and "do not vary" in page
 
 
-@pytest.mark.parametrize("question", [Question(betas=[-1.0]), Question(budgets=[0.0])])
+@pytest.mark.parametrize("question", [PlanRequest(betas=[-1.0]), PlanRequest(budgets=[0.0])])
 def test_a_question_that_cannot_be_asked(planned: Frontier, tmp_path: Path, question: Any) -> None:
     write_frontier(tmp_path / "plan.json", planned)
     with pytest.raises(UsageError, match="must be positive"):
@@ -205,16 +205,16 @@ def test_a_question_that_cannot_be_asked(planned: Frontier, tmp_path: Path, ques
 
 def test_what_cannot_be_planned_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="expected a model at"):
-        plan(settings(folder, policy={"path": "/nowhere"}), Question())
+        plan(settings(folder, policy={"path": "/nowhere"}), PlanRequest())
     flat = {"reward_models": {"prompt": {"callable": f"{__name__}:by_prompt"}}}
-    made = plan(settings(folder, **flat), Question(target_kl=1.0))
+    made = plan(settings(folder, **flat), PlanRequest(target_kl=1.0))
     assert made.rows == []
     with pytest.raises(RewardError, match="vary within a prompt"):
-        told_by(made, Question(target_kl=1.0))
+        told_by(made, PlanRequest(target_kl=1.0))
 
 
 def test_a_starting_point_is_that_of_a_run(planned: Frontier) -> None:
-    start = starting_point(planned, Question(target_kl=0.3))
+    start = starting_point(planned, PlanRequest(target_kl=0.3))
     row = planned.budgets[2]
     assert start is not None and start.source == "plan"
     assert replace(start, beta=0.0).reason == ""

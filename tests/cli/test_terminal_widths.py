@@ -19,7 +19,7 @@ from kleash.auditing.console import AuditDisplay, print_audit
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Progress
 from kleash.cli.demo_output import Row, tell_plan, tell_rows
-from kleash.cli.plan import Question, print_plan, told_by
+from kleash.cli.plan import PlanRequest, print_plan, told_by
 from kleash.preflight.console import print_report
 from kleash.preflight.findings import Finding, Report
 from kleash.report.svg_chart import format_number, format_with_error
@@ -64,7 +64,7 @@ def in_plan(frontier: Frontier) -> list[str]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_plan(frontier: Frontier, width: int) -> None:
-    told = told_by(frontier, Question(target_kl=1.0))
+    told = told_by(frontier, PlanRequest(target_kl=1.0))
     text = printed(width, lambda console: print_plan(frontier, told, console=console))
     for value in in_plan(frontier):
         assert value in text

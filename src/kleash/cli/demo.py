@@ -26,7 +26,7 @@ from kleash.cli.demo_output import (
     tell_rows,
     tell_samples,
 )
-from kleash.cli.plan import Question, plan, told_by, write_plan
+from kleash.cli.plan import PlanRequest, plan, told_by, write_plan
 from kleash.config.loading import load_config, with_world
 from kleash.config.recipe_library import recipe_named
 from kleash.config.schema import Config
@@ -92,7 +92,7 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
     with parts.next("check", "is anything wrong, before it costs a run?"):
         tell_checks(console, check(leashed, quick=True))
     with parts.next("plan", "what could be had, from the reference's own replies"):
-        question = Question(betas=_LADDER)
+        question = PlanRequest(betas=_LADDER)
         frontier = plan(leashed, question)
         tell_plan(console, frontier)
         # Into the run's directory, where report and audit look for it.

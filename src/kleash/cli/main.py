@@ -342,7 +342,7 @@ def plan_command(
 
     quiet_libraries()
     if scores is not None:
-        question = planning.Question(betas, budgets)
+        question = planning.PlanRequest(betas, budgets)
         frontier = planning.replan(scores, question)
     else:
         sizes = {"plan.responses": responses, "plan.prompts": prompts}

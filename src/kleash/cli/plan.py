@@ -33,7 +33,7 @@ PAGE_FILE = "plan.html"
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is asked of a plan.
 
     Attributes:
@@ -57,14 +57,14 @@ class Question:
 
 def question_of(
     leash: LeashConfig, *, betas: Sequence[float] = (), budgets: Sequence[float] = ()
-) -> Question:
+) -> PlanRequest:
     """What a run with this leash would ask of a plan; groups are always answered for themselves."""
     if leash.groups is not None:
-        return Question(betas, budgets)
-    return Question(betas, budgets, leash.target_kl, leash.target_kl_per_token)
+        return PlanRequest(betas, budgets)
+    return PlanRequest(betas, budgets, leash.target_kl, leash.target_kl_per_token)
 
 
-def plan(config: Config, question: Question) -> Frontier:
+def plan(config: Config, question: PlanRequest) -> Frontier:
     """Draw reference responses, score them, and plan.
 
     Args:
@@ -91,7 +91,7 @@ def plan(config: Config, question: Question) -> Frontier:
         raise UsageError(str(error)) from error
 
 
-def replan(file: Path, question: Question) -> Frontier:
+def replan(file: Path, question: PlanRequest) -> Frontier:
     """Ask another question of samples that an earlier plan holds.
 
     Raises:
@@ -111,7 +111,7 @@ def replan(file: Path, question: Question) -> Frontier:
     return replace(again, groups=earlier.groups)
 
 
-def starting_point(frontier: Frontier, question: Question) -> Start | None:
+def starting_point(frontier: Frontier, question: PlanRequest) -> Start | None:
     """Where a run with this target would start; None without a target.
 
     Raises:
@@ -192,7 +192,7 @@ def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: 
     return folder / PAGE_FILE
 
 
-def told_by(frontier: Frontier, question: Question) -> list[str]:
+def told_by(frontier: Frontier, question: PlanRequest) -> list[str]:
     """The sentences under the table: the reference, and where β starts for what is asked."""
     told = [f"the reference scores {frontier.mean_score:.3f} on average"]
     target = question.target(frontier)

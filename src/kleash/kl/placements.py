@@ -46,7 +46,7 @@ GradientKind = Literal["exact", "token-local", "biased", "zero", "none"]
 
 
 @dataclass(frozen=True)
-class Gradient:
+class PlacementGradient:
     """What the expected gradient of a placement is."""
 
     kind: GradientKind
@@ -73,62 +73,66 @@ _ESTIMATOR: dict[Placement, Estimator] = {
 DIFFERENTIATES_KL: tuple[Placement, ...] = ("exact", "exact_weighted", "mixed", "loss_exact")
 """Placements whose loss needs the exact KL of the policy now, with its gradient."""
 
-_GRADIENTS: dict[Placement, Gradient] = {
-    "reward_k1": Gradient("exact", "each token pays for the log-ratio of itself and all it led to"),
-    "exact": Gradient(
+_GRADIENTS: dict[Placement, PlacementGradient] = {
+    "reward_k1": PlacementGradient(
+        "exact", "each token pays for the log-ratio of itself and all it led to"
+    ),
+    "exact": PlacementGradient(
         "exact",
         "the loss holds the pathwise gradient of the exact KL, the return the exact KL of strictly"
         " later states",
     ),
-    "exact_weighted": Gradient(
+    "exact_weighted": PlacementGradient(
         "exact",
         "the loss holds every state's exact KL, weighted by how much likelier the policy now is to"
         " come there, also where another policy sampled",
     ),
-    "mixed": Gradient(
+    "mixed": PlacementGradient(
         "exact",
         "any mixture of reward_k1 and exact is unbiased if its coefficient does not depend on the"
         " responses it multiplies",
     ),
-    "measure": Gradient("none", "nothing is penalised; the KL is only measured"),
-    "reward_k2": Gradient(
+    "measure": PlacementGradient("none", "nothing is penalised; the KL is only measured"),
+    "reward_k2": PlacementGradient(
         "biased",
         "k2 in the reward follows the gradient of E[k2] less a part of it, and can point away from"
         " the KL's",
     ),
-    "reward_k3": Gradient(
+    "reward_k3": PlacementGradient(
         "biased",
         "k3 in the reward follows the gradient of E[k3] less the part that k3 in the loss would"
         " add, and can point away from the KL's",
     ),
-    "reward_exact": Gradient(
+    "reward_exact": PlacementGradient(
         "biased",
         "a state's exact KL does not depend on the token chosen there, so as a reward it is only a"
         " baseline and the pathwise part is lost",
     ),
-    "loss_k1": Gradient("zero", "differentiating k1 gives Σ_t ∇log π, whose expectation is 0"),
-    "loss_k2": Gradient(
+    "loss_k1": PlacementGradient(
+        "zero", "differentiating k1 gives Σ_t ∇log π, whose expectation is 0"
+    ),
+    "loss_k2": PlacementGradient(
         "token-local",
         "differentiating k2 gives the gradient of each token's own KL without the states that"
         " follow, and that on fresh samples only",
     ),
-    "loss_k3": Gradient(
+    "loss_k3": PlacementGradient(
         "biased",
         "differentiating k3 follows KL(π_ref‖π), the other direction, at each token alone",
     ),
-    "loss_k3_weighted": Gradient(
+    "loss_k3_weighted": PlacementGradient(
         "token-local",
         "differentiating ρ·k3 gives the gradient of each token's own KL without the states that"
         " follow",
     ),
-    "loss_exact": Gradient(
+    "loss_exact": PlacementGradient(
         "token-local",
         "differentiating the exact KL of each token ignores that tokens change which states follow",
     ),
 }
 
 
-def gradient_of(placement: Placement) -> Gradient:
+def gradient_of(placement: Placement) -> PlacementGradient:
     """What the expected gradient of a placement really is, and why, in one sentence.
 
     Args:

@@ -12,7 +12,7 @@ class Finding:
     """The answer of one check."""
 
     name: str
-    """`room.check`, such as `logprobs.left_padding`."""
+    """`module.check`, such as `logprobs.left_padding`."""
     verdict: Verdict
     measured: str
     expected: str
@@ -28,8 +28,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a check asks: its name and what it expects. Each answer is a finding."""
+class Check:
+    """A check: its name and what it expects. Each method gives its finding."""
 
     name: str
     expected: str
@@ -47,7 +47,7 @@ class Question:
         return Finding(self.name, "fail", measured, self.expected, cause, remedy)
 
     def skip(self, why: str) -> Finding:
-        """Nothing to look at."""
+        """Not applicable here."""
         return skipped(self.name, why)
 
 

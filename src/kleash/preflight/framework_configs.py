@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from kleash.errors import ConfigError, UsageError
-from kleash.kl.placements import Gradient, Placement, gradient_of
+from kleash.kl.placements import Placement, PlacementGradient, gradient_of
 from kleash.preflight.findings import Finding, Report
 
 Framework = Literal["trl", "verl", "openrlhf"]
@@ -32,7 +32,7 @@ class Penalty:
     estimator: str
     place: Literal["reward", "loss"]
     coefficient: float
-    gradient: Gradient
+    gradient: PlacementGradient
     reduction: str
     clamp: str
     """What is clamped; empty: nothing."""
@@ -190,7 +190,9 @@ def _verl(settings: Settings) -> tuple[list[Penalty], Control, list[Finding]]:
         name = str(settings.get("actor_rollout_ref.actor.kl_loss_type", "low_var_kl"))
         estimator, straight = _verl_estimator(name.removesuffix("+")), name.endswith("+")
         gradient = (
-            Gradient("token-local", "the value is replaced by k2's gradient (straight through)")
+            PlacementGradient(
+                "token-local", "the value is replaced by k2's gradient (straight through)"
+            )
             if straight
             else _in_loss(estimator)
         )
@@ -366,16 +368,20 @@ def _one(
     return [Penalty(estimator, place, beta, gradient_of(placement), reduction, clamp, asked)]
 
 
-def _in_reward(estimator: str) -> Gradient:
+def _in_reward(estimator: str) -> PlacementGradient:
     if estimator == "|k1|":
-        return Gradient("biased", "|k1| in the reward also charges tokens that came nearer")
+        return PlacementGradient(
+            "biased", "|k1| in the reward also charges tokens that came nearer"
+        )
     placements: dict[str, Placement] = {"k1": "reward_k1", "k2": "reward_k2", "k3": "reward_k3"}
     return gradient_of(placements[estimator])
 
 
-def _in_loss(estimator: str) -> Gradient:
+def _in_loss(estimator: str) -> PlacementGradient:
     if estimator == "|k1|":
-        return Gradient("biased", "differentiating |k1| follows the sign of the drift alone")
+        return PlacementGradient(
+            "biased", "differentiating |k1| follows the sign of the drift alone"
+        )
     placements: dict[str, Placement] = {"k1": "loss_k1", "k2": "loss_k2", "k3": "loss_k3"}
     return gradient_of(placements[estimator])
 

@@ -187,7 +187,7 @@ def _preferences(pairs: Sequence[Pair]) -> TrialCheck:
 
 
 def name_of(check: TrialCheck) -> str:
-    """`room.check`, as in its finding."""
+    """`module.check`, as in its finding."""
     return f"{check.__module__.rsplit('.', 1)[-1]}.{check.__name__}"
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from kleash.errors import RunError
 from kleash.report import svg_chart
-from kleash.report.diagnostics.drift import Finding, drift_findings, efficiency, last_third, series
+from kleash.report.diagnostics.drift import (
+    Diagnosis,
+    drift_findings,
+    efficiency,
+    last_third,
+    series,
+)
 from kleash.report.diagnostics.overoptimisation import overoptimisation_findings
 from kleash.report.event_table import SHOWN, event_rows
 from kleash.report.glossary import GLOSSARY
@@ -115,7 +121,7 @@ def _run_report(run: Run) -> dict[str, Any]:
     }
 
 
-def _answer(summary: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+def _answer(summary: dict[str, Any], findings: Sequence[Diagnosis]) -> dict[str, Any]:
     """What a reader asks first: on its leash, what was gained, and where it went wrong."""
     kl, target, earned = (summary[key] for key in ("kl_last_third", "target_kl", "efficiency"))
     budget = next((finding for finding in findings if finding.name == "budget"), None)

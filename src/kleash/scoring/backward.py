@@ -34,7 +34,7 @@ from kleash.scoring.tiles import (
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NeededGradients:
     """Which of a model's tensors want a gradient."""
 
     hidden: bool
@@ -45,13 +45,13 @@ class Wanted:
         return self.hidden or self.weight or self.bias
 
 
-class Gradient:
+class SideGradients:
     """Gradients of one model's hidden states, weight and bias, added up tile by tile.
 
     Sums are held in the working dtype, and rounded to the tensor's own at the end.
     """
 
-    def __init__(self, side: Side, wanted: Wanted, weight_rows: int) -> None:
+    def __init__(self, side: Side, wanted: NeededGradients, weight_rows: int) -> None:
         """Make room for what is wanted; `weight_rows` counts the rows of padding too."""
         self._side = side
         words, like = side.weight.shape[0], side.hidden
@@ -101,10 +101,10 @@ def walk_back(
     *,
     upstream: Upstream,
     summed: Summed,
-    wanted: list[Wanted],
+    wanted: list[NeededGradients],
     weight_rows: list[int],
     tiles: Tiles,
-) -> list[Gradient]:
+) -> list[SideGradients]:
     """Make (or find) each tile of logits again and multiply its gradient out.
 
     Args:
@@ -118,7 +118,7 @@ def walk_back(
         tiles: shape of the tiles, the same as forward.
     """
     gradients = [
-        Gradient(side, want, rows)
+        SideGradients(side, want, rows)
         for side, want, rows in zip(sides, wanted, weight_rows, strict=True)
     ]
     if not any(wanted):
@@ -184,7 +184,7 @@ class _Remake:
         return made
 
 
-def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[Wanted]) -> Rows:
+def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[NeededGradients]) -> Rows:
     of, dtype = summed.moments, sides[0].dtype
     gains = [side.gain for side in sides]
 

@@ -28,7 +28,7 @@ from kleash.scoring.api import (
     check_request,
     working_dtype,
 )
-from kleash.scoring.backward import Gradient, Wanted, walk_back
+from kleash.scoring.backward import NeededGradients, SideGradients, walk_back
 from kleash.scoring.forward import scores_of, sum_up
 from kleash.scoring.logit_gradients import Upstream
 from kleash.scoring.tiles import Sides, Tiles, default_tiles, lacks, side
@@ -227,7 +227,7 @@ class _Streamed(torch.autograd.Function):
                 upstream=weights,
                 summed=ctx.summed,
                 wanted=[
-                    Wanted(*need) if reach else Wanted(False, False, False)
+                    NeededGradients(*need) if reach else NeededGradients(False, False, False)
                     for need, reach, _ in zip(needs, reached, sides, strict=False)
                 ],
                 weight_rows=[weight.shape[0] for weight in (tensors[1], tensors[4])[: len(sides)]],
@@ -256,7 +256,7 @@ def _upstream(
     return Upstream(**weights)
 
 
-def _in_dtypes_of(gradient: Gradient, tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _in_dtypes_of(gradient: SideGradients, tensors: list[Tensor | None]) -> list[Tensor | None]:
     made = (gradient.hidden, gradient.weight, gradient.bias)
     return [
         None if one is None or tensor is None else one.to(tensor.dtype)

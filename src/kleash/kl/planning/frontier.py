@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.kl.planning.tilting import Tilted, best_of_n_at, best_of_n_gain, spread, tilt
+from kleash.kl.planning.tilting import TiltedScores, best_of_n_at, best_of_n_gain, spread, tilt
 
 LEAST_SAMPLES = 5.0
 """Effective samples that nine prompts in ten must have."""
@@ -260,7 +260,7 @@ def _row(scores: Float[Tensor, "prompt sample"], beta: Interval, bootstrap: _Boo
     )
 
 
-def _reason(tilted: Tilted, kl: float, gain: float) -> str:
+def _reason(tilted: TiltedScores, kl: float, gain: float) -> str:
     """Why the samples do not suffice; empty if they do."""
     if kl > math.log(tilted.samples):
         return (
@@ -283,7 +283,7 @@ def _reason(tilted: Tilted, kl: float, gain: float) -> str:
     return ""
 
 
-def _least_effective(tilted: Tilted) -> float:
+def _least_effective(tilted: TiltedScores) -> float:
     return float(tilted.effective_samples.quantile(0.1))
 
 

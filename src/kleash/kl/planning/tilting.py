@@ -21,7 +21,7 @@ QUANTITIES = ("kl", "gain", "objective")
 
 
 @dataclass(frozen=True)
-class Tilted:
+class TiltedScores:
     """Per prompt the `QUANTITIES`, as they come out and corrected, and the samples that count."""
 
     plain: Float[Tensor, "prompt quantity"]
@@ -39,7 +39,7 @@ class Tilted:
         return self.corrected * (1 - 1 / self.samples) - self.plain
 
 
-def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> Tilted:
+def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> TiltedScores:
     r"""KL, gain and objective of π* ∝ π_ref·exp(r/β), plain and jackknifed.
 
         θ_J = N·θ − (N−1)·mean_i θ_(−i)          bias O(1/N) → O(1/N²)
@@ -80,7 +80,7 @@ def tilt(scores: Float[Tensor, "prompt sample"], beta: float) -> Tilted:
     log_z = (without.log() + shift).scatter(1, top, rest_total) - math.log(n - 1)
     # Relative to the mean of all: the means of those left over average to it.
     others = _quantities(means, log_z, beta).mean(1)
-    return Tilted(
+    return TiltedScores(
         plain=plain[:, 0],
         corrected=n * plain[:, 0] - (n - 1) * others,
         effective_samples=total[:, 0].square() / weights.square().sum(1),

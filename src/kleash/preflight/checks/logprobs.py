@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kleash.masked import masked_mean
 from kleash.models.reference_offload import underlying
 from kleash.preflight.comparison import at, gap, greedy, state_gap, twice
-from kleash.preflight.findings import Finding, Question, skipped, some
+from kleash.preflight.findings import Check, Finding, skipped, some
 from kleash.preflight.probe_batch import (
     Tilted,
     Trial,
@@ -31,12 +31,12 @@ _PADDING = 5
 
 def architecture(trial: Trial) -> Finding:
     """The policy was saved as a language model: tied weights let a classifier pass for one."""
-    ask = Question("logprobs.architecture", "a checkpoint saved as a causal language model")
+    check = Check("logprobs.architecture", "a checkpoint saved as a causal language model")
     policy = trial.components.policy
     saved = (policy.model.config.architectures or [""])[0]
     if "Classification" not in saved and "Encoder" not in saved:
-        return ask.ok(saved or type(policy.model).__name__)
-    return ask.fail(
+        return check.ok(saved or type(policy.model).__name__)
+    return check.fail(
         saved,
         f"The policy in {policy.path!r} was saved as {saved}: it was trained to judge, and its "
         "words come from a head that only shares its embedding.",
@@ -47,14 +47,14 @@ def architecture(trial: Trial) -> Finding:
 
 def dropout(trial: Trial) -> Finding:
     """The same tokens twice, the same numbers twice; no layer that drops anything."""
-    ask = Question("logprobs.dropout", "two readings of the same tokens agree; no dropout is on")
+    check = Check("logprobs.dropout", "two readings of the same tokens agree; no dropout is on")
     named = {"policy": trial.components.policy, "reference": underlying(trial.components.reference)}
     live = {who: live_dropouts(model.model) for who, model in named.items()}
     worst = {who: twice(model, trial.texts) for who, model in named.items()}
     measured = ", ".join(f"{who} {moved:.2g} nats apart" for who, moved in worst.items())
     for who, model in named.items():
         if live[who]:
-            return ask.fail(
+            return check.fail(
                 f"{measured}; {some(live[who])}",
                 f"Dropout is on in the {who}: its log-probabilities are random, and the policy is "
                 "at a distance from itself.",
@@ -62,7 +62,7 @@ def dropout(trial: Trial) -> Finding:
                 "evaluation mode (model.eval()), in training too.",
             )
         if worst[who] > 0:
-            answer = ask.fail if worst[who] > trial.tolerance else ask.warn
+            answer = check.fail if worst[who] > trial.tolerance else check.warn
             return answer(
                 measured,
                 f"The {who} is not deterministic though no dropout is on: "
@@ -70,7 +70,7 @@ def dropout(trial: Trial) -> Finding:
                 "no fixed order.",
                 "Set policy.attention: eager, or policy.dtype: float32.",
             )
-    return ask.ok(measured)
+    return check.ok(measured)
 
 
 def live_dropouts(model: nn.Module) -> list[str]:
@@ -89,20 +89,20 @@ def live_dropouts(model: nn.Module) -> list[str]:
 
 def self_kl(trial: Trial) -> Finding:
     """The policy scored against itself."""
-    ask = Question("logprobs.self_kl", "KL of the policy to itself 0, log π = log π_ref")
+    check = Check("logprobs.self_kl", "KL of the policy to itself 0, log π = log π_ref")
     scored = trial.score(trial.rollout, trial.components.policy)
     kl = float(scored.kl.abs().max())
     apart = float((scored.rollout_logprobs - scored.ref_logprobs).abs().max())
     measured = f"KL {kl:.2g}, log-ratio {apart:.2g} nats at the worst token"
     if max(kl, apart) <= 1e-5:
-        return ask.ok(measured)
+        return check.ok(measured)
     live = live_dropouts(trial.components.policy.model)
     cause = (
         f"dropout is on ({some(live)})"
         if live
         else "the two sides of the comparison are not computed alike (temperature, head or kernel)"
     )
-    return ask.fail(
+    return check.fail(
         measured,
         f"The policy is at a distance from itself: {cause}.",
         "Fix the first failing check of this room; if there is none, give both models to one "
@@ -113,20 +113,20 @@ def self_kl(trial: Trial) -> Finding:
 def start(trial: Trial) -> Finding:
     """Before the first update the policy is the reference, unless it is said that it is not."""
     differs = trial.config.reference.reference_differs
-    ask = Question(
+    check = Check(
         "logprobs.start",
         "a KL above 0, as reference_differs says"
         if differs
         else f"KL(π‖π_ref) at most {_SAME_MODEL:g} nats per token before any update",
     )
     if not trial.at_start:
-        return ask.skip("The policy has been updated: it no longer is its reference.")
+        return check.skip("The policy has been updated: it no longer is its reference.")
     per_token = float(masked_mean(trial.scored.kl, trial.rollout.response_mask))
     measured = f"{per_token:.3g} nats per token"
     if per_token <= _SAME_MODEL or differs:
-        return ask.ok(measured)
+        return check.ok(measured)
     cause, remedy = why_apart(trial)
-    return ask.fail(measured, cause, remedy)
+    return check.fail(measured, cause, remedy)
 
 
 def why_apart(trial: Trial) -> tuple[str, str]:
@@ -174,7 +174,7 @@ def why_apart(trial: Trial) -> tuple[str, str]:
 
 def head(trial: Trial) -> Finding:
     """The head as data gives the logits that the model itself gives."""
-    ask = Question("logprobs.head", "head(hidden states) are the model's own log-probabilities")
+    check = Check("logprobs.head", "head(hidden states) are the model's own log-probabilities")
     policy = trial.components.policy
     apart = max(
         gap(
@@ -185,8 +185,8 @@ def head(trial: Trial) -> Finding:
     )
     measured = f"{apart:.2g} nats at the worst token"
     if apart <= trial.tolerance:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         f"The head of {type(policy.model).__name__} is read wrong: a scale, soft-cap or bias of "
         "its logits is missing or doubled.",
@@ -198,13 +198,13 @@ def head(trial: Trial) -> Finding:
 
 def alignment(trial: Trial) -> Finding:
     """Each token is scored from the state before it, not from a neighbour's."""
-    ask = Question("logprobs.alignment", "token t is scored from the state after token t − 1")
+    check = Check("logprobs.alignment", "token t is scored from the state after token t − 1")
     gaps = {shift: state_gap(trial, shift) for shift in (0, -1, 1)}
     best = min(gaps, key=lambda shift: gaps[shift])
     measured = f"{gaps[0]:.2g} nats at the worst token"
     if gaps[0] <= trial.tolerance or gaps[best] > trial.tolerance:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         f"{measured}, {gaps[best]:.2g} if shifted by {best:+d}",
         f"Hidden states are off by one: the state at position t{best:+d} is used for token t.",
         "Take state t − 1 for token t; kleash.models.policy.trunk_states does.",
@@ -213,14 +213,14 @@ def alignment(trial: Trial) -> Finding:
 
 def positions(trial: Trial) -> Finding:
     """Without any padding, the states are the model's own."""
-    ask = Question("logprobs.positions", "positions count a text's tokens from 0")
+    check = Check("logprobs.positions", "positions count a text's tokens from 0")
     apart = state_gap(trial, 0)
     measured = f"{apart:.2g} nats at the worst token of unpadded texts"
     if apart <= trial.tolerance:
-        return ask.ok(measured)
+        return check.ok(measured)
     if min(state_gap(trial, shift) for shift in (-1, 1)) <= trial.tolerance:
-        return ask.skip("The states are off by one: see scoring.alignment.")
-    return ask.fail(
+        return check.skip("The states are off by one: see scoring.alignment.")
+    return check.fail(
         measured,
         "Position ids are wrong: without padding the states differ from those the model computes "
         "with its own positions.",
@@ -253,7 +253,7 @@ def right_padding(trial: Trial) -> Finding:
 
 def batching(trial: Trial) -> Finding:
     """A text in a batch gets the numbers it gets by itself."""
-    ask = Question("logprobs.batching", "log π of a text does not depend on the rest of its batch")
+    check = Check("logprobs.batching", "log π of a text does not depend on the rest of its batch")
     components, apart = trial.components, 0.0
     for text in trial.texts:
         alone = trial.score(rollout_of(text.prompt, text.response), components.reference)
@@ -261,8 +261,8 @@ def batching(trial: Trial) -> Finding:
         apart = max(apart, gap(alone.rollout_logprobs[0], row))
     measured = f"{apart:.2g} nats at the worst token"
     if apart <= trial.tolerance:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         "A response's log-probabilities depend on what shares its batch: rows see each other, or "
         "padding is seen.",
@@ -280,7 +280,7 @@ def packing(trial: Trial) -> Finding:
 
 def canary(trial: Trial) -> Finding:
     """Greedy text, scored end to end: no other word may be likelier than the one written."""
-    ask = Question("logprobs.canary", "greedy text gets the highest log-probability at each token")
+    check = Check("logprobs.canary", "greedy text gets the highest log-probability at each token")
     components = trial.components
     scored, best = list[Tensor](), list[Tensor]()
     for text in trial.texts[:2]:
@@ -292,8 +292,8 @@ def canary(trial: Trial) -> Finding:
     mine, top = torch.cat(scored), torch.cat(best)
     measured = f"{float(mine.mean()):.3f} nats a token, {float(top.mean()):.3f} possible"
     if gap(mine, top) <= 2 * trial.tolerance:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         "Greedy text is not the likeliest text: tokens are scored off by one, at another "
         "temperature, or with another head than the model's.",
@@ -304,7 +304,7 @@ def canary(trial: Trial) -> Finding:
 
 def streaming(trial: Trial) -> Finding:
     """The streaming kernel against all logits at once."""
-    ask = Question("logprobs.streaming", "log π, KL and entropy as from the whole table of logits")
+    check = Check("logprobs.streaming", "log π, KL and entropy as from the whole table of logits")
     policy, tilted, apart = trial.components.policy, Tilted(trial.components.policy), 0.0
     want = ("logprobs", "ref_logprobs", "kl", "entropy")
     for text in trial.texts:
@@ -324,8 +324,8 @@ def streaming(trial: Trial) -> Finding:
         apart = max(apart, *(gap(getattr(one, key), getattr(other, key)) for key in want))
     measured = f"{apart:.2g} nats at the worst number"
     if apart <= max(trial.tolerance / 10, 1e-5):
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         "The streaming kernel computes something else than a log-softmax over the whole "
         "vocabulary on this machine.",
@@ -338,7 +338,7 @@ def streaming(trial: Trial) -> Finding:
 def temperature(trial: Trial) -> Finding:
     """Policy and reference are scored at the temperature of sampling."""
     asked = trial.components.sampling.temperature
-    ask = Question(
+    check = Check(
         "logprobs.temperature", f"both models scored at the temperature of sampling, {asked:g}"
     )
     fits: dict[str, float | None] = {}
@@ -349,7 +349,7 @@ def temperature(trial: Trial) -> Finding:
     )
     for who, fit in fits.items():
         if fit is not None and fit != asked:
-            return ask.fail(
+            return check.fail(
                 measured,
                 f"The {who} is scored at temperature {fit:g} but responses are sampled at "
                 f"{asked:g}: every log-ratio holds the difference.",
@@ -357,13 +357,13 @@ def temperature(trial: Trial) -> Finding:
                 "rollout.temperature: 1.0.",
             )
     if None in fits.values():
-        return ask.skip("No temperature explains the numbers: see the other checks here.")
-    return ask.ok(measured)
+        return check.skip("No temperature explains the numbers: see the other checks here.")
+    return check.ok(measured)
 
 
 def floor(trial: Trial) -> Finding:
     """The KL that rounding alone gives: nothing smaller can be read."""
-    ask = Question(
+    check = Check(
         "logprobs.floor",
         "both models in one dtype and attention kernel; a floor far below the target",
     )
@@ -372,21 +372,21 @@ def floor(trial: Trial) -> Finding:
     measured = f"{per_response:.2g} nats per response; policy {mine}, reference {theirs}"
     target = trial.config.leash.target_kl
     if mine != theirs:
-        return ask.warn(
+        return check.warn(
             measured,
             f"Policy and reference are computed differently ({mine} and {theirs}): the KL holds "
             "rounding beside drift.",
             "Load both with one policy.dtype and one policy.attention.",
         )
     if target is not None and target < 3 * per_response:
-        return ask.fail(
+        return check.fail(
             measured,
             f"leash.target_kl = {target:g} is under three times what rounding alone gives: it "
             "cannot be resolved.",
             f"Set leash.target_kl: {10 * per_response:.1g} or more"
             + ("." if mine.startswith("float32") else ", or policy.dtype: float32."),
         )
-    return ask.ok(measured)
+    return check.ok(measured)
 
 
 def kl_floor(trial: Trial) -> float:
@@ -408,7 +408,7 @@ def ways(model: object) -> str:
 
 
 def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Finding:
-    ask = Question(name, f"log π of a text does not change when it is padded {where}")
+    check = Check(name, f"log π of a text does not change when it is padded {where}")
     policy, apart = trial.components.policy, 0.0
     for text in trial.texts:
         plain = logprobs_at(policy.head, states_of(policy, text), text.response)
@@ -418,9 +418,9 @@ def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Fin
             apart = max(apart, gap(plain, logprobs_at(policy.head, padded, text.response)))
     measured = f"{apart:.2g} nats at the worst token, {_PADDING} pads"
     if apart <= trial.tolerance:
-        return ask.ok(measured)
+        return check.ok(measured)
     cause = f"Padding {where} changes a response's log-probabilities: position ids or the attention"
-    return ask.fail(measured, f"{cause} mask do not leave it out.", remedy)
+    return check.fail(measured, f"{cause} mask do not leave it out.", remedy)
 
 
 def _fitting(trial: Trial, apart: Callable[[float], float]) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.kl.statistics import response_kl
 from kleash.models.lm_head import apply_head
-from kleash.preflight.findings import Finding, Question, some
+from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Text, Tilted, Trial
 from kleash.training.metrics import objective_measures
 from kleash.types import Fresh, Rollout, ScoredRollout
@@ -23,7 +23,7 @@ _COLUMNS = 3
 
 def shape(trial: Trial) -> Finding:
     """Prompts end at the last column, responses begin at the first, and neither has holes."""
-    ask = Question(
+    check = Check(
         "masks.shape",
         "prompt masks without holes up to the last column, response masks from the first",
     )
@@ -34,18 +34,18 @@ def shape(trial: Trial) -> Finding:
     for which, sound in (("prompt", prompts), ("response", responses)):
         if not bool(sound.all()):
             rows = (~sound).nonzero().flatten().tolist()
-            return ask.fail(
+            return check.fail(
                 f"{len(rows)} of {len(sound)} {which} masks broken, the first in row {rows[0]}",
                 f"A {which} mask has holes: it was made by comparing ids with the padding id, "
                 "which real tokens can have too, and not from lengths.",
                 f"Make the {which} mask from lengths: arange(width) < length.",
             )
-    return ask.ok(f"{len(prompts)} rows whole")
+    return check.ok(f"{len(prompts)} rows whole")
 
 
 def end_token(trial: Trial) -> Finding:
     """The end-of-sequence token of a response belongs to it, and is its only one."""
-    ask = Question(
+    check = Check(
         "masks.end_token", "a response that ended has its end token inside the mask, once and last"
     )
     policy, rollout = trial.components.policy, trial.rollout
@@ -57,25 +57,25 @@ def end_token(trial: Trial) -> Finding:
     beyond = stop.sum(-1) > 1
     measured = f"{int(rollout.ended.sum())} of {len(length)} responses ended"
     if bool(lost.any()):
-        return ask.fail(
+        return check.fail(
             f"{int(lost.sum())} responses lack it, the first in row {int(lost.long().argmax())}",
             "The end token is left out of the response mask: the policy is never taught when to "
             "stop, and the KL of stopping is not counted.",
             "Count the first stop token as part of the response (its length is its place + 1).",
         )
     if bool(beyond.any()):
-        return ask.fail(
+        return check.fail(
             f"{int(beyond.sum())} responses go on after it",
             "Tokens after the end token are counted: padding that has the end token's id (pad = "
             "eos), or text that nobody will read.",
             "End the response mask at the first stop token of the response.",
         )
-    return ask.ok(measured)
+    return check.ok(measured)
 
 
 def padding_ids(trial: Trial) -> Finding:
     """Whatever ids fill the padding, the numbers stay: pad = eos does no harm."""
-    ask = Question("masks.padding_ids", "any ids in the padding give the same numbers")
+    check = Check("masks.padding_ids", "any ids in the padding give the same numbers")
     rollout, policy = trial.rollout, trial.components.policy
     word = max(i for i in range(policy.words) if i not in (policy.pad_id, *policy.stop_ids))
     changed = replace(
@@ -90,8 +90,8 @@ def padding_ids(trial: Trial) -> Finding:
     guilty = [key for key, gap in moved.items() if gap > trial.tolerance]
     if not guilty:
         pad_is_eos = policy.pad_id in policy.stop_ids
-        return ask.ok(measured + (", pad = eos" if pad_is_eos else ""))
-    return ask.fail(
+        return check.ok(measured + (", pad = eos" if pad_is_eos else ""))
+    return check.fail(
         measured,
         f"Ids in the padding change {some(guilty)}: padding is attended to or counted.",
         "Pass the attention mask of every padded row, and compute masks from lengths, never from "
@@ -101,7 +101,7 @@ def padding_ids(trial: Trial) -> Finding:
 
 def numbers(trial: Trial) -> Finding:
     """NaN at every masked place changes no reward, return, advantage, loss or metric."""
-    ask = Question(
+    check = Check(
         "masks.numbers", "no number outside the masks, NaN included, changes reward, loss or metric"
     )
     clean, moved = _consequences(trial, trial.tilted), dict[str, float]()
@@ -113,8 +113,8 @@ def numbers(trial: Trial) -> Finding:
             break
     guilty = [key for key, gap in moved.items() if gap > 1e-5]
     if not guilty:
-        return ask.ok(f"{len(moved)} numbers, none moved")
-    return ask.fail(
+        return check.ok(f"{len(moved)} numbers, none moved")
+    return check.fail(
         f"{len(guilty)} of {len(moved)} numbers moved",
         f"Values outside the response mask reach {some(guilty)}.",
         "Select with torch.where(mask, x, 0) before every sum, mean and whitening.",
@@ -123,7 +123,7 @@ def numbers(trial: Trial) -> Finding:
 
 def prompt_tokens(trial: Trial) -> Finding:
     """The KL of a response is that of its own tokens: no prompt in it, nothing left out."""
-    ask = Question("masks.prompt_tokens", "the KL of a response sums over its own tokens")
+    check = Check("masks.prompt_tokens", "the KL of a response sums over its own tokens")
     kls = response_kl(trial.tilted.kl, trial.rollout.response_mask)
     excess = [float(kls[t.row]) - float(_dense_kl(trial, t).sum()) for t in trial.texts]
     prompts = [float(_prompt_kl(trial, t).sum()) for t in trial.texts]
@@ -131,7 +131,7 @@ def prompt_tokens(trial: Trial) -> Finding:
     measured = f"{worst:+.2g} nats beside those of its own tokens"
     limit = trial.tolerance * max(len(t.response) for t in trial.texts)
     if abs(worst) <= limit:
-        return ask.ok(measured)
+        return check.ok(measured)
     like_prompts = all(
         abs(e - p) <= limit + 0.05 * abs(p) for e, p in zip(excess, prompts, strict=True)
     )
@@ -141,7 +141,7 @@ def prompt_tokens(trial: Trial) -> Finding:
         else "The KL of a response is not the sum over its own tokens: some are left out, counted "
         "twice or scored in another state."
     )
-    return ask.fail(
+    return check.fail(
         measured,
         cause,
         "Sum the KL under the response mask alone (kleash.kl.statistics.response_kl).",

@@ -7,7 +7,7 @@ from kleash.kl.control.controllers import initial_beta
 from kleash.kl.control.groups import States
 from kleash.kl.placements import gradient_of
 from kleash.kl.planning.initial_beta import Start
-from kleash.preflight.findings import Finding, Question, some
+from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
 from kleash.training.assembly import make_leash, target_per_response
 from kleash.training.metadata import objective_line
@@ -31,13 +31,13 @@ def objective(trial: Trial) -> Finding:
 
 def gradient(trial: Trial) -> Finding:
     """Which gradient the configured placement really has."""
-    ask = Question("objective.gradient", "the gradient of the KL of whole responses")
+    check = Check("objective.gradient", "the gradient of the KL of whole responses")
     placement, beta = trial.components.settings.placement, starting_beta(trial)
     found = gradient_of(placement)
     measured = f"{placement}: {found.kind}"
     if found.sound or beta == 0:
-        return ask.ok(measured)
-    answer = ask.fail if found.kind == "zero" else ask.warn
+        return check.ok(measured)
+    answer = check.fail if found.kind == "zero" else check.warn
     return answer(
         measured,
         f"The placement {placement} has a {found.kind} gradient: {found.why}.",
@@ -47,15 +47,15 @@ def gradient(trial: Trial) -> Finding:
 
 def score_spread(trial: Trial) -> Finding:
     """A score that says the same of everything teaches nothing."""
-    ask = Question("objective.score_spread", "scores differ between responses")
+    check = Check("objective.score_spread", "scores differ between responses")
     deviation = score_deviation(trial)
     if deviation is None:
-        return ask.skip("One response has no spread.")
+        return check.skip("One response has no spread.")
     mean = float(trial.written.raw_scores.mean())
     measured = f"{mean:.3g} ± {deviation:.3g} (standard deviation)"
     if deviation > 1e-6 * max(1.0, abs(mean)):
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         "The reward gives every response the same score: there is nothing to climb.",
         "Look at the reward on a few responses; a callable must read its second argument, a "
@@ -66,23 +66,23 @@ def score_spread(trial: Trial) -> Finding:
 
 def strength(trial: Trial) -> Finding:
     """β against the spread of the score: what one nat costs, in standard deviations."""
-    ask = Question(
+    check = Check(
         "objective.strength",
         f"one standard deviation of the score worth {_TIGHT:g} to {_SLACK:g} nats",
     )
     deviation, beta = score_deviation(trial), starting_beta(trial)
     if beta == 0:
-        return ask.skip("β is 0: the KL is measured, not charged.")
+        return check.skip("β is 0: the KL is measured, not charged.")
     leash = trial.config.leash
     if leash.beta is None and leash.initial_beta == "auto":
-        return ask.skip(f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
+        return check.skip(f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
     if deviation is None or deviation == 0:
-        return ask.skip("The score has no spread: see leash.score_spread.")
+        return check.skip("The score has no spread: see leash.score_spread.")
     unit = _unit(trial, deviation)
     nats = unit / beta
     measured = f"β = {beta:.4g}: one standard deviation ({unit:.3g}) is worth {nats:.3g} nats"
     if _TIGHT <= nats <= _SLACK:
-        return ask.ok(measured)
+        return check.ok(measured)
     slack = nats > _SLACK
     cause = (
         "β is far too small for this score: the optimum spends hundreds of nats, so the leash is "
@@ -93,7 +93,7 @@ def strength(trial: Trial) -> Finding:
     )
     worth = unit / math.sqrt(2 * 6.0)
     key = "leash.beta" if leash.beta is not None else "leash.initial_beta"
-    answer = ask.fail if nats > _NO_LEASH or nats < _NO_REWARD else ask.warn
+    answer = check.fail if nats > _NO_LEASH or nats < _NO_REWARD else check.warn
     return answer(
         measured,
         cause,
@@ -104,31 +104,31 @@ def strength(trial: Trial) -> Finding:
 
 def target(trial: Trial) -> Finding:
     """The target is in nats per response; what is it per token?"""
-    ask = Question(
+    check = Check(
         "objective.target",
         f"a target per response: above {_FEW:g} nats or {_FEW_PER_TOKEN:g} per token, under "
         f"{_PER_TOKEN:g} per token",
     )
     goal = trial.config.leash.target_kl
     if trial.config.leash.groups is not None:
-        return ask.skip("Each group of prompts has a target of its own.")
+        return check.skip("Each group of prompts has a target of its own.")
     if goal is None:
-        return ask.skip("β does not move: there is no target per response.")
+        return check.skip("β does not move: there is no target per response.")
     length = float(trial.rollout.response_mask.sum(-1).double().mean())
     per_token = goal / length
     measured = f"{goal:g} nats per response, {per_token:.3g} per token at {length:.1f} tokens"
     tiny = goal <= _FEW and per_token < _FEW_PER_TOKEN
     if not tiny and per_token <= _PER_TOKEN:
-        return ask.ok(measured)
+        return check.ok(measured)
     if tiny:
-        return ask.warn(
+        return check.warn(
             measured,
             f"leash.target_kl = {goal:g} looks like a target per token; here it is the whole "
             "response's.",
             f"Set leash.target_kl: {goal * length:.3g}, or leash.target_kl_per_token: {goal:g} in "
             "its place.",
         )
-    answer = ask.fail if per_token > 10 else ask.warn
+    answer = check.fail if per_token > 10 else check.warn
     return answer(
         measured,
         f"leash.target_kl = {goal:g} is more than responses of {length:.1f} tokens can sensibly "
@@ -139,11 +139,11 @@ def target(trial: Trial) -> Finding:
 
 def inert(trial: Trial) -> Finding:
     """Options that were written down and do nothing."""
-    ask = Question("objective.inert", "every option that is set does something")
+    check = Check("objective.inert", "every option that is set does something")
     useless = inert_options(trial.config)
     if not useless:
-        return ask.ok("none found")
-    return ask.warn(
+        return check.ok("none found")
+    return check.warn(
         f"{len(useless)} found",
         "Options do nothing here: " + some(useless) + ".",
         "Remove "
@@ -192,7 +192,7 @@ def starting_beta(trial: Trial) -> float:
 
 
 def starting_states(trial: Trial) -> States:
-    """The first step's β, from this trial's few responses where a plan would ask for more."""
+    """The first step's β, from this trial's few responses where a plan would check for more."""
     leash, starts = trial.config.leash, dict[str, Start]()
     length = float(trial.scored.rollout.response_mask.sum(-1).float().mean())
     deviation = score_deviation(trial) or 1.0

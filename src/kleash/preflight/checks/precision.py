@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.preflight.findings import Finding, Question
+from kleash.preflight.findings import Check, Finding
 from kleash.preflight.probe_batch import Trial
 
 LEAST_SHARE = 0.9
@@ -51,19 +51,19 @@ def surviving_update_share(
 
 def survival(trial: Trial) -> Finding:
     """Of one AdamW step at the peak learning rate, how much the weights can hold."""
-    ask = Question("precision.survival", f"at least {LEAST_SHARE:g} of an update survives rounding")
+    check = Check("precision.survival", f"at least {LEAST_SHARE:g} of an update survives rounding")
     components = trial.components
     group = components.optimizer.param_groups[0]
     half = [p for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
     if not half:
-        return ask.ok("the weights that learn are in float32")
+        return check.ok("the weights that learn are in float32")
     shares = [_trial_share(parameter, group) for parameter in half]
     sizes = [parameter.numel() for parameter in half]
     share = sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes)
     name, rate = str(half[0].dtype).removeprefix("torch."), group["peak_lr"]
     if share >= LEAST_SHARE:
-        return ask.ok(f"{share:.3g} in {name} at a learning rate of {rate:g}")
-    return ask.fail(
+        return check.ok(f"{share:.3g} in {name} at a learning rate of {rate:g}")
+    return check.fail(
         f"{share:.2g} in {name}",
         f"With policy.dtype: {name} and optimizer.lr: {rate:g}, rounding leaves {share:.2g} of an "
         "AdamW update in the weights: most of what is learnt would be lost.",

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kleash.models.chat_templates import content_text, render_chat
 from kleash.models.reward_model import text_of
-from kleash.preflight.findings import Finding, Question
+from kleash.preflight.findings import Check, Finding
 from kleash.preflight.probe_batch import Trial
 from kleash.rollout.prompts import Prompt, encode_prompt
 
@@ -21,15 +21,15 @@ _MANY = 0.2
 
 def duplicates(trial: Trial) -> Finding:
     """Prompts that are in the file more than once count as different clusters, and are not."""
-    ask = Question("prompts.duplicates", f"under {_MANY:.0%} of the prompts are copies")
+    check = Check("prompts.duplicates", f"under {_MANY:.0%} of the prompts are copies")
     counts = Counter(_normalised(prompt) for prompt in trial.components.prompts)
     total = len(trial.components.prompts)
     copies = total - len(counts)
     measured = f"{copies} of {total} prompts are copies"
     if copies <= _MANY * total:
-        return ask.ok(measured)
+        return check.ok(measured)
     first = next(iter(counts.most_common(1)))[0]
-    answer = ask.fail if copies > 0.5 * total else ask.warn
+    answer = check.fail if copies > 0.5 * total else check.warn
     return answer(
         measured,
         f"Prompts are duplicated ({first[:40]!r} is there {counts[first]} times): a standard error "
@@ -41,17 +41,17 @@ def duplicates(trial: Trial) -> Finding:
 
 def leak(trial: Trial) -> Finding:
     """Held-out prompts that are trained on."""
-    ask = Question("prompts.leak", "no held-out prompt is trained on")
+    check = Check("prompts.leak", "no held-out prompt is trained on")
     if not trial.components.heldout:
-        return ask.skip("There are no held-out prompts.")
+        return check.skip("There are no held-out prompts.")
     train = {_normalised(prompt) for prompt in trial.components.prompts}
     held = [_normalised(prompt) for prompt in trial.components.heldout]
     leaked = [text for text in held if text in train]
     measured = f"{len(leaked)} of {len(held)} held-out prompts are trained on"
     files = trial.config.prompts
     if not leaked:
-        return ask.ok(measured)
-    answer = ask.fail if len(leaked) > 0.05 * len(held) else ask.warn
+        return check.ok(measured)
+    answer = check.fail if len(leaked) > 0.05 * len(held) else check.warn
     return answer(
         measured,
         f"The held-out set leaks: {leaked[0][:40]!r} is in both files, so its score is one of "
@@ -64,7 +64,7 @@ def leak(trial: Trial) -> Finding:
 
 def chat_template(trial: Trial) -> Finding:
     """A chat model reads its template, once."""
-    ask = Question("prompts.chat_template", "messages go through the chat template, text does not")
+    check = Check("prompts.chat_template", "messages go through the chat template, text does not")
     tokenizer = trial.components.policy.tokenizer
     prompts = [*trial.components.prompts, *trial.components.heldout]
     special = [str(t) for t in tokenizer.all_special_tokens if len(str(t)) > 2]
@@ -72,7 +72,7 @@ def chat_template(trial: Trial) -> Finding:
     doubled = [p for p in prompts if not isinstance(p.content, str) and _marked(p, marks)]
     if doubled:
         mark = next(m for m in marks if m in text_of(doubled[0].content))
-        return ask.fail(
+        return check.fail(
             f"{len(doubled)} of {len(prompts)} conversations have a template in their text",
             f"The chat template is applied twice: the content of a message already has {mark!r}, "
             "and the template writes it again.",
@@ -82,7 +82,7 @@ def chat_template(trial: Trial) -> Finding:
     begin, ids = tokenizer.bos_token_id, tokenizer.eos_token_id
     twice = [p for p in prompts if begin is not None and p.ids[:2] == (begin, begin)]
     if twice and begin != ids:
-        return ask.fail(
+        return check.fail(
             f"{len(twice)} of {len(prompts)} prompts begin with two BOS",
             f"Prompts begin with a doubled BOS: the text has {tokenizer.bos_token!r} and the "
             "tokenizer adds another.",
@@ -90,27 +90,27 @@ def chat_template(trial: Trial) -> Finding:
         )
     bare = [p for p in prompts if isinstance(p.content, str) and not _marked(p, marks)]
     if tokenizer.chat_template is not None and bare:
-        return ask.warn(
+        return check.warn(
             f"{len(bare)} of {len(prompts)} prompts are bare text",
             "The chat template is missing: the policy has one and the prompts are plain text that "
             "does not use it.",
             'Write prompts as messages: {"messages": [{"role": "user", "content": …}]}.',
         )
-    return ask.ok(f"{len(prompts)} prompts")
+    return check.ok(f"{len(prompts)} prompts")
 
 
 def tools(trial: Trial) -> Finding:
     """The tools of a prompt are in what the policy reads."""
-    ask = Question("prompts.tools", "the tools that prompts bring are written by the template")
+    check = Check("prompts.tools", "the tools that prompts bring are written by the template")
     prompts = [*trial.components.prompts, *trial.components.heldout]
     bringing = [prompt for prompt in prompts if prompt.columns.get("tools")]
     if not bringing:
-        return ask.skip("No prompt brings tools.")
+        return check.skip("No prompt brings tools.")
     unread = [prompt for prompt in bringing[:_LOOKED_AT] if not _reads_tools(trial, prompt)]
     measured = f"{len(unread)} of {min(len(bringing), _LOOKED_AT)} prompts with tools lose them"
     if not unread:
-        return ask.ok(measured)
-    return ask.warn(
+        return check.ok(measured)
+    return check.warn(
         measured,
         "Prompts bring `tools` that the policy does not read: they are plain text, or the chat "
         "template does not write tools.",

@@ -3,7 +3,7 @@
 from kleash.errors import ModelError
 from kleash.models.policy import Policy, check_compatible
 from kleash.models.reference_offload import FrozenReference, underlying
-from kleash.preflight.findings import Finding, Question, some
+from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
 
 
@@ -11,11 +11,11 @@ def identity(trial: Trial) -> Finding:
     """Which reference this is, by its fingerprint."""
     mine, theirs = trial.components.policy.identity(), trial.components.reference.identity()
     measured = f"{theirs.how}, {theirs.dtype}, {theirs.sha256[:12]}… from {theirs.path}"
-    ask = Question("reference.identity", "the policy's own weights, or reference_differs")
+    check = Check("reference.identity", "the policy's own weights, or reference_differs")
     differs = trial.config.reference.reference_differs
     if mine.sha256 == theirs.sha256 or differs or not trial.at_start:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         f"{measured}; the policy is {mine.sha256[:12]}… from {mine.path}",
         f"The reference {theirs.path!r} has other weights than the policy {mine.path!r}.",
         "Leave reference.path out (the reference is then the policy as it starts), or set "
@@ -25,18 +25,18 @@ def identity(trial: Trial) -> Finding:
 
 def frozen(trial: Trial) -> Finding:
     """No parameter of the reference asks for a gradient or is in the optimiser."""
-    ask = Question("reference.frozen", "no parameter of the reference can learn")
+    check = Check("reference.frozen", "no parameter of the reference can learn")
     reference = underlying(trial.components.reference)
     if reference.adapter is not None:
-        return ask.skip("The reference is the policy with its adapter off.")
+        return check.skip("The reference is the policy with its adapter off.")
     learning = {id(p) for group in trial.components.optimizer.param_groups for p in group["params"]}
     named = list(reference.model.named_parameters())
     guilty = [key for key, p in named if p.requires_grad or id(p) in learning]
     if not guilty:
-        return ask.ok(f"{len(named)} parameters, none learns")
-    return ask.fail(
+        return check.ok(f"{len(named)} parameters, none learns")
+    return check.fail(
         f"{len(guilty)} of {len(named)} parameters can learn",
-        f"The reference is not frozen: {some(guilty)} ask for gradients or are in the optimiser.",
+        f"The reference is not frozen: {some(guilty)} check for gradients or are in the optimiser.",
         "Call requires_grad_(False) on the reference, and give the optimiser the policy's "
         "parameters alone.",
     )
@@ -44,16 +44,16 @@ def frozen(trial: Trial) -> Finding:
 
 def storage(trial: Trial) -> Finding:
     """The reference has weights of its own."""
-    ask = Question("reference.storage", "no storage shared with weights that learn")
+    check = Check("reference.storage", "no storage shared with weights that learn")
     reference, policy = underlying(trial.components.reference), trial.components.policy
     if reference.adapter is not None:
-        return _adapter_storage(trial, ask)
+        return _adapter_storage(trial, check)
     learning = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     named = list(reference.model.named_parameters())
     shared = [key for key, p in named if p.untyped_storage().data_ptr() in learning]
     if not shared:
-        return ask.ok(f"{len(named)} parameters of its own")
-    return ask.fail(
+        return check.ok(f"{len(named)} parameters of its own")
+    return check.fail(
         f"{len(shared)} of {len(named)} parameters shared",
         f"The reference shares storage with the policy ({some(shared)}): it moves with every "
         "update and the KL stays near 0.",
@@ -63,20 +63,20 @@ def storage(trial: Trial) -> Finding:
 
 def adapter(trial: Trial) -> Finding:
     """With an adapter, only it learns, and its off position is the model the run starts from."""
-    ask = Question("reference.adapter", "the adapter starts as no change; only it learns")
+    check = Check("reference.adapter", "the adapter starts as no change; only it learns")
     policy, reference = trial.components.policy, underlying(trial.components.reference)
     if policy.adapter is None:
-        return ask.skip("No adapter: all weights are trained.")
+        return check.skip("No adapter: all weights are trained.")
     if reference.adapter is None:
-        return ask.ok("the reference is a model of its own")
+        return check.ok("the reference is a model of its own")
     moved = [
         key
         for key, p in policy.model.named_parameters()
         if "lora_B" in key and bool(p.detach().abs().max() > 0)
     ]
     if not trial.at_start or not moved:
-        return ask.ok(f"fresh adapter, off = {policy.path}")
-    return ask.fail(
+        return check.ok(f"fresh adapter, off = {policy.path}")
+    return check.fail(
         f"{len(moved)} adapter matrices are not 0",
         "The adapter was trained before, so the reference (the adapter off) is the bare base and "
         "not the fine-tuned model the run starts from.",
@@ -87,29 +87,29 @@ def adapter(trial: Trial) -> Finding:
 
 def vocabulary(model: Policy, frozen: FrozenReference) -> Finding:
     """Policy and reference speak of the same tokens; otherwise nothing can be scored."""
-    ask = Question("reference.vocabulary", "the same id for every token in both models")
+    check = Check("reference.vocabulary", "the same id for every token in both models")
     policy, reference = model, underlying(frozen)
     notes: list[str] = []
     try:
         notes = check_compatible(policy, reference).notes
     except ModelError as error:
         if "frozen reference of its own" not in str(error):
-            return ask.fail(
+            return check.fail(
                 f"{policy.words} and {reference.words} tokens",
                 f"Policy and reference do not share a vocabulary: {error}.",
                 "Take two models of one tokenizer.",
             )
-    return ask.ok(" ".join([f"{policy.words} tokens", *notes]))
+    return check.ok(" ".join([f"{policy.words} tokens", *notes]))
 
 
-def _adapter_storage(trial: Trial, ask: Question) -> Finding:
+def _adapter_storage(trial: Trial, check: Check) -> Finding:
     named = trial.components.policy.model.named_parameters()
     base = [key for key, p in named if p.requires_grad and "lora_" not in key]
     if not base:
-        return ask.ok("base weights learn nothing")
-    return ask.fail(
+        return check.ok("base weights learn nothing")
+    return check.fail(
         f"{len(base)} base weights learn",
         f"Weights under the adapter learn too ({some(base)}): the reference, which is the model "
         "with its adapter off, moves with them.",
-        "Freeze the base; only parameters named lora_ may ask for gradients.",
+        "Freeze the base; only parameters named lora_ may check for gradients.",
     )

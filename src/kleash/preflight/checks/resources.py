@@ -16,7 +16,7 @@ from torch import nn
 
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
-from kleash.preflight.findings import Finding, Question, skipped
+from kleash.preflight.findings import Check, Finding, skipped
 from kleash.preflight.probe_batch import MICROBATCH, Trial
 from kleash.training.recovery import copy_bytes, several_updates, undone_in_memory
 
@@ -56,17 +56,17 @@ def examine(trial: Trial) -> list[Finding]:
 
 def undo(trial: Trial) -> Finding:
     """What becomes of a step that is refused between its updates."""
-    ask = Question("resources.undo", "a refused step that costs no more than itself")
+    check = Check("resources.undo", "a refused step that costs no more than itself")
     config, components = trial.config, trial.components
     if not several_updates(config):
-        return ask.ok("one update a step: it is refused before it is made")
+        return check.ok("one update a step: it is refused before it is made")
     size = f"{copy_bytes(components.optimizer) / _GIB:.2g} GiB"
     if undone_in_memory(config.tripwires, components.optimizer):
-        return ask.ok(f"a copy of {size} in main memory")
+        return check.ok(f"a copy of {size} in main memory")
     every = config.logging.checkpoint_every
     if every:
-        return ask.ok(f"back to the last checkpoint, at most {every} steps")
-    return ask.warn(
+        return check.ok(f"back to the last checkpoint, at most {every} steps")
+    return check.warn(
         "back to the beginning of the run",
         f"No copy is kept of what learns (it would take {size}), and no checkpoint is written "
         "before the last step: a number that is not finite would cost the whole run.",
@@ -98,10 +98,10 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
         + adam_bytes(components.parameters())
     )
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
-    ask = Question("resources.memory", "at most nine tenths of the machine's memory")
+    check = Check("resources.memory", "at most nine tenths of the machine's memory")
     if needs <= 0.9 * has:
-        return ask.ok(measured)
-    answer = ask.fail if needs > has else ask.warn
+        return check.ok(measured)
+    answer = check.fail if needs > has else check.warn
     return answer(
         measured,
         f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "

@@ -18,7 +18,7 @@ from kleash.errors import PromptError
 from kleash.models.chat_templates import content_text
 from kleash.models.judge_loading import saved_head
 from kleash.models.reward_model import ClassifierReward, Content, text_of
-from kleash.preflight.findings import Finding, Question, some
+from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
 from kleash.rollout.prompts import columns_of_row, file_rows, prompt_content
 
@@ -40,11 +40,11 @@ class Pair:
 
 def head(trial: Trial) -> Finding:
     """One output, with the weights of the checkpoint."""
-    ask = Question("reward_model.head", "one output, its weights those of the checkpoint")
+    check = Check("reward_model.head", "one output, its weights those of the checkpoint")
     for key, judge in classifiers(trial):
         labels = judge.model.config.num_labels
         if labels != 1:
-            return ask.fail(
+            return check.fail(
                 f"{key}: {labels} outputs",
                 f"The reward model {key!r} has {labels} outputs; only the first would be read.",
                 "Train or export it with num_labels = 1.",
@@ -52,19 +52,19 @@ def head(trial: Trial) -> Finding:
         layer = score_layer(judge)
         saved = None if layer is None else _saved_like(judge, layer)
         if layer is not None and saved is not None and not torch.equal(saved, layer.weight.cpu()):
-            return ask.fail(
+            return check.fail(
                 f"{key}: head differs from {judge.path}",
                 f"The head of the reward model {key!r} is not that of its checkpoint: it was "
                 "freshly initialised, or lost while loading.",
                 "Load it with ClassifierReward (kleash.models.reward_model) from what was saved "
                 "by AutoModelForSequenceClassification.",
             )
-    return _done(trial, ask, "heads as saved")
+    return _done(trial, check, "heads as saved")
 
 
 def alone(trial: Trial) -> Finding:
     """A text's score does not depend on what is scored beside it."""
-    ask = Question("reward_model.alone", "each score is that of the text scored alone")
+    check = Check("reward_model.alone", "each score is that of the text scored alone")
     rows = _sample(trial)
     prompts, responses, columns = _texts(trial, rows)
     worst, where = 0.0, ""
@@ -76,9 +76,9 @@ def alone(trial: Trial) -> Finding:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
     if worst <= _limit(trial):
-        return ask.ok(measured)
+        return check.ok(measured)
     judge = dict(classifiers(trial)).get(where)
-    return ask.fail(
+    return check.fail(
         measured,
         f"The score of {where!r} depends on the batch: "
         + ("it compares responses with each other." if judge is None else "padding is read."),
@@ -90,7 +90,7 @@ def alone(trial: Trial) -> Finding:
 
 def last_token(trial: Trial) -> Finding:
     """The score is read at the last real token of the text."""
-    ask = Question("reward_model.last_token", "the score is that of the last token of the text")
+    check = Check("reward_model.last_token", "the score is that of the last token of the text")
     rows = _sample(trial)
     rows = [*rows, rows[0]]
     prompts, responses, columns = _texts(trial, rows)
@@ -112,11 +112,11 @@ def last_token(trial: Trial) -> Finding:
                 worst, where = gap, key
     measured = f"{worst:.2g} apart at the worst of {len(responses)} texts"
     if worst <= _limit(trial):
-        return _done(trial, ask, measured)
+        return _done(trial, check, measured)
     judge = dict(classifiers(trial))[where]
     pad, own = judge.model.config.pad_token_id, judge.tokenizer.pad_token_id
     other = " to a token that no text contains" if own in (None, pad) else f": {own}"
-    return ask.fail(
+    return check.fail(
         f"{measured}; pad_token_id = {pad}",
         f"The score of {where!r} is read at another token than the last: its pad_token_id = {pad} "
         "is a word of the text, or padding was counted as text.",
@@ -126,7 +126,7 @@ def last_token(trial: Trial) -> Finding:
 
 def bos(trial: Trial) -> Finding:
     """At most one beginning-of-sequence token."""
-    ask = Question("reward_model.bos", "one beginning-of-sequence token at most")
+    check = Check("reward_model.bos", "one beginning-of-sequence token at most")
     prompts, responses, columns = _texts(trial, _sample(trial)[:1])
     row = {name: values[0] for name, values in columns.items()}
     for key, judge in classifiers(trial):
@@ -136,19 +136,19 @@ def bos(trial: Trial) -> Finding:
         ids = judge.encode(prompts[0], responses[0], row=row)
         leading = next((i for i, token in enumerate(ids) if token != begin), len(ids))
         if leading > 1 or begin in ids[leading:]:
-            return ask.fail(
+            return check.fail(
                 f"{key}: {ids.count(begin)} of {judge.tokenizer.bos_token!r}",
                 f"The reward model {key!r} reads a doubled BOS: its template or the prompts write "
                 f"{judge.tokenizer.bos_token!r} and its tokenizer adds another.",
                 f"Remove {judge.tokenizer.bos_token!r} from reward_models.{key}.template and from "
                 "the prompts.",
             )
-    return _done(trial, ask, "none doubled")
+    return _done(trial, check, "none doubled")
 
 
 def template(trial: Trial) -> Finding:
     """Prompt and response are read once each: a longer one lengthens the text by as much."""
-    ask = Question("reward_model.template", "the text holds prompt and response once each")
+    check = Check("reward_model.template", "the text holds prompt and response once each")
     rows = _sample(trial)
     prompts, responses, columns = _texts(trial, rows)
     shortest = min(range(len(rows)), key=lambda i: len(text_of(prompts[i])))
@@ -165,7 +165,7 @@ def template(trial: Trial) -> Finding:
             added = len(judge.encode(longer, text, row=row)) - plain
             times = round(added / len(_ids(judge, more)))
             if times != 1:
-                return ask.fail(
+                return check.fail(
                     f"{key}: the {what} {times} times",
                     f"The template of the reward model {key!r} is applied twice, or writes the "
                     f"{what} {times} times."
@@ -174,12 +174,12 @@ def template(trial: Trial) -> Finding:
                     f"Write {{prompt}}{{response}} once each in reward_models.{key}.template, and "
                     "give prompts without a template of their own.",
                 )
-    return _done(trial, ask, "once each")
+    return _done(trial, check, "once each")
 
 
 def dropped_tokens(trial: Trial) -> Finding:
     """What the reward reads has every token that was written but the end and padding."""
-    ask = Question("reward_model.dropped_tokens", "only the end and padding are dropped from texts")
+    check = Check("reward_model.dropped_tokens", "only the end and padding are dropped from texts")
     policy, rollout = trial.components.policy, trial.rollout
     special = {int(number) for number in policy.tokenizer.all_special_ids}
     seen = special - {*policy.stop_ids, policy.pad_id}
@@ -190,9 +190,9 @@ def dropped_tokens(trial: Trial) -> Finding:
             name = str(policy.tokenizer.convert_ids_to_tokens(number))
             lost[name] += max(0, ids.count(number) - text.count(name))
     if not lost.total():
-        return ask.ok(f"{len(trial.written.texts)} responses")
+        return check.ok(f"{len(trial.written.texts)} responses")
     names = [f"{name!r} ({times} times)" for name, times in lost.most_common() if times]
-    return ask.warn(
+    return check.warn(
         f"{lost.total()} tokens dropped",
         f"The reward does not see special tokens that the policy writes: {some(names)}.",
         "Read them in a callable's column completions_with_special_tokens, or decode responses "
@@ -202,7 +202,7 @@ def dropped_tokens(trial: Trial) -> Finding:
 
 def probes(trial: Trial) -> Finding:
     """Replies that no good judge prefers: do they win?"""
-    ask = Question("reward_model.probes", "no empty or repeated reply beats the policy's own")
+    check = Check("reward_model.probes", "no empty or repeated reply beats the policy's own")
     written = trial.written
     own = written.raw_scores.double().cpu()
     first = {text_of(prompt): row for row, prompt in reversed(list(enumerate(written.prompts)))}
@@ -218,8 +218,8 @@ def probes(trial: Trial) -> Finding:
             winners.append(f"{label} ({mean:.3g})")
     measured = f"99 % of the policy's replies score at most {bar:.3g}"
     if not winners:
-        return ask.ok(f"{measured}; no probe does better")
-    return ask.warn(
+        return check.ok(f"{measured}; no probe does better")
+    return check.warn(
         measured,
         f"The reward prefers replies that no one wants: {some(winners)}; a policy off the leash "
         "will find them.",
@@ -230,9 +230,9 @@ def probes(trial: Trial) -> Finding:
 
 def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     """Accuracy, spread and taste for length on pairs that people judged."""
-    ask = Question("reward_model.preferences", "accuracy above chance; scores not led by length")
+    check = Check("reward_model.preferences", "accuracy above chance; scores not led by length")
     if not pairs:
-        return ask.skip("No preference pairs were given (--pairs FILE).")
+        return check.skip("No preference pairs were given (--pairs FILE).")
     prompts = [pair.prompt for pair in pairs]
     names = dict.fromkeys(name for pair in pairs for name in pair.columns)
     further = {name: [pair.columns.get(name) for pair in pairs] for name in names}
@@ -251,7 +251,7 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
     measured = f"{right:.0%} of {len(pairs)} right, spread {spread:.3g}, length {lead:+.2f}"
     error = 0.5 / len(pairs) ** 0.5
     if right < 0.5 - 2 * error or spread == 0:
-        return ask.fail(
+        return check.fail(
             measured,
             "The reward prefers what people rejected: its sign, its template or its pairs are the "
             "wrong way round."
@@ -260,14 +260,14 @@ def preferences(trial: Trial, pairs: Sequence[Pair]) -> Finding:
             "Check reward_models weights and template, and the file's `chosen` and `rejected`.",
         )
     if right < 0.5 + error or abs(lead) > 0.8:
-        return ask.warn(
+        return check.warn(
             measured,
             "The reward hardly knows better than chance."
             if right < 0.5 + error
             else "The reward goes by length: the policy will write ever longer (or shorter).",
             "Train the reward on more, or length-balanced, pairs.",
         )
-    return ask.ok(measured)
+    return check.ok(measured)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -365,10 +365,10 @@ def _tokens(trial: Trial, replies: Sequence[str]) -> dict[str, list[Any]]:
     return {"completion_ids": ids, "completions_with_special_tokens": list(replies)}
 
 
-def _done(trial: Trial, ask: Question, measured: str) -> Finding:
+def _done(trial: Trial, check: Check, measured: str) -> Finding:
     if not any(True for _ in classifiers(trial)):
-        return ask.skip("No reward is a classifier.")
-    return ask.ok(measured)
+        return check.skip("No reward is a classifier.")
+    return check.ok(measured)
 
 
 def _limit(trial: Trial) -> float:

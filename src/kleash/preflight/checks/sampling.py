@@ -6,7 +6,7 @@ What the words themselves say about the law they were drawn from is in `law`.
 import torch
 
 from kleash.kl.statistics import clustered_mean, response_kl
-from kleash.preflight.findings import Finding, Question, some
+from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
 from kleash.preflight.sampling_distribution import EXPONENTS, explain, weigh
 from kleash.rollout.sampling import overridden_settings
@@ -19,16 +19,16 @@ _SMALL_KL = 0.3
 
 def ratio(trial: Trial) -> Finding:
     """The engine's log-probabilities against the trainer's: mean importance ratio 1."""
-    ask = Question("sampling.ratio", "mean π_trainer/π_sampler = 1 ± 0.01 per token")
+    check = Check("sampling.ratio", "mean π_trainer/π_sampler = 1 ± 0.01 per token")
     rollout = trial.rollout
     if rollout.sampler_logprobs is None:
-        return ask.skip("The sampler gave no log-probabilities.")
+        return check.skip("The sampler gave no log-probabilities.")
     mask = rollout.response_mask
     apart = (trial.scored.rollout_logprobs - rollout.sampler_logprobs)[mask].double()
     mean, worst = float(apart.exp().mean()), float(apart.abs().max())
     measured = f"mean ratio {mean:.4f}, {worst:.2g} nats apart at the worst token"
     if abs(mean - 1) <= 0.01 and worst <= 10 * trial.tolerance:
-        return ask.ok(measured)
+        return check.ok(measured)
     heat, asked = _sampler_heat(trial), trial.components.sampling.temperature
     if heat is not None:
         cause = f"The sampler wrote at temperature {heat:g} and the trainer scores at {asked:g}."
@@ -45,23 +45,23 @@ def ratio(trial: Trial) -> Finding:
             "Give the sampler the policy's present weights before it writes, and draw with "
             "rollout.temperature and no other setting."
         )
-    return ask.fail(measured, cause, remedy)
+    return check.fail(measured, cause, remedy)
 
 
 def mean_weight(trial: Trial) -> Finding:
     """E[exp(−Σ k1)] = 1 over responses of the policy: an identity of any two laws."""
-    ask = Question("sampling.mean_weight", "E[exp(−Σ k1)] = 1 within its error")
+    check = Check("sampling.mean_weight", "E[exp(−Σ k1)] = 1 within its error")
     mask, clusters = trial.rollout.response_mask, trial.rollout.prompt_index
     k1 = response_kl(trial.scored.rollout_logprobs - trial.scored.ref_logprobs, mask)
     exact = float(response_kl(trial.scored.kl, mask).mean())
     if exact > _SMALL_KL:
-        return ask.skip(f"At {exact:.2g} nats rare responses carry this mean: no error known.")
+        return check.skip(f"At {exact:.2g} nats rare responses carry this mean: no error known.")
     found = clustered_mean((-k1).double().exp(), clusters)
     error = found.standard_error or 0.0
     measured = f"{found.mean:.4f} ± {error:.4f}"
     if abs(found.mean - 1) <= 6 * error + 1e-3:
-        return ask.ok(measured)
-    return ask.fail(
+        return check.ok(measured)
+    return check.fail(
         measured,
         "Responses are not samples of the policy that is scored: their weights against the "
         "reference do not average to 1.",
@@ -71,7 +71,7 @@ def mean_weight(trial: Trial) -> Finding:
 
 def law(trial: Trial) -> Finding:
     """Which law explains the words that were drawn?"""
-    ask = Question("sampling.law", "words drawn from the law that is scored, uncut and unshaped")
+    check = Check("sampling.law", "words drawn from the law that is scored, uncut and unshaped")
     evidence = weigh(trial)
     best = explain(trial, evidence)
     measured = (
@@ -79,18 +79,18 @@ def law(trial: Trial) -> Finding:
         f"{best.gain:.1f} nats"
     )
     if best.gain <= _SURE:
-        return ask.ok(measured)
-    return ask.fail(measured, best.cause, best.remedy)
+        return check.ok(measured)
+    return check.fail(measured, best.cause, best.remedy)
 
 
 def leftovers(trial: Trial) -> Finding:
     """Settings in the model's own generation_config.json: they do not apply here."""
-    ask = Question("sampling.leftovers", "no sampling settings in generation_config.json")
+    check = Check("sampling.leftovers", "no sampling settings in generation_config.json")
     found = overridden_settings(trial.components.policy)
     if not found:
-        return ask.ok("none")
+        return check.ok("none")
     listed = some([f"{key} = {value}" for key, value in found.items()])
-    return ask.warn(
+    return check.warn(
         listed,
         f"The model's generation_config.json sets {listed}; training puts it aside, but whoever "
         "samples from the trained model with the library's defaults will not.",
@@ -100,7 +100,7 @@ def leftovers(trial: Trial) -> Finding:
 
 def ending(trial: Trial) -> Finding:
     """The policy can end a response, and does."""
-    ask = Question("sampling.ending", "responses end by themselves")
+    check = Check("sampling.ending", "responses end by themselves")
     policy, ended = trial.components.policy, trial.rollout.ended
     stops = [i for i in policy.stop_ids if i < policy.words]
     mass = max(
@@ -117,9 +117,9 @@ def ending(trial: Trial) -> Finding:
     names = some([str(w) for w in policy.tokenizer.convert_ids_to_tokens(list(policy.stop_ids))])
     rollout = trial.config.rollout
     if rollout.truncated == "score" and "truncated" in rollout.model_fields_set:
-        return ask.ok(f"{measured}; fragments, which are scored as they are")
+        return check.ok(f"{measured}; fragments, which are scored as they are")
     if not bool(ended.any()) and mass < 1e-3:
-        return ask.fail(
+        return check.fail(
             measured,
             f"The end token is never produced: the policy gives {names} no probability, so every "
             "response runs into the limit.",
@@ -128,21 +128,21 @@ def ending(trial: Trial) -> Finding:
             "fragments are meant, write rollout.truncated: score.",
         )
     if not bool(ended.any()) and rollout.truncated == "drop":
-        return ask.fail(
+        return check.fail(
             measured,
             "Every response is cut by the length limit and rollout.truncated: drop leaves them "
             "all out: there is nothing to learn from.",
             f"Raise rollout.max_new_tokens (now {limit}), or set rollout.truncated: score.",
         )
     if share > 0.5 and rollout.truncated in ("score", "drop"):
-        return ask.warn(
+        return check.warn(
             measured,
             "Most responses are cut by the length limit: the reward judges fragments.",
             f"Raise rollout.max_new_tokens (now {limit}), or set rollout.truncated: penalise with "
             "rollout.missing_eos_penalty; where fragments are meant, write rollout.truncated: "
             "score.",
         )
-    return ask.ok(measured)
+    return check.ok(measured)
 
 
 def _sampler_heat(trial: Trial) -> float | None:

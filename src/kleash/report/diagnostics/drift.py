@@ -16,7 +16,7 @@ _BUDGET_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that a reader should know, in a sentence, with the numbers it rests on."""
 
     level: Literal["good", "note", "warning"]
@@ -74,7 +74,7 @@ def efficiency(metrics: Sequence[Metrics]) -> Efficiency | None:
     return Efficiency(gain, kl, gain / kl, gain / math.sqrt(kl), max(1, len(scores) // 3))
 
 
-def drift_findings(metrics: Sequence[Metrics]) -> list[Finding]:
+def drift_findings(metrics: Sequence[Metrics]) -> list[Diagnosis]:
     """Check the KL against its budget, and the identities that every run must keep."""
     found = [
         _budget(metrics),
@@ -86,7 +86,7 @@ def drift_findings(metrics: Sequence[Metrics]) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def _budget(metrics: Sequence[Metrics]) -> Finding | None:
+def _budget(metrics: Sequence[Metrics]) -> Diagnosis | None:
     kl, target = (last_third(metrics, f"objective/{key}") for key in ("kl_ref", "target_kl"))
     if kl is None or target is None or not target > 0:
         return None
@@ -94,12 +94,14 @@ def _budget(metrics: Sequence[Metrics]) -> Finding | None:
     said = f"KL averages {kl:.3g} nats over the last third, against a budget of {target:.3g}"
     share = f"{off:+.0%}".replace("-", "−")
     if abs(off) <= _BUDGET_TOLERANCE:
-        return Finding("good", "budget", f"On budget: {said} ({share}).")
+        return Diagnosis("good", "budget", f"On budget: {said} ({share}).")
     where = "Over" if off > 0 else "Under"
-    return Finding("warning" if off > 0 else "note", "budget", f"{where} budget: {said} ({share}).")
+    return Diagnosis(
+        "warning" if off > 0 else "note", "budget", f"{where} budget: {said} ({share})."
+    )
 
 
-def _sampled_against_exact(metrics: Sequence[Metrics]) -> Finding | None:
+def _sampled_against_exact(metrics: Sequence[Metrics]) -> Diagnosis | None:
     """The sampled KL must agree with the exact one, or the tokens came from elsewhere."""
     keys = ("kl_ref", "kl_ref_se", "kl_ref_k1", "kl_ref_k1_se")
     gaps: list[float] = []
@@ -116,7 +118,7 @@ def _sampled_against_exact(metrics: Sequence[Metrics]) -> Finding | None:
     mean, error = sum(gaps) / len(gaps), math.sqrt(variance) / len(gaps)
     if abs(mean) <= 4 * error:
         return None
-    return Finding(
+    return Diagnosis(
         "warning",
         "sampled-kl",
         f"The sampled KL differs from the exact one by {mean:+.3g} nats on average, "
@@ -125,11 +127,11 @@ def _sampled_against_exact(metrics: Sequence[Metrics]) -> Finding | None:
     )
 
 
-def _first_ratio(metrics: Sequence[Metrics]) -> Finding | None:
+def _first_ratio(metrics: Sequence[Metrics]) -> Diagnosis | None:
     worst = max((v for _, v in series(metrics, "policy/ratio_first_error")), default=0.0)
     if worst <= _RATIO_TOLERANCE:
         return None
-    return Finding(
+    return Diagnosis(
         "warning",
         "ratio",
         f"The first ratio of a step was off 1 by up to {worst:.2g}: the same tokens are scored "
@@ -137,11 +139,11 @@ def _first_ratio(metrics: Sequence[Metrics]) -> Finding | None:
     )
 
 
-def _accounting(metrics: Sequence[Metrics]) -> Finding | None:
+def _accounting(metrics: Sequence[Metrics]) -> Diagnosis | None:
     worst = max((abs(v) for _, v in series(metrics, "objective/accounting_residual")), default=0.0)
     if worst <= _RESIDUAL_TOLERANCE:
         return None
-    return Finding(
+    return Diagnosis(
         "warning",
         "accounting",
         f"Objective and score − β·KL disagree by up to {worst:.2g}: a penalty is counted "
@@ -149,11 +151,11 @@ def _accounting(metrics: Sequence[Metrics]) -> Finding | None:
     )
 
 
-def _non_finite(metrics: Sequence[Metrics]) -> Finding | None:
+def _non_finite(metrics: Sequence[Metrics]) -> Diagnosis | None:
     for line in metrics:
         for key, value in line.items():
             if value is not None and not math.isfinite(value):
-                return Finding(
+                return Diagnosis(
                     "warning", "non-finite", f"{key} became {value} at step {line['step']}."
                 )
     return None

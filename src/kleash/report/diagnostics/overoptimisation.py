@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from kleash.report.diagnostics.drift import Finding, last_third, series
+from kleash.report.diagnostics.drift import Diagnosis, last_third, series
 from kleash.storage.run_directory import Metrics
 
 _LEVEL = 0.05
@@ -20,13 +20,13 @@ _REPETITION = 0.7
 """Distinct-2 below this share of its first value is called a collapse."""
 
 
-def overoptimisation_findings(metrics: Sequence[Metrics]) -> list[Finding]:
+def overoptimisation_findings(metrics: Sequence[Metrics]) -> list[Diagnosis]:
     """What speaks for over-optimisation in the metrics of a run."""
     found = (_gold_against_proxy(metrics), _repetition(metrics))
     return [finding for finding in found if finding is not None]
 
 
-def _gold_against_proxy(metrics: Sequence[Metrics]) -> Finding | None:
+def _gold_against_proxy(metrics: Sequence[Metrics]) -> Diagnosis | None:
     """Compare the last gold measurement with every earlier one.
 
         gold_s − gold_end > z · √(se_s² + se_end²)   and   proxy_end > proxy_s
@@ -47,7 +47,7 @@ def _gold_against_proxy(metrics: Sequence[Metrics]) -> Finding | None:
     if not falls:
         return None
     fall, error, step, proxy = max(falls)
-    return Finding(
+    return Diagnosis(
         "warning",
         "gold",
         f"Evidence of over-optimisation: since step {step} the held-out gold score fell by "
@@ -71,12 +71,12 @@ def _gold_point(line: Metrics) -> tuple[int, float, float, float] | None:
     return point if all(map(math.isfinite, point)) else None
 
 
-def _repetition(metrics: Sequence[Metrics]) -> Finding | None:
+def _repetition(metrics: Sequence[Metrics]) -> Diagnosis | None:
     values = series(metrics, "rollout/distinct_2")
     now = last_third(metrics, "rollout/distinct_2")
     if len(values) < 2 or now is None or not now < _REPETITION * values[0][1]:
         return None
-    return Finding(
+    return Diagnosis(
         "warning",
         "repetition",
         f"Evidence of collapse into repetition: distinct-2 fell from {values[0][1]:.2f} to "
