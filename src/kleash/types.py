@@ -1,4 +1,4 @@
-"""The legend of axes, and what flows through the house: Rollout → ScoredRollout → Experience.
+"""Names of tensor axes, and the data of one step: Rollout → ScoredRollout → Experience.
 
 Axes
     batch     responses
@@ -55,7 +55,7 @@ class Rollout:
     ended: Bool[Tensor, " batch"]
     """True where the policy itself ended the response; False where the length limit did."""
     prompt_index: Int[Tensor, " batch"]
-    """Which prompt each response answers: the cluster of every standard error."""
+    """Index of the prompt of each response: the cluster of every standard error."""
     sampler_logprobs: Float[Tensor, "batch token"] | None = None
     """log-probability of each token as the generation engine computed it."""
 

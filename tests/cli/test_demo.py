@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from kleash.cli import demo
-from kleash.cli.demo_output import tell_checks
+from kleash.cli.demo_output import print_checks
 from kleash.config.loading import parse_config
 from kleash.config.schema import Config
 from kleash.errors import PreflightError, RunError
@@ -51,7 +51,7 @@ def test_the_story_in_order(world: fault_types.World, tmp_path: Path) -> None:
     said = console.export_text()
     told = [
         "1  a world", "2  is anything wrong", "3  what could be had", "4  training on the leash",
-        "5  training off the leash", "6  on prompts nobody trained on", "report: ",
+        "5  training off the leash", "6  on held-out prompts", "report: ",
     ]  # fmt: skip
     places = [said.index(words) for words in told]
     assert places == sorted(places)
@@ -77,5 +77,5 @@ def test_a_failed_check_ends_the_story_with_its_table(tmp_path: Path) -> None:
     bad = Finding("logprobs.head", "fail", "3", "0", "The head is not the head.", "Fix it.")
     console = Console(record=True, width=120)
     with pytest.raises(PreflightError, match="The head is not the head"):
-        tell_checks(console, Report((bad,), 0.1))
+        print_checks(console, Report((bad,), 0.1))
     assert "Fix it." in console.export_text()

@@ -15,11 +15,11 @@ from rich.console import Console
 from kleash.cli.plan import (
     PlanRequest,
     plan,
+    plan_request,
+    plan_sentences,
     print_plan,
-    question_of,
     replan,
     starting_point,
-    told_by,
     write_plan,
 )
 from kleash.config.loading import parse_config
@@ -91,13 +91,13 @@ def test_a_target_per_token_is_planned_in_nats_per_response(
     folder: Path, planned: Frontier
 ) -> None:
     config = settings(folder, leash={"target_kl_per_token": 0.06})
-    asked = question_of(config.leash)
+    asked = plan_request(config.leash)
     made = plan(config, asked)
     length = made.about["response_length"]
     assert 1 < length <= 6
     (row,) = made.budgets
     assert isinstance(row, PlanRow) and row.kl.value == pytest.approx(0.06 * length)
-    _, said, start = told_by(made, asked)
+    _, said, start = plan_sentences(made, asked)
     assert said == (
         f"leash.target_kl_per_token 0.06 is {0.06 * length:.4g} nats per response, of "
         f"{length:.1f} tokens as the reference writes them"
@@ -114,7 +114,7 @@ def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path
     file.write_text("\n".join(map(json.dumps, rows)))
     leash = {"groups": {"odd": 0.1, "even": 0.3}, "target_kl": 0.2}
     config = settings(folder, prompts={"train": str(file)}, leash=leash)
-    asked = question_of(config.leash)
+    asked = plan_request(config.leash)
     made = plan(config, asked)
     assert len(made.prompts) == 4 + 4 + 1 and list(made.groups) == ["odd", "even"]
     for name, target in (("odd", 0.1), ("even", 0.3)):
@@ -125,17 +125,17 @@ def test_each_group_is_planned_from_its_own_prompts(folder: Path, tmp_path: Path
         ).budgets
         assert group.budgets == alone
     console = Console(file=io.StringIO(), width=80)
-    print_plan(made, told_by(made, asked), console=console)
+    print_plan(made, plan_sentences(made, asked), console=console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, text.splitlines())) <= 80
     assert "the plan's for leash.groups.even 0.3" in " ".join(text.split())
     assert "for leash.target_kl 0.2 nothing is planned: the group has a single prompt" in (
         " ".join(text.split())
     )
-    page = write_plan(tmp_path / "plan", made, told_by(made, asked), title="groups")
+    page = write_plan(tmp_path / "plan", made, plan_sentences(made, asked), title="groups")
     again = replan(page.with_name("plan.json"), PlanRequest(betas=[1.0]))
     assert again.groups["odd"].budgets == made.groups["odd"].budgets
-    assert told_by(again, PlanRequest()) == told_by(made, asked)
+    assert plan_sentences(again, PlanRequest()) == plan_sentences(made, asked)
 
 
 def test_normalised_scores_are_planned_in_their_units(folder: Path, planned: Frontier) -> None:
@@ -148,7 +148,7 @@ def test_normalised_scores_are_planned_in_their_units(folder: Path, planned: Fro
 def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
     question = PlanRequest(target_kl=0.3)
     console = Console(file=io.StringIO(), width=80)
-    print_plan(planned, told_by(planned, question), console=console)
+    print_plan(planned, plan_sentences(planned, question), console=console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, text.splitlines())) <= 80
     assert "E*[score]" in text and "…" not in text
@@ -170,13 +170,13 @@ def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
 )
 def test_a_start_that_is_not_the_plans_is_said_to_be_none(scores: torch.Tensor, words: str) -> None:
     made = make_frontier(scores, prompts=list(range(len(scores))), about={}, budgets=[9.0])
-    sentence = told_by(made, PlanRequest(target_kl=9.0))[1]
+    sentence = plan_sentences(made, PlanRequest(target_kl=9.0))[1]
     assert sentence.startswith("β starts near ") and words in sentence and "because" in sentence
 
 
 def test_without_a_target_there_is_no_start(planned: Frontier) -> None:
     assert starting_point(planned, PlanRequest()) is None
-    assert len(told_by(planned, PlanRequest())) == 1
+    assert len(plan_sentences(planned, PlanRequest())) == 1
 
 
 def test_a_plan_is_written_and_asked_again(planned: Frontier, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_what_cannot_be_planned_is_refused(folder: Path) -> None:
     made = plan(settings(folder, **flat), PlanRequest(target_kl=1.0))
     assert made.rows == []
     with pytest.raises(RewardError, match="vary within a prompt"):
-        told_by(made, PlanRequest(target_kl=1.0))
+        plan_sentences(made, PlanRequest(target_kl=1.0))
 
 
 def test_a_starting_point_is_that_of_a_run(planned: Frontier) -> None:

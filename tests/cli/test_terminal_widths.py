@@ -18,8 +18,8 @@ from kleash.auditing.api import audit
 from kleash.auditing.console import AuditDisplay, print_audit
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Progress
-from kleash.cli.demo_output import Row, tell_plan, tell_rows
-from kleash.cli.plan import PlanRequest, print_plan, told_by
+from kleash.cli.demo_output import Row, print_frontier, print_rows
+from kleash.cli.plan import PlanRequest, plan_sentences, print_plan
 from kleash.preflight.console import print_report
 from kleash.preflight.findings import Finding, Report
 from kleash.report.svg_chart import format_number, format_with_error
@@ -64,7 +64,7 @@ def in_plan(frontier: Frontier) -> list[str]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_plan(frontier: Frontier, width: int) -> None:
-    told = told_by(frontier, PlanRequest(target_kl=1.0))
+    told = plan_sentences(frontier, PlanRequest(target_kl=1.0))
     text = printed(width, lambda console: print_plan(frontier, told, console=console))
     for value in in_plan(frontier):
         assert value in text
@@ -77,13 +77,13 @@ def test_plan(frontier: Frontier, width: int) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_demo(frontier: Frontier, width: int) -> None:
-    text = printed(width, lambda console: tell_plan(console, frontier))
+    text = printed(width, lambda console: print_frontier(console, frontier))
     assert "effective samples" in text and "known" in text
     rows = tuple(
         Row(name, (1234.56, 0.12), (-0.5, 0.03), (12.34, 0.56), 0.91)
         for name in ("reference", "on the leash", "off the leash")
     )
-    text = printed(width, lambda console: tell_rows(console, rows))
+    text = printed(width, lambda console: print_rows(console, rows))
     for value in ("+1234.56 ± 0.12", "-0.50 ± 0.03", "12.34 ± 0.56", "0.91", "off the leash"):
         assert text.count(value) >= (1 if value == "off the leash" else 3)
 

@@ -13,7 +13,7 @@ from synthetic_run import HOSTILE, write_synthetic_run
 from kleash.auditing.api import audit
 from kleash.auditing.drift_curve import drift_of, write_drift
 from kleash.auditing.html import write_audit
-from kleash.cli.plan import PlanRequest, told_by, write_plan
+from kleash.cli.plan import PlanRequest, plan_sentences, write_plan
 from kleash.report.html import build_report, write_report
 from kleash.report.html_template import short_path
 from kleash.report.svg_chart import Chart, Point, Series, draw
@@ -52,7 +52,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["drift"] = folder / "drift" / "drift.html"
     scores = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1234
     plan = make_frontier(scores, prompts=list(range(16)), about={}, betas=[12.3, 0.01])
-    told = told_by(plan, PlanRequest(target_kl=1.0))
+    told = plan_sentences(plan, PlanRequest(target_kl=1.0))
     found["plan"] = write_plan(folder / "plan", plan, told, title=f"/data/{LONG}/{LONG}/mine.yaml")
     yield found
     shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 """How much better than expected: advantages from rewards, in three ways.
 
-`gae` needs a critic and speaks per token; `group_relative` and `leave_one_out` need several
-responses to each prompt and speak per response. None carries a gradient.
+`gae` needs a critic and works per token; `group_relative` and `leave_one_out` need several
+responses to each prompt and work per response. None carries a gradient.
 """
 
 import torch
@@ -89,8 +89,8 @@ def group_relative(
 
         A_i = (s_i − mean) / (sd + ε)        sd² = Σ (s − mean)² / (n − 1)
 
-    A group whose scores are all equal says nothing: exactly 0. ε keeps groups that differ by
-    rounding alone from speaking as loudly as the others.
+    A group whose scores are all equal has no signal: exactly 0. ε keeps groups that differ by
+    rounding alone from weighing as much as the others.
 
     Args:
         scores: one number per response.

@@ -301,7 +301,7 @@ def _refuse(experience: Experience, fresh: Fresh) -> NoReturn:
             require_finite(name, numbers, mask)
     raise NonFiniteError(
         "the loss must be finite, got an overflow from finite ratios, values and KL: lower the "
-        "learning rate, or look at the size of the scores"
+        "learning rate, or check the size of the scores"
     )
 
 

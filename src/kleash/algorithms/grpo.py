@@ -62,7 +62,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experi
     Args:
         scored: the rollout, at least two responses to each prompt.
         beta: strength of the leash, in group standard deviations per nat, for all responses or for
-            each. At 0 no KL is looked at.
+            each. At 0 no KL is used.
         settings: the numbers of GRPO.
 
     Returns:

@@ -75,7 +75,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experie
     Args:
         scored: the rollout, with values.
         beta: strength of the leash, in score per nat, for all responses or for each. At 0 no KL is
-            looked at.
+            used.
         settings: the numbers of PPO.
 
     Returns:

@@ -205,7 +205,7 @@ class ScoreStatistics:
         if self.m2 == 0:
             raise ValueError(
                 f"the sd of scores must be positive, got 0: all {self.count} scores equal "
-                f"{self.mean}, so the reward model tells no responses apart"
+                f"{self.mean}, so the reward model does not distinguish any responses"
             )
         return (self.m2 / (self.count - 1)) ** 0.5
 

@@ -55,7 +55,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experi
     Args:
         scored: the rollout, at least two responses to each prompt.
         beta: strength of the leash, in score per nat, for all responses or for each. At 0 no KL is
-            looked at.
+            used.
         settings: the numbers of RLOO.
 
     Returns:

@@ -108,7 +108,7 @@ class AuditAccumulator:
         return self.moments.ratio(name, f"{per}s", kind=kind)
 
     def glimpse(self, name: str, per: str, *, kind: Kind = "fixed") -> ConfidenceInterval:
-        """The same with the open window: to look at, not to stop by, for long texts come first."""
+        """The same with the open window: to report, not to stop by, for long texts come first."""
         moments = self.moments.copy()
         if self._open:
             moments.add(self._open_rows())
@@ -186,7 +186,7 @@ class AuditAccumulator:
             _push(self._tokens, entry, self._keep)
 
     def _lot(self, number: int) -> int:
-        """A draw of the number and the seed alone: both writers' answers to a prompt are kept."""
+        """A draw of the number and the seed alone: both writers' responses to a prompt are kept."""
         text = f"{self._seed}/{number}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 

@@ -143,9 +143,9 @@ def _items(model: Policy, text: str, number: int) -> Iterator[Item]:
     ids = cast(list[int], tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
     # Every byte is to be scored, so something must stand before the first token.
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    room = len(ids) if model.context is None else model.context - 1
-    for at in range(0, len(ids), max(1, room)):
-        yield Item(number, (cast(int, start),), tuple(ids[at : at + room]))
+    window = len(ids) if model.context is None else model.context - 1
+    for at in range(0, len(ids), max(1, window)):
+        yield Item(number, (cast(int, start),), tuple(ids[at : at + window]))
 
 
 @torch.no_grad()

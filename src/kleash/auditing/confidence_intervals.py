@@ -1,8 +1,8 @@
 r"""Intervals for a mean over prompts: at a sample size fixed beforehand, and valid at any time.
 
-A sample that grows until its interval is narrow, or until it excludes a threshold, is looked at
+A sample that grows until its interval is narrow, or until it excludes a threshold, is tested
 many times, and an ordinary interval is wrong too often at one look of many. The anytime-valid one
-may be looked at whenever one likes. Left out: intervals for a quantile.
+may be tested whenever one likes. Left out: intervals for a quantile.
 """
 
 import functools

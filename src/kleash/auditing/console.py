@@ -99,7 +99,7 @@ def closing(audit: Audit) -> list[str]:
         said = {
             "above": "above the threshold",
             "below": "below the threshold",
-            "undecided": "not told apart from the threshold",
+            "undecided": "not distinguished from the threshold",
         }[gate.decision]
         found.append(
             f"The KL is {said} of {gate.threshold:g} nats per {gate.per} (exit {gate.exit_code})."

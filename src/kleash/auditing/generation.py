@@ -35,7 +35,7 @@ def write_responses(
     Args:
         writer: the model.
         items: the prompts.
-        responses_per_prompt: answers to each; they stand together in the result.
+        responses_per_prompt: responses to each; they are adjacent in the result.
         spec: how to sample.
         seed: names the batch. The global random state is left as it was.
 

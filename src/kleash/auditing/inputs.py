@@ -48,7 +48,7 @@ class Source:
     kind: SourceKind
     path: Path
     max_new_tokens: int = 0
-    """Room to leave for a response; of prompts alone."""
+    """Tokens to leave for a response; of prompts alone."""
 
     def items(self, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Item]:
         """Read the file from its beginning.
@@ -115,9 +115,9 @@ def pack(items: Sequence[T], width: Callable[[T], int], budget: int) -> list[lis
 
 
 def _prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, room: int
+    path: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, max_new_tokens: int
 ) -> Iterator[Item]:
-    for prompt in iter_prompts(path, tokenizer, context=context, max_new_tokens=room):
+    for prompt in iter_prompts(path, tokenizer, context=context, max_new_tokens=max_new_tokens):
         yield Item(prompt.index, prompt.ids, group=prompt.group)
 
 

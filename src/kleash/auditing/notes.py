@@ -135,7 +135,7 @@ def notes_on_parts(parts: Sequence[Part]) -> list[str]:
         if part.tail.heavy:
             notes.append(
                 f"Heavy tail ({part.by}): a few responses carry the mean, so the intervals promise "
-                "more than they hold. Look at the worst responses, and sample more."
+                "more than they hold. Read the worst responses, and sample more."
             )
         if part.verdict == "not resolvable":
             notes.append(

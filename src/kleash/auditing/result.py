@@ -1,4 +1,4 @@
-"""What an audit says, as data: versioned, to JSON and back, for notebooks and data frames.
+"""The result of an audit, as data: versioned, to JSON and back, for notebooks and data frames.
 
 Units: nats, per token or per response as named; a KL is positive when the policy has drifted.
 `docs/audit.md` describes every field of the JSON.
@@ -64,7 +64,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class AuditedResponse:
-    """A response looked at closely. Lists have one entry per token."""
+    """A response in detail. Lists have one entry per token."""
 
     number: int
     kind: Literal["worst", "random"]

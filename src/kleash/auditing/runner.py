@@ -6,7 +6,7 @@
 4. both models read every token: exact KL, both directions        records
 5. each batch goes to the disk and into the running account       partfile, account
 6. intervals decide when to stop and what the gate says           intervals
-7. the worst responses are looked at once more                    summary, details
+7. the worst responses are scored once more                    summary, details
 """
 
 import random
@@ -51,7 +51,7 @@ from kleash.storage.atomic_files import replace_file
 WINDOW = 512
 """Prompts or texts that are sorted by length together."""
 SEQUENTIAL_WINDOW = 32
-"""The same where the interval is looked at after each window."""
+"""The same where the interval is tested after each window."""
 PARTIAL_SECONDS = 60
 """How often an unfinished result is written."""
 

@@ -33,7 +33,7 @@ COARSE = PER_DECADE // 8
 
 
 def part_of(account: AuditAccumulator, *, kind: Kind, floor: float) -> Part:
-    """What can be said without another look at the models.
+    """What follows from the records, without running the models again.
 
     Args:
         account: the account, its windows closed.

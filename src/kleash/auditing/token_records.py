@@ -21,7 +21,7 @@ from kleash.models.policy import LanguageModel
 from kleash.scoring import token_scores
 
 By = Literal["policy", "reference", "text", "given"]
-"""Who wrote what is scored: a model on its own, nobody here (a text), or "given" as a response."""
+"""Who wrote what is scored: a model on its own, neither (a text), or "given" as a response."""
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ def score_items(
     budget: int,
     agreement: bool,
 ) -> list[Record]:
-    """Let both models read what was written, in batches of similar length.
+    """Score responses with both models, in batches of similar length.
 
     Args:
         items: what to score; every one has response tokens.

@@ -1,4 +1,4 @@
-"""A second look at the few responses that are shown: what each model wanted instead.
+"""The few responses that are shown, scored again: which tokens each model prefers instead.
 
 Here, and only here, whole next-token distributions are held: a few dozen rows at a time.
 """

@@ -18,15 +18,15 @@ from kleash.auditing.html import write_audit
 from kleash.auditing.result import Audit
 from kleash.cli.demo_output import (
     Row,
+    print_audit,
+    print_checks,
+    print_frontier,
+    print_reached,
+    print_rows,
+    print_samples,
     row_of,
-    tell_audit,
-    tell_checks,
-    tell_plan,
-    tell_reached,
-    tell_rows,
-    tell_samples,
 )
-from kleash.cli.plan import PlanRequest, plan, told_by, write_plan
+from kleash.cli.plan import PlanRequest, plan, plan_sentences, write_plan
 from kleash.config.loading import load_config, with_world
 from kleash.config.recipe_library import recipe_named
 from kleash.config.schema import Config
@@ -46,7 +46,7 @@ _LADDER = (1.0, 0.5, 0.3, 0.2)
 _PLANNED = {"plan.prompts": "16", "plan.responses": "64"}
 """Few prompts with many replies to each: enough to know the plan down to the last β."""
 _ANSWERS = 2
-"""To each held-out question in the audit."""
+"""To each held-out request in the audit."""
 
 
 @dataclass(frozen=True)
@@ -90,30 +90,30 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
         for name in ("leashed", "free")
     )
     with parts.next("check", "is anything wrong, before it costs a run?"):
-        tell_checks(console, check(leashed, quick=True))
+        print_checks(console, check(leashed, quick=True))
     with parts.next("plan", "what could be had, from the reference's own replies"):
-        question = PlanRequest(betas=_LADDER)
-        frontier = plan(leashed, question)
-        tell_plan(console, frontier)
+        request = PlanRequest(betas=_LADDER)
+        frontier = plan(leashed, request)
+        print_frontier(console, frontier)
         # Into the run's directory, where report and audit look for it.
-        told = told_by(frontier, question)
-        plan_page = write_plan(output / "leashed", frontier, told, title="the embedded world")
+        sentences = plan_sentences(frontier, request)
+        plan_page = write_plan(output / "leashed", frontier, sentences, title="the embedded world")
     with parts.next("leashed", "training on the leash"):
         train(leashed, callbacks=[RuntimeMonitor()])
     with parts.next("free", "training off the leash"):
         train(free, callbacks=[RuntimeMonitor()])
-    with parts.next("audit", "on prompts nobody trained on"):
+    with parts.next("audit", "on held-out prompts"):
         runs = read_run(output / "leashed"), read_run(output / "free")
         rows = (
             row_of("reference", runs[0], first=True),
             row_of("on the leash", runs[0]),
             row_of("off the leash", runs[1]),
         )
-        tell_rows(console, rows)
-        tell_reached(console, frontier, rows[1], beta=leashed.leash.beta)
-        tell_samples(console, *runs)
+        print_rows(console, rows)
+        print_reached(console, frontier, rows[1], beta=leashed.leash.beta)
+        print_samples(console, *runs)
         found = _audit(leashed, output / "audit")
-        tell_audit(console, found)
+        print_audit(console, found)
     report_page, _ = write_report([run.path for run in runs], into=output)
     pages = (report_page, plan_page, write_audit(found, output / "audit"))
     for name, page in zip(("report", "plan", "audit"), pages, strict=True):

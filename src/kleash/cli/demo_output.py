@@ -27,13 +27,13 @@ class Row:
     proxy: tuple[float, float]
     """Reward-model score, which training sees, and its standard error."""
     gold: tuple[float, float]
-    """Score of the rubric, which nobody trains on, and its standard error."""
+    """Score of the rubric, which is never trained on, and its standard error."""
     kl: tuple[float, float]
     """Exact KL to the reference in nats per response, and its standard error."""
     distinct_2: float
 
 
-def tell_checks(console: Console, report: Report) -> None:
+def print_checks(console: Console, report: Report) -> None:
     """One line if all is well; every check if not.
 
     Raises:
@@ -46,13 +46,13 @@ def tell_checks(console: Console, report: Report) -> None:
     verdicts = [finding.verdict for finding in report.findings]
     floor = next(f.measured for f in report.findings if f.name == "logprobs.floor")
     console.print(
-        f"{verdicts.count('ok')} checks ok, {verdicts.count('skipped')} had nothing to look at; "
+        f"{verdicts.count('ok')} checks ok, {verdicts.count('skipped')} not applicable; "
         f"rounding alone makes a KL of {floor.split(';')[0]}",
         markup=False,
     )
 
 
-def tell_plan(console: Console, frontier: Frontier) -> None:
+def print_frontier(console: Console, frontier: Frontier) -> None:
     """A row for each β: what the best policy there is would spend and gain."""
     headers = ("β", "KL*, nats", "E*[score]", "effective samples", "known")
     rows = [
@@ -71,7 +71,9 @@ def tell_plan(console: Console, frontier: Frontier) -> None:
     console.print(f"± 95 %, {prompts} prompts × {responses} replies of the reference", style="dim")
 
 
-def tell_reached(console: Console, frontier: Frontier, reached: Row, *, beta: float | None) -> None:
+def print_reached(
+    console: Console, frontier: Frontier, reached: Row, *, beta: float | None
+) -> None:
     """What a run came to beside what was planned for its β."""
     (row,) = (row for row in frontier.rows if row.beta.value == beta)
     share = frontier.efficiency(score=reached.proxy[0], kl=reached.kl[0])
@@ -84,7 +86,7 @@ def tell_reached(console: Console, frontier: Frontier, reached: Row, *, beta: fl
     )
 
 
-def tell_audit(console: Console, found: Audit) -> None:
+def print_audit(console: Console, found: Audit) -> None:
     """How far, and the words that moved most."""
     kl, part = found.kl, found.parts[0]
     moved = [
@@ -116,7 +118,7 @@ def row_of(name: str, run: Run, *, first: bool = False) -> Row:
     )
 
 
-def tell_rows(console: Console, rows: tuple[Row, ...]) -> None:
+def print_rows(console: Console, rows: tuple[Row, ...]) -> None:
     """The policies beside each other."""
     headers = ("proxy score", "gold score", "KL, nats/response", "distinct-2")
     columns = [TableColumn("policy", "name"), *map(TableColumn, headers)]
@@ -129,7 +131,7 @@ def tell_rows(console: Console, rows: tuple[Row, ...]) -> None:
     console.print("± one standard error, clustered by prompt", style="dim")
 
 
-def tell_samples(console: Console, leashed: Run, free: Run) -> None:
+def print_samples(console: Console, leashed: Run, free: Run) -> None:
     """What the policies answer to the same questions."""
 
     def replies(run: Run, *, last: bool) -> dict[str, Sample]:
@@ -137,14 +139,14 @@ def tell_samples(console: Console, leashed: Run, free: Run) -> None:
         step = max(s.step for s in heldout) if last else min(s.step for s in heldout)
         return {sample.prompt: sample for sample in heldout if sample.step == step}
 
-    told = {
+    replies_of = {
         "reference": replies(leashed, last=False),
         "on the leash": replies(leashed, last=True),
         "off the leash": replies(free, last=True),
     }
-    for prompt in list(told["reference"])[:_SAMPLE_PROMPTS]:
+    for prompt in list(replies_of["reference"])[:_SAMPLE_PROMPTS]:
         console.print(f"\n{prompt}", style="bold", markup=False)
-        for name, samples in told.items():
+        for name, samples in replies_of.items():
             sample = samples[prompt]
             gold = "" if sample.gold is None else f"  (gold {sample.gold:+.1f})"
             console.print(

@@ -318,7 +318,7 @@ def plan_command(
     prompts
         Prompts to draw them for; by default `plan.prompts`.
     scores
-        An earlier plan.json: ask its samples instead of drawing new ones.
+        An earlier plan.json: plan from its samples instead of drawing new ones.
     output
         Directory for plan.json and plan.html.
     as_json
@@ -342,23 +342,23 @@ def plan_command(
 
     quiet_libraries()
     if scores is not None:
-        question = planning.PlanRequest(betas, budgets)
-        frontier = planning.replan(scores, question)
+        request = planning.PlanRequest(betas, budgets)
+        frontier = planning.replan(scores, request)
     else:
         sizes = {"plan.responses": responses, "plan.prompts": prompts}
         overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
         with saying("plan", Console(quiet=as_json)) as say:
             config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
-        question = planning.question_of(config.leash, betas=betas, budgets=budgets)
-        frontier = planning.plan(config, question)
-    told = planning.told_by(frontier, question)
+        request = planning.plan_request(config.leash, betas=betas, budgets=budgets)
+        frontier = planning.plan(config, request)
+    sentences = planning.plan_sentences(frontier, request)
     if as_json:
         print(plain_json(frontier_json(frontier)))
     else:
-        planning.print_plan(frontier, told)
+        planning.print_plan(frontier, sentences)
     if output is not None:
         title = str(path or scores or "the embedded world")
-        page = planning.write_plan(output, frontier, told, title=title)
+        page = planning.write_plan(output, frontier, sentences, title=title)
         print(f"{output / 'plan.json'}\n{page}", file=sys.stderr if as_json else sys.stdout)
 
 

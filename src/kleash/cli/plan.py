@@ -1,7 +1,7 @@
 """`kleash plan`: which β gives which KL and which score, before anything is trained.
 
 Reference responses to some prompts are drawn and scored; the closed form does the rest. What was
-drawn is kept in plan.json, so that other questions can be asked of it without drawing again.
+drawn is kept in plan.json, so that other budgets can be planned for without drawing again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ PAGE_FILE = "plan.html"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked of a plan.
+    """What a plan is made for.
 
     Attributes:
         betas: in score per nat; empty: a ladder of them.
@@ -55,22 +55,22 @@ class PlanRequest:
         return self.target_kl_per_token * frontier.about["response_length"]
 
 
-def question_of(
+def plan_request(
     leash: LeashConfig, *, betas: Sequence[float] = (), budgets: Sequence[float] = ()
 ) -> PlanRequest:
-    """What a run with this leash would ask of a plan; groups are always answered for themselves."""
+    """What a run with this leash needs of a plan; groups are always planned one by one."""
     if leash.groups is not None:
         return PlanRequest(betas, budgets)
     return PlanRequest(betas, budgets, leash.target_kl, leash.target_kl_per_token)
 
 
-def plan(config: Config, question: PlanRequest) -> Frontier:
+def plan(config: Config, request: PlanRequest) -> Frontier:
     """Draw reference responses, score them, and plan.
 
     Args:
-        config: of the run that is planned for; policy and leash are not looked at where a
-            reference is named.
-        question: which βs and budgets.
+        config: of the run that is planned for; where a reference is named,
+            policy and leash are not used.
+        request: which βs and budgets.
 
     Raises:
         KleashError: something the user can fix; nothing was written.
@@ -84,18 +84,18 @@ def plan(config: Config, question: PlanRequest) -> Frontier:
             drawn,
             about=about(config, components.reference.identity(), drawn),
             targets=group_targets(config.leash, drawn.length),
-            betas=question.betas,
-            budgets=question.budgets,
+            betas=request.betas,
+            budgets=request.budgets,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def replan(file: Path, question: PlanRequest) -> Frontier:
-    """Ask another question of samples that an earlier plan holds.
+def replan(file: Path, request: PlanRequest) -> Frontier:
+    """Plan for another request from the samples of an earlier plan.
 
     Raises:
-        KleashError: the file is no plan, or the question cannot be asked.
+        KleashError: the file is no plan, or the request cannot be met.
     """
     earlier = read_frontier(file)
     try:
@@ -103,21 +103,21 @@ def replan(file: Path, question: PlanRequest) -> Frontier:
             earlier.scores,
             prompts=earlier.prompts,
             about=earlier.about,
-            betas=question.betas,
-            budgets=question.budgets,
+            betas=request.betas,
+            budgets=request.budgets,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
     return replace(again, groups=earlier.groups)
 
 
-def starting_point(frontier: Frontier, question: PlanRequest) -> Start | None:
+def starting_point(frontier: Frontier, request: PlanRequest) -> Start | None:
     """Where a run with this target would start; None without a target.
 
     Raises:
         RewardError: scores do not vary within any prompt.
     """
-    target = question.target(frontier)
+    target = request.target(frontier)
     return None if target is None else _start(frontier, target)
 
 
@@ -128,7 +128,9 @@ def _start(frontier: Frontier, target: float) -> Start:
         raise RewardError(str(error)) from error
 
 
-def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | None = None) -> None:
+def print_plan(
+    frontier: Frontier, sentences: Sequence[str], *, console: Console | None = None
+) -> None:
     """The plan as a table, and what it comes to."""
     console = console or Console(highlight=False)
     rows = table_rows(frontier, plus_minus)
@@ -148,21 +150,21 @@ def print_plan(frontier: Frontier, told: Sequence[str], *, console: Console | No
         style="dim",
         markup=False,
     )
-    for sentence in told:
+    for sentence in sentences:
         console.print(sentence, markup=False)
 
 
-def _told_of_groups(frontier: Frontier) -> list[str]:
-    told: list[str] = []
+def _group_sentences(frontier: Frontier) -> list[str]:
+    sentences: list[str] = []
     for name, target in frontier.about.get("groups", {}).items():
         asked = f"leash.{'target_kl' if name == OTHERS else f'groups.{name}'} {target:g}"
         group = frontier.groups.get(name)
-        told.append(
+        sentences.append(
             f"for {asked} nothing is planned: the group has a single prompt, a plan needs 2 or more"
             if group is None
             else start_sentence(asked, _start(group, target))
         )
-    return told
+    return sentences
 
 
 def _print_groups(console: Console, groups: Mapping[str, Frontier]) -> None:
@@ -177,7 +179,7 @@ def _print_groups(console: Console, groups: Mapping[str, Frontier]) -> None:
     print_table(console, columns, rows, styles=styles)
 
 
-def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: str) -> Path:
+def write_plan(folder: Path, frontier: Frontier, sentences: Sequence[str], *, title: str) -> Path:
     """Write plan.json and plan.html into a directory; made if missing.
 
     Returns:
@@ -188,25 +190,25 @@ def write_plan(folder: Path, frontier: Frontier, told: Sequence[str], *, title: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_frontier(folder / PLAN_FILE, frontier)
-    replace_file(folder / PAGE_FILE, plan_page(frontier, title=title, told=told))
+    replace_file(folder / PAGE_FILE, plan_page(frontier, title=title, sentences=sentences))
     return folder / PAGE_FILE
 
 
-def told_by(frontier: Frontier, question: PlanRequest) -> list[str]:
+def plan_sentences(frontier: Frontier, request: PlanRequest) -> list[str]:
     """The sentences under the table: the reference, and where β starts for what is asked."""
-    told = [f"the reference scores {frontier.mean_score:.3f} on average"]
-    target = question.target(frontier)
-    if question.target_kl_per_token is not None:
-        told.append(
-            f"leash.target_kl_per_token {question.target_kl_per_token:g} is {target:.4g} nats per "
+    sentences = [f"the reference scores {frontier.mean_score:.3f} on average"]
+    target = request.target(frontier)
+    if request.target_kl_per_token is not None:
+        sentences.append(
+            f"leash.target_kl_per_token {request.target_kl_per_token:g} is {target:.4g} nats per "
             f"response, of {frontier.about['response_length']:.1f} tokens as the reference writes "
             "them"
         )
     if target is not None:
-        per_token = question.target_kl_per_token is not None
+        per_token = request.target_kl_per_token is not None
         asked = f"{target:.4g} nats per response" if per_token else f"leash.target_kl {target:g}"
-        told.append(start_sentence(asked, _start(frontier, target)))
-    return told + _told_of_groups(frontier)
+        sentences.append(start_sentence(asked, _start(frontier, target)))
+    return sentences + _group_sentences(frontier)
 
 
 def _at_reference(config: Config) -> Config:

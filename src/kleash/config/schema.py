@@ -106,7 +106,7 @@ class RewardConfig(ScorerConfig):
 
 
 class PromptsConfig(Section):
-    """What the policy answers."""
+    """The prompts to train and evaluate on."""
 
     train: Annotated[str, InputKind.FILE]
     """Prompts to train on: a JSONL, CSV or Parquet file, a directory of such files, or a data set
@@ -305,7 +305,7 @@ class Config(Section):
             )
         if self.reference.kind == "cached" and self.leash.reanchor_every is not None:
             raise SettingError(
-                "`reference.kind: cached` keeps what one reference says, and "
+                "`reference.kind: cached` keeps the numbers of one reference, and "
                 "`leash.reanchor_every` moves it: take one of them",
                 "reference.kind",
                 "leash.reanchor_every",

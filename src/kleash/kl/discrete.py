@@ -1,6 +1,6 @@
 """Two distributions written out, and every term of the KL between them.
 
-Plain floats and no torch, so that `kleash kl` answers at once. The tests hold it against
+Plain floats and no torch, so that `kleash kl` prints at once. The tests hold it against
 `kleash.kl.exact` and against scipy.
 """
 

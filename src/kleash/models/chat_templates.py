@@ -1,7 +1,7 @@
 """Chat templates: conversations to text, the same way for the policy and for reward models.
 
 A template reads whole messages (tool calls and names included), the tools that the conversation
-may use, and further arguments, as `apply_chat_template` of transformers hands them over. Templates
+may use, and further arguments, as `apply_chat_template` of transformers passes them. Templates
 come with a model and messages with a file: what either of them gets wrong is one sentence that
 names the place of the prompt. Nothing here tokenizes.
 """

@@ -60,7 +60,7 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, *, revision: str | No
     )
     try:
         with warnings.catch_warnings():
-            # peft asks transformers for a name that is on its way out: theirs to settle.
+            # peft asks transformers for a deprecated name; nothing to change here.
             warnings.simplefilter("ignore", FutureWarning)
             # Head and embedding are read as they are, and checked whenever they are merged.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")

@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a batch; never looked at, since masks come from lengths.
+        """Id that fills a batch; never compared, since masks come from lengths.
 
         A padding token that the matrix has no row for (added, and never resized) cannot be read,
         so another id stands in for it.
@@ -410,7 +410,7 @@ def _load_merged(
     model = load_causal_lm(
         path,
         dtype="float32",
-        # In main memory, which is the larger one, while it takes twice its room.
+        # In main memory, which is the larger one, while it takes twice its memory.
         device="cpu" if half else device,
         attention=attention,
         revision=revision,

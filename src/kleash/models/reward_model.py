@@ -162,7 +162,7 @@ class ClassifierReward:
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Numbers of texts that are read together, shortest first."""
-        # Without a padding id of its own the classifier cannot tell where a padded text ends.
+        # Without a padding id of its own the classifier cannot find where a padded text ends.
         size = 1 if self._model.config.pad_token_id is None else self._batch_size
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):

@@ -1,4 +1,4 @@
-"""What a check says: a measurement, what was expected, and if they differ the cause and remedy."""
+"""The result of a check: what was measured and expected; if they differ, cause and remedy."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,7 +78,7 @@ class Report:
 
 
 def skipped(name: str, why: str) -> Finding:
-    """A check that had nothing to look at."""
+    """A check that does not apply to this run."""
     return Finding(name, "skipped", measured="–", expected="–", cause=why)
 
 

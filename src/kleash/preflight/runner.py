@@ -1,4 +1,4 @@
-"""All checks in order over one shared batch, and what a run makes of their answer."""
+"""All checks in order over one shared batch, and what a run does with their findings."""
 
 import contextlib
 import functools
@@ -105,7 +105,7 @@ QUICK_CHECKS = (
     resources.undo,
 )
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
-"""Those that ask nothing of a configuration: the doctor's."""
+"""Those that need no configuration."""
 
 
 def silent(doing: str) -> None:
@@ -122,7 +122,7 @@ def check(
         config: the run, written down; `{world}` already replaced.
         quick: only what `kleash train` runs by itself.
         pairs: replies of which people preferred one, to try the reward on.
-        say: is told what is being done, each time before it begins.
+        say: gets what is being done, each time before it begins.
     """
     began = time.perf_counter()
     say("loading models and prompts")

@@ -73,7 +73,7 @@ def examine_batch(event: RolloutEvent) -> list[Finding]:
         findings = diagnose(event)
     causes = [finding for finding in findings if finding.verdict == "fail"]
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
-    unnamed = "No check of this batch fails: look at lr and at this step's samples."
+    unnamed = "No check of this batch fails: check lr and this step's samples."
     _raise_alarm(event, symptom, named or unnamed)
     _keep(folder, step, symptom, findings, scored)
     return causes

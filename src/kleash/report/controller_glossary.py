@@ -6,9 +6,9 @@ CONTROLLER: tuple[Metric, ...] = (
     Metric(
         "controller/kl_ref",
         "KL as read",
-        "What the controller of β was told: objective/kl_ref, under a target per token that of a "
-        "response as long as the reference's. Controller metrics are there where β follows a "
-        "target.",
+        "The measurement that the controller of β receives: objective/kl_ref, under a target per "
+        "token that of a response as long as the reference's. Controller metrics are there where "
+        "β follows a target.",
         "objective/kl_ref, or objective/kl_ref · mean length of the reference / mean length",
         "nats per response",
         "near the target",
@@ -58,7 +58,7 @@ CONTROLLER: tuple[Metric, ...] = (
     Metric(
         "controller/gain",
         "Gain believed",
-        "How strongly the KL answers β; none where no controller needs it.",
+        "How strongly the KL responds to β; none where no controller needs it.",
         "−d ln KL*/d ln β",
         "1",
         "0.5 to 4",

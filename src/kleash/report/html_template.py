@@ -22,7 +22,7 @@ from kleash.storage.atomic_files import plain_json
 
 
 def render_page(template: str, script: str | None, data: dict[str, Any], **values: Any) -> str:
-    """Fill a template, with the house style, a script and the data that it shows.
+    """Fill a template, with the style, a script and the data that it shows.
 
     Args:
         template: a file of `templates/`.

@@ -182,7 +182,7 @@ def _score_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | No
 
 
 def _gold_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
-    """What nobody trains on, against √KL: where it turns down, the score has been exploited."""
+    """The gold score, which is never trained on, against √KL; a fall is over-optimisation."""
     series: list[Series] = []
     key = "heldout/gold"
     for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -214,7 +214,7 @@ def over_root_kl(
 def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     """KL per token against position, from the responses that were kept last."""
     series: list[Series] = []
-    told: list[str] = []
+    samples: list[str] = []
     for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
         responses = responses_per_step(run.metrics)
         found = None if responses is None else kl_by_position(run.samples, responses)
@@ -227,10 +227,10 @@ def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
         series.append(Series(name if len(runs) > 1 else "mean ± s.e.", points, "line", colour))
         first, last = found.steps
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
-        told.append(f"{found.responses} kept responses of {steps}")
+        samples.append(f"{found.responses} kept responses of {steps}")
     key = "samples/kl_by_position"
-    sample = " and ".join(dict.fromkeys(told))
-    if len(told) > len(set(told)):
+    sample = " and ".join(dict.fromkeys(samples))
+    if len(samples) > len(set(samples)):
         sample += " each"
     title = "position in the response, tokens"
     return _finish("KL by position", key, sample, series, include=(0.0,), x_title=title)

@@ -97,7 +97,7 @@ def frontier_chart(frontier: Frontier) -> Chart | None:
     )
 
 
-def plan_page(frontier: Frontier, *, title: str, told: Sequence[str]) -> str:
+def plan_page(frontier: Frontier, *, title: str, sentences: Sequence[str]) -> str:
     """The page of a plan."""
     chart = frontier_chart(frontier)
     return render_page(
@@ -106,7 +106,7 @@ def plan_page(frontier: Frontier, *, title: str, told: Sequence[str]) -> str:
         {},
         title=title,
         plan=frontier,
-        sentences=told,
+        sentences=sentences,
         charts=[] if chart is None else [draw(chart)],
         geometry=svg_chart,
         headers=HEADERS,

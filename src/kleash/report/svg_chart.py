@@ -12,12 +12,12 @@ from typing import Literal
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 12, 34
 SIGN = 9
-"""Room for the sign of a mark."""
+"""Space for the sign of a mark."""
 SPOKEN_MARKS = 6
 MAX_BARS = 12
 """More dots than this have no error bars: they would hide each other."""
 MAX_POINTS = 400
-"""More points than this cannot be told apart; the extremes of each stretch are kept."""
+"""More points than this cannot be distinguished; the extremes of each stretch are kept."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class DrawnBand:
 
 @dataclass(frozen=True)
 class DrawnMark:
-    """Marks of one style that stand too close to be told apart, as one."""
+    """Marks of one style that stand too close to be distinguished, as one."""
 
     at: float
     height: float
@@ -148,9 +148,11 @@ class Drawing:
             for series in self.chart.series
             if series.points
         ]
-        told = [f"{mark.kind} at {format_number(mark.x)}" for mark in self.chart.marks]
-        more = [f"and {len(told) - SPOKEN_MARKS} more"] if len(told) > SPOKEN_MARKS else []
-        sentences = ["; ".join(ends), ", ".join([*told[:SPOKEN_MARKS], *more])]
+        described = [f"{mark.kind} at {format_number(mark.x)}" for mark in self.chart.marks]
+        more = (
+            [f"and {len(described) - SPOKEN_MARKS} more"] if len(described) > SPOKEN_MARKS else []
+        )
+        sentences = ["; ".join(ends), ", ".join([*described[:SPOKEN_MARKS], *more])]
         said = ". ".join(sentence for sentence in sentences if sentence)
         return f"{self.chart.title}, {self.chart.unit}. {said}"
 
@@ -374,8 +376,8 @@ def _domain(
     if low == high:
         pad = abs(low) * 0.1 or 1.0
         return (low if low in fixed else low - pad), high + pad
-    room = margin * (high - low)
-    return (low if low in fixed else low - room), high + room
+    margins = margin * (high - low)
+    return (low if low in fixed else low - margins), high + margins
 
 
 def _unbroken(points: Sequence[Point]) -> list[list[Point]]:

@@ -69,7 +69,7 @@ def print_table(
 
 
 def _blocks(
-    columns: Sequence[TableColumn], widths: Sequence[int], room: int, *, repeated: int
+    columns: Sequence[TableColumn], widths: Sequence[int], width: int, *, repeated: int
 ) -> list[list[int]] | None:
     """Places of the columns that stand beside each other; None if not even one fits the first."""
     least = [
@@ -80,10 +80,10 @@ def _blocks(
     blocks, used = [list(range(repeated))], begun
     for place in range(repeated, len(columns)):
         wanted = len(_GAP) + least[place]
-        if used + wanted > room and len(blocks[-1]) > repeated:
+        if used + wanted > width and len(blocks[-1]) > repeated:
             blocks.append(list(range(repeated)))
             used = begun
-        if used + wanted > room:
+        if used + wanted > width:
             return None
         blocks[-1].append(place)
         used += wanted
@@ -91,12 +91,12 @@ def _blocks(
 
 
 def _fitted(
-    columns: Sequence[TableColumn], widths: Sequence[int], block: Sequence[int], room: int
+    columns: Sequence[TableColumn], widths: Sequence[int], block: Sequence[int], width: int
 ) -> dict[int, int]:
     """The width of each column of a block; those of words share what the others leave."""
     wordy = [place for place in block if columns[place].kind == "words"]
     taken = sum(widths[place] for place in block if place not in wordy)
-    left = room - taken - len(_GAP) * (len(block) - 1)
+    left = width - taken - len(_GAP) * (len(block) - 1)
     fitted = {place: widths[place] for place in block}
     for number, place in enumerate(wordy):
         fitted[place] = min(widths[place], left // (len(wordy) - number))

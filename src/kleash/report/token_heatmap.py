@@ -1,7 +1,7 @@
 """Kept responses for the page: which, in what order, and the colours of their tokens.
 
 The page builds the heat maps itself, one at a time and only when looked at: 200 responses of 256
-tokens are fifty thousand coloured words, and nobody reads them at once.
+tokens are fifty thousand coloured words, which no one reads at once.
 """
 
 from collections.abc import Sequence

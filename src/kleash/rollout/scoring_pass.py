@@ -1,8 +1,8 @@
-"""Reading what was written: Rollout → ScoredRollout, and the Fresh numbers of an update.
+"""The scoring pass: Rollout → ScoredRollout, and the Fresh numbers of an update.
 
 Policy and reference read the same tokens at the temperature of sampling, and only the response's
-tokens reach the vocabulary. Writing is in `sampling`, whose names are here too: the loop speaks
-of one thing, the rollout.
+tokens reach the vocabulary. Sampling is in `sampling`, whose names are exported
+here too.
 """
 
 from collections.abc import Sequence
@@ -62,14 +62,14 @@ def score(
     keep_ref_hidden: bool = False,
     scorer: TokenScorer = token_scores,
 ) -> ScoredRollout:
-    """Let policy, reference and value model read what was written.
+    """Score responses with policy, reference and value model.
 
     log π, log π_ref, exact KL and entropy of every response token, at one temperature; the head is
     applied to response tokens alone, in micro-batches of similar length without idle columns.
 
     Args:
-        rollout: what was written.
-        policy: the policy, as it was when it wrote.
+        rollout: the sampled responses.
+        policy: the policy that sampled them.
         reference: the frozen reference.
         scores: score of each response, passed through.
         value: value function, if there is one.

@@ -1,6 +1,6 @@
 """What a model thought likely at a token: its few likeliest words, with their probabilities.
 
-Whole next-token distributions are held here, so this is for the few responses that people look at.
+Whole next-token distributions are held here, so this is for the few responses that a report shows.
 """
 
 from dataclasses import dataclass

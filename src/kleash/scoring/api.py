@@ -1,4 +1,4 @@
-"""What scoring may be asked for, and what it answers: shared by dense, streaming and triton.
+"""The quantities that scoring computes, and their container: shared by dense, streaming and triton.
 
 With z and u the logits of policy and reference, both divided by the temperature, and
 

@@ -52,7 +52,7 @@ class SideGradients:
     """
 
     def __init__(self, side: Side, wanted: NeededGradients, weight_rows: int) -> None:
-        """Make room for what is wanted; `weight_rows` counts the rows of padding too."""
+        """Allocate what is wanted; `weight_rows` counts the rows of padding too."""
         self._side = side
         words, like = side.weight.shape[0], side.hidden
         self.hidden = self.weight = self.bias = None

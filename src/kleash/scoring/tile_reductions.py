@@ -122,7 +122,7 @@ class Tally:
     """
 
     def __init__(self, names: Sequence[str], gains: Sequence[float], memory: Float[Tensor, "..."]):
-        """Room for the sums of `GROUP` tiles.
+        """Buffer for the sums of `GROUP` tiles.
 
         Args:
             names: what `sum_names` says.

@@ -198,7 +198,7 @@ class Buffer:
     """Memory for one tile, used again for every tile."""
 
     def __init__(self, side: Side, tiles: Tiles) -> None:
-        """Room for a whole tile, or for all logits where they are fewer."""
+        """Buffer for a whole tile, or for all logits where they are fewer."""
         rows = min(tiles.rows, side.hidden.shape[0])
         columns = min(tiles.columns, side.weight.shape[0])
         self._memory = side.new_empty(rows * columns)

@@ -1,4 +1,6 @@
-"""The arithmetic on a tile as two Triton kernels: what `sums.py` and `gradients.py` do, on a GPU.
+"""The arithmetic on a tile as two Triton kernels, on a GPU.
+
+They compute what `tile_reductions.py` and `logit_gradients.py` do.
 
 Products are the library's (cuBLAS); a tile of them is then read once, one row to a program, and
 everything about the row happens in registers. `streaming.py` takes these kernels on a CUDA device
@@ -25,7 +27,7 @@ from kleash.scoring.tiles import Bare, raw_logits, softcap_slope
 
 
 def tile_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> None:
-    """`sums.tile_sums` by a kernel, into `out`."""
+    """`tile_reductions.tile_sums` by a kernel, into `out`."""
     raw = [raw_logits(one) for one in bare]
     rows, columns = raw[0].shape
     if rows == 0:
@@ -53,7 +55,7 @@ def tile_sums(bare: list[Bare], needs: Needs, out: Float[Tensor, "sums R"]) -> N
 
 
 def tile_gradients(bare: list[Bare | None], rows: Rows, outs: list[Tensor | None]) -> None:
-    """`gradients.tile_gradients` by a kernel."""
+    """`logit_gradients.tile_gradients` by a kernel."""
     policy, reference = (*bare, None)[:2]
     out, ref_out = (*outs, None)[:2]
     raw = None if policy is None else raw_logits(policy)
@@ -120,7 +122,7 @@ def _sums(
     REF_MEAN_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a tile; rows of `out` in the order of `sums.sum_names`."""
+    """One row of a tile; rows of `out` in the order of `tile_reductions.sum_names`."""
     row = tl.program_id(0).to(tl.int64)
     to = out + row * row_stride
     m, a, p = _below_maximum(x, row, columns, gain, BLOCK)

@@ -203,7 +203,7 @@ class BudgetBeta:
         """g of the plan, or Var(r)/(β²·KL) as far as it is believed, or that of a small tilt.
 
         A plan knows the slope of the optimum. Where that is flat, a policy on its way there still
-        answers β more steeply: a loop divided by so little would swing.
+        responds to β more steeply: a loop divided by so little would swing.
         """
         if self.plant_gain is not None:
             return max(_LEAST_PLANNED_GAIN, self.plant_gain)

@@ -348,7 +348,7 @@ def _beta_bounds(
     """Bounds of β: in each draw, where its curve of KL over log β first reaches the budget."""
     drawn = bootstrap.weights @ curves
     reached = drawn >= budget
-    reached[:, -1] = True  # a draw that never gets there ends at the smallest β looked at
+    reached[:, -1] = True  # a draw that never gets there ends at the smallest β tried
     after = reached.int().argmax(1).clamp(min=1)
     rows = torch.arange(len(drawn))
     below, above = drawn[rows, after - 1], drawn[rows, after]

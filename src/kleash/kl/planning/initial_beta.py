@@ -47,7 +47,7 @@ class Start:
 
 
 def starting_beta(scores: Float[Tensor, "prompt sample"], target_kl: float) -> Start:
-    """β whose optimum spends `target_kl`, as well as samples of the reference can tell.
+    """β whose optimum spends `target_kl`, as well as samples of the reference determine it.
 
         KL* ∝ β^(−g)   so   β = β_edge · (KL_edge/target)^(1/g)          beyond what is known
 
@@ -74,7 +74,7 @@ def starting_beta(scores: Float[Tensor, "prompt sample"], target_kl: float) -> S
     if scores.shape[1] < 2 or (sd := spread(scores.double())) == 0:
         raise ValueError(
             "scores that vary within a prompt are needed to start β from, got none: give "
-            "leash.initial_beta, or look at the reward"
+            "leash.initial_beta, or check the reward"
         )
     if min(len(scores), scores.shape[1] - 1) < 2:
         return Start(initial_beta(target_kl, sd), "spread", reason="a plan needs 2 prompts or more")

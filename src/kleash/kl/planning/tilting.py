@@ -4,7 +4,7 @@
     E*[r] = Σ_i w_i r_i        KL* = E*[r]/β − log Z        objective = β·log Z
 
 From N samples all three come out low, and the plain KL can never exceed log N: hence the
-jackknife, whose correction also tells where it can no longer be trusted.
+jackknife, whose correction also shows where it can no longer be trusted.
 """
 
 import math

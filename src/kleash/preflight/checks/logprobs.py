@@ -1,4 +1,4 @@
-"""Room *scoring*: do policy and reference give each token the number that it has?
+"""Checks `logprobs.*`: do policy and reference give each token its own log-probability?
 
 Every check compares the path of training with the model's own reading of a text by itself, and
 moves one thing at a time, so that what fails names what is wrong.
@@ -105,7 +105,7 @@ def self_kl(trial: Trial) -> Finding:
     return check.fail(
         measured,
         f"The policy is at a distance from itself: {cause}.",
-        "Fix the first failing check of this room; if there is none, give both models to one "
+        "Fix the first failing logprobs check; if there is none, give both models to one "
         "call, with one temperature, head and kernel.",
     )
 
@@ -168,7 +168,7 @@ def why_apart(trial: Trial) -> tuple[str, str]:
         )
     return (
         "Policy and reference have the same weights and settings, but are not computed alike.",
-        "Fix the other failing checks of this room first.",
+        "Fix the other failing logprobs checks first.",
     )
 
 

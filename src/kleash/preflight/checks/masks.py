@@ -1,4 +1,4 @@
-"""Room *masks*: only what the policy wrote counts, all of it, and nothing beside it.
+"""Checks `masks.*`: only what the policy wrote counts, all of it, and nothing beside it.
 
 Values outside a mask are replaced by what would ruin any sum, and nothing may change.
 """
@@ -17,7 +17,7 @@ from kleash.training.metrics import objective_measures
 from kleash.types import Fresh, Rollout, ScoredRollout
 
 _BETA = 0.1
-"""Any β would do: the numbers are looked at, not learnt from."""
+"""Any β would do: the numbers are checked, not learnt from."""
 _COLUMNS = 3
 
 
@@ -67,7 +67,7 @@ def end_token(trial: Trial) -> Finding:
         return check.fail(
             f"{int(beyond.sum())} responses go on after it",
             "Tokens after the end token are counted: padding that has the end token's id (pad = "
-            "eos), or text that nobody will read.",
+            "eos), or text that is cut before anyone reads it.",
             "End the response mask at the first stop token of the response.",
         )
     return check.ok(measured)

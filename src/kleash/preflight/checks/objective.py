@@ -1,4 +1,4 @@
-"""Room *leash*: what is optimised, with which gradient, and how hard β pulls."""
+"""Checks `objective.*`: what is optimised, with which gradient, and how hard β pulls."""
 
 import math
 
@@ -46,7 +46,7 @@ def gradient(trial: Trial) -> Finding:
 
 
 def score_spread(trial: Trial) -> Finding:
-    """A score that says the same of everything teaches nothing."""
+    """A score that is the same for every response gives no gradient."""
     check = Check("objective.score_spread", "scores differ between responses")
     deviation = score_deviation(trial)
     if deviation is None:
@@ -58,7 +58,7 @@ def score_spread(trial: Trial) -> Finding:
     return check.fail(
         measured,
         "The reward gives every response the same score: there is nothing to climb.",
-        "Look at the reward on a few responses; a callable must read its second argument, a "
+        "Check the reward on a few responses; a callable must read its second argument, a "
         "classifier its template's {response}, with a tokenizer that knows the words; a weight of "
         "0 silences a reward.",
     )

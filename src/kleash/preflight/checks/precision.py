@@ -1,4 +1,4 @@
-"""Room *precision*: does an update reach the weights, or does rounding take it back?
+"""Checks `precision.*`: does an update reach the weights, or does rounding take it back?
 
 AdamW moves a weight by about the learning rate. A weight in bfloat16 keeps 8 bits: next to 0.1 the
 step from one number to the next is 0.0005, and a smaller move is mostly rounded away. Measured by

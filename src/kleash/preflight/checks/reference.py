@@ -1,4 +1,4 @@
-"""Room *reference*: which model holds the other end of the leash, and does it stay?"""
+"""Checks `reference.*`: is the reference frozen, apart from the policy, and of one vocabulary?"""
 
 from kleash.errors import ModelError
 from kleash.models.policy import Policy, check_compatible
@@ -24,7 +24,7 @@ def identity(trial: Trial) -> Finding:
 
 
 def frozen(trial: Trial) -> Finding:
-    """No parameter of the reference asks for a gradient or is in the optimiser."""
+    """No parameter of the reference requires a gradient or is in the optimiser."""
     check = Check("reference.frozen", "no parameter of the reference can learn")
     reference = underlying(trial.components.reference)
     if reference.adapter is not None:

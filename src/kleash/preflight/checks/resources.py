@@ -1,4 +1,4 @@
-"""Room *resources*: will it fit, and how long will it take? From two measured iterations.
+"""Checks `resources.*`: will it fit, and how long will it take? From two measured iterations.
 
 An iteration is a step without its last act: write, score, differentiate; no weight moves. What a
 step allocates later, Adam's two moments, is added by counting. Left out: held-out evaluations.

@@ -1,4 +1,4 @@
-"""Room *sampling*: was it written by the law that is scored, and does it end?
+"""Checks `sampling.*`: is the sampled distribution the one that is scored, and do responses end?
 
 What the words themselves say about the law they were drawn from is in `law`.
 """
@@ -14,7 +14,7 @@ from kleash.rollout.sampling import overridden_settings
 _SURE = 14.0
 """Nats of log-likelihood: a false alarm in a million batches."""
 _SMALL_KL = 0.3
-"""Nats up to which E[exp(−Σ k1)] can be told from samples: beyond, rare responses carry it."""
+"""Nats up to which E[exp(−Σ k1)] can be estimated from samples: beyond, rare responses carry it."""
 
 
 def ratio(trial: Trial) -> Finding:
@@ -65,7 +65,7 @@ def mean_weight(trial: Trial) -> Finding:
         measured,
         "Responses are not samples of the policy that is scored: their weights against the "
         "reference do not average to 1.",
-        "Fix sampling.law, sampling.ratio or the scoring room, whichever fails.",
+        "Fix sampling.law, sampling.ratio or the logprobs checks, whichever fails.",
     )
 
 
