@@ -43,7 +43,7 @@ def one(kind: str, way: str, folder: Path) -> str:
     import kleash
     from kleash.errors import KleashError
     from kleash.models.policy import Policy
-    from kleash.training.components import assemble
+    from kleash.training.assembly import assemble
     from kleash.training.loop import train
 
     folder.mkdir(parents=True)

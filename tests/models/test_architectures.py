@@ -14,7 +14,7 @@ import torch
 
 import kleash
 from kleash.models.policy import Policy
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 from kleash.training.loop import train
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
