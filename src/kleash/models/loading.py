@@ -33,6 +33,8 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 # What `from_pretrained` raises for a file that is missing, corrupt, or of another kind.
 _LOADING_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+_OF_FILES = (OSError, ValueError, ImportError, SafetensorError)
+"""Of these, the ones that speak of files and settings; others come from the model's own code."""
 
 
 def load_causal_lm(
@@ -276,7 +278,7 @@ def _load(
                 output_loading_info=True,
             )
         model = model.to(device)
-    except _LOADING_FAILURES as error:
+    except _OF_FILES as error:
         if "attn_implementation" in str(error) or "attention implementation" in str(error):
             raise ModelError(
                 f"expected an attention implementation that the model in {str(path)!r} has, got "
