@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def one(kind: str, way: str, folder: Path) -> str:
     import kleash
     from kleash.errors import KleashError
     from kleash.models.policy import Policy
-    from kleash.training.components import assemble
+    from kleash.training.assembly import assemble
     from kleash.training.loop import train
 
     folder.mkdir(parents=True)
@@ -74,6 +75,8 @@ def one(kind: str, way: str, folder: Path) -> str:
         own = kleash.audit(saved, again, prompts["train"], max_new_tokens=2).kl.per_token.mean
     except KleashError as error:
         return f"refused: {str(error).replace(str(folder), '…')}"
+    finally:
+        Policy.save = save
     found = max(worst, resumed, abs(own))
     return f"{found:.1e}" if found <= 1e-5 else f"WRONG: {worst:.1e} {resumed:.1e} {own:.1e}"
 
@@ -85,21 +88,36 @@ def every() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def cell(kind: str, way: str, into: Path) -> str:
-    """A cell by a process of its own: some architectures end theirs."""
-    kept = into / f"{kind}-{way}.json".replace(" ", "_")
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    code = [sys.executable, __file__, "--cell", kind, way, "--into", str(into)]
-    try:
-        done = subprocess.run(code, capture_output=True, text=True, timeout=SECONDS)
-        lines = done.stdout.strip().splitlines()
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        said = lines[-1] if lines and done.returncode == 0 else f"CRASHED: {last[:200]}"
-    except subprocess.TimeoutExpired:
-        said = f"not done in {SECONDS} s"
-    kept.write_text(json.dumps(said))
-    return said
+def kept(kind: str, way: str, into: Path) -> Path:
+    """Where a cell is kept."""
+    return into / f"{kind}-{way}.json".replace(" ", "_")
+
+
+def row(kind: str, into: Path) -> list[str]:
+    """The cells of an architecture, by a process of its own: some end theirs."""
+    files = [kept(kind, way, into) for way in tiny.WAYS]
+    said = ""
+    if not all(file.is_file() for file in files):
+        code = [sys.executable, __file__, "--row", kind, "--into", str(into)]
+        try:
+            done = subprocess.run(code, capture_output=True, text=True, timeout=SECONDS)
+            said = "CRASHED: " + (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        except subprocess.TimeoutExpired:
+            said = f"not done in {SECONDS} s"
+    for file in files:
+        if not file.is_file():
+            file.write_text(json.dumps(said))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def make_row(kind: str, into: Path) -> None:
+    """Every cell of an architecture that is not there yet."""
+    torch.set_num_threads(1)
+    for way in tiny.WAYS:
+        file = kept(kind, way, into)
+        if not file.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                file.write_text(json.dumps(one(kind, way, Path(folder) / "cell")))
 
 
 def main() -> None:
@@ -107,21 +125,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--into", type=Path, default=Path("architectures"))
-    parser.add_argument("--cell", nargs=2, metavar=("KIND", "WAY"))
+    parser.add_argument("--row", metavar="KIND", help="make one row; print nothing")
     given = parser.parse_args()
-    if given.cell:
-        kind, way = given.cell
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            print(one(kind, way, Path(folder) / "cell"))
-        return
     given.into.mkdir(parents=True, exist_ok=True)
+    if given.row:
+        make_row(given.row, given.into)
+        return
     kinds = list(tiny.TWELVE) if given.kinds == ["twelve"] else given.kinds or every()
     print("| architecture | " + " | ".join(tiny.WAYS) + " |")
     print("|---|" + "---|" * len(tiny.WAYS))
     for kind in kinds:
-        cells = [cell(kind, way, given.into) for way in tiny.WAYS]
+        cells = row(kind, given.into)
         print(f"| {tiny.TWELVE.get(kind, kind)} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -14,10 +14,12 @@ import torch
 
 import kleash
 from kleash.models.policy import Policy
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 from kleash.training.loop import train
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
+TEXT = torch.tensor([[6, 7, 8, 9, 10]])
+"""w1 w2 w3 w4 w5"""
 LAYER: dict[str, Any] = {
     "algorithm": "rloo",
     "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2, "max_new_tokens": 4},
@@ -70,6 +72,7 @@ def test_a_checkpoint_is_the_policy_that_was_held(
     )
     before = assemble(config)
     start = tiny.reading(before.policy.model, IDS)
+    reference = tiny.reading(before.policy.model, TEXT)[0, :-1]
     saved = [path / "policy" for path in sorted((train(config) / "checkpoints").iterdir())]
     assert len(saved) == len(held) == 2
     assert (held[1] - start).abs().max() > 1e-3
@@ -87,5 +90,8 @@ def test_a_checkpoint_is_the_policy_that_was_held(
     file = material / "prompts.jsonl"
     same = kleash.audit(saved[1], saved[1], file, max_new_tokens=2)
     assert same.kl.per_token.mean == pytest.approx(0, abs=1e-6)
-    apart = kleash.audit(saved[1], before.policy, file, max_new_tokens=2)
-    assert apart.kl.per_token.mean == pytest.approx(0, abs=1e-5)
+    ours, theirs = tiny.reading(before.policy.model, TEXT)[0, :-1], reference
+    expected = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    apart = kleash.audit(saved[1], assemble(config).policy, texts=["w1 w2 w3 w4 w5"])
+    assert expected > 1e-4
+    assert apart.kl.per_token.mean == pytest.approx(expected, abs=1e-6)

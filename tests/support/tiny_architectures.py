@@ -82,8 +82,7 @@ def save(folder: Path, kind: str) -> Path:
 def linear(model: PreTrainedModel) -> str:
     """Name of a linear layer of the trunk that an adapter can have."""
     head = model.get_output_embeddings()
-    # A fused state-space kernel reads its projections past their modules.
-    preferred = ("q_proj", "query_key_value", "c_attn", "x_proj", "in_proj")
+    preferred = ("q_proj", "query_key_value", "c_attn", "in_proj")
     names = [
         name.split(".")[-1]
         for name, module in model.named_modules()

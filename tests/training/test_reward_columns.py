@@ -9,8 +9,9 @@ from training_material import material as material
 from training_material import settings
 
 from kleash.errors import RewardError
-from kleash.training.components import Components, assemble
-from kleash.training.evaluation import Written, write_responses
+from kleash.training.assembly import assemble
+from kleash.training.components import Components
+from kleash.training.responses import JudgedResponses
 
 
 def run(material: Path, tmp_path: Path, **changes: Any) -> Components:
@@ -21,8 +22,8 @@ def run(material: Path, tmp_path: Path, **changes: Any) -> Components:
     return assemble(settings(material, tmp_path / "run", prompts=files, **changes))
 
 
-def write(components: Components, prompts: list[Any]) -> Written:
-    return write_responses(components, prompts, responses_per_prompt=8, microbatch=16)
+def write(components: Components, prompts: list[Any]) -> JudgedResponses:
+    return components.judge(components.write(prompts, responses_per_prompt=8, microbatch=16))
 
 
 def test_a_gold_answer_reaches_every_kind_of_reward(material: Path, tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_a_gold_answer_reaches_every_kind_of_reward(material: Path, tmp_path: Pa
         assert 0 < sum(right) < len(right)
         assert written.parts["lists"].tolist() == written.parts["each"].tolist() == right
         assert components.gold is not None
-        scores = components.gold.score(written.prompts, written.responses, written.columns)
+        scores = components.gold.score(written.prompts, written.texts, written.columns)
         assert scores.tolist() == right
 
 

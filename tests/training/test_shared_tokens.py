@@ -9,7 +9,7 @@ from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from kleash.errors import PromptError
-from kleash.training.components import assemble
+from kleash.training.assembly import assemble
 from kleash.training.loop import train
 
 

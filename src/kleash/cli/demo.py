@@ -27,7 +27,7 @@ from kleash.cli.demo_output import (
     row_of,
 )
 from kleash.cli.plan import PlanRequest, plan, plan_sentences, write_plan
-from kleash.config.loading import load_config, with_world
+from kleash.config.loading import load_config, parse_config, with_world
 from kleash.config.recipe_library import recipe_named
 from kleash.config.schema import Config
 from kleash.errors import RunError
@@ -36,7 +36,7 @@ from kleash.preflight.runner import check
 from kleash.preflight.runtime_monitor import RuntimeMonitor
 from kleash.report.html import write_report
 from kleash.storage.plan_file import Frontier
-from kleash.storage.run_directory import holds_run, read_run
+from kleash.storage.run_directory import Run, holds_run, read_run
 from kleash.training.loop import train
 from kleash.training.state import latest_checkpoint
 
@@ -112,7 +112,7 @@ def run_demo(seed: int, output: Path, *, console: Console | None = None) -> Demo
         print_rows(console, rows)
         print_reached(console, frontier, rows[1], beta=leashed.leash.beta)
         print_samples(console, *runs)
-        found = _audit(leashed, output / "audit")
+        found = _audit(runs[0], output / "audit")
         print_audit(console, found)
     report_page, _ = write_report([run.path for run in runs], into=output)
     pages = (report_page, plan_page, write_audit(found, output / "audit"))
@@ -152,9 +152,10 @@ def demo_config(name: str, *, world: Path, seed: int, output: Path) -> Config:
     return with_world(load_config(path, overrides, base=path), world)
 
 
-def _audit(config: Config, into: Path) -> Audit:
-    """The leashed policy against the reference, on held-out questions."""
-    checkpoint = cast(Path, latest_checkpoint(Path(config.output) / "checkpoints"))
+def _audit(run: Run, into: Path) -> Audit:
+    """The policy of a run against its reference, on held-out questions."""
+    config = parse_config(dict(run.config), where=str(run.path))
+    checkpoint = cast(Path, latest_checkpoint(run.path / "checkpoints"))
     return audit(
         checkpoint / "policy",
         config.policy.path,

@@ -75,7 +75,11 @@ def plan(config: Config, request: PlanRequest) -> Frontier:
     Raises:
         KleashError: something the user can fix; nothing was written.
     """
-    config = _at_reference(config)
+    if config.reference.path is not None:
+        # Started from its reference, whose samples a plan needs.
+        policy = config.policy.model_copy(update={"path": config.reference.path})
+        update = {"policy": policy, "reference": ReferenceConfig()}
+        config = config.model_copy(update=update)
     torch.manual_seed(config.seed)
     components = assemble(config)
     drawn = draw(config, components)
@@ -209,11 +213,3 @@ def plan_sentences(frontier: Frontier, request: PlanRequest) -> list[str]:
         asked = f"{target:.4g} nats per response" if per_token else f"leash.target_kl {target:g}"
         sentences.append(start_sentence(asked, _start(frontier, target)))
     return sentences + _group_sentences(frontier)
-
-
-def _at_reference(config: Config) -> Config:
-    """The same run, started from its reference: what a plan needs samples of."""
-    if config.reference.path is None:
-        return config
-    policy = config.policy.model_copy(update={"path": config.reference.path})
-    return config.model_copy(update={"policy": policy, "reference": ReferenceConfig()})

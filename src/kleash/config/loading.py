@@ -5,8 +5,10 @@ is said aloud: there is one kind of leash, so `--leash.beta` on a file with `lea
 its place. `--section.key none` takes a key of the file away.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,9 +52,32 @@ def load_config(
     """
     file = path or base
     tree, lines = read_yaml(file)
+    return _configured(tree, Sources(str(file), lines), overrides, say)
+
+
+def make_config(
+    tree: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    *,
+    say: Callable[[str], object] | None = None,
+) -> Config:
+    """A configuration from plain values in memory; see `load_config` for everything else.
+
+    Relative paths are relative to the working directory.
+    """
+    return _configured(copy.deepcopy(dict(tree)), Sources("the configuration"), overrides, say)
+
+
+def _configured(
+    tree: dict[str, Any],
+    source: Sources,
+    overrides: Mapping[str, str],
+    say: Callable[[str], object] | None,
+) -> Config:
+    """Apply overrides to a tree, resolve its paths and validate it."""
     _write_out(tree)
     named = {key_of_flag(flag): (f"--{flag}", text) for flag, text in overrides.items()}
-    sources = Sources(str(file), lines, {key: flag for key, (flag, _) in named.items()})
+    sources = replace(source, flags={key: flag for key, (flag, _) in named.items()})
     _replace_leash(tree, sources, say or _to_standard_error)
     for key, (flag, text) in named.items():
         _set(tree, key, text, flag)

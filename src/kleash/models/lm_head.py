@@ -136,6 +136,6 @@ def _in_use(layer: object) -> object:
     return wrapper.original_module if wrapper.disable_adapters else copies["default"]
 
 
-def _number(config: object, name: str, default: float) -> float:
-    value = getattr(config, name, None)
+def _number(settings: object, name: str, default: float) -> float:
+    value = getattr(settings, name, None)
     return default if value is None else float(value)

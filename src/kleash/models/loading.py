@@ -33,6 +33,8 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 # What `from_pretrained` raises for a file that is missing, corrupt, or of another kind.
 _LOADING_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+_OF_FILES = (OSError, ValueError, ImportError, SafetensorError)
+"""Of these, the ones that speak of files and settings; others come from the model's own code."""
 
 
 def load_causal_lm(
@@ -58,15 +60,15 @@ def load_causal_lm(
     return model
 
 
-def _require_decoder(config: PretrainedConfig, path: str | Path) -> None:
+def _require_decoder(settings: PretrainedConfig, path: str | Path) -> None:
     """Refuse what is no causal language model by its class, before its weights are read."""
-    name = (config.architectures or [type(config).__name__])[0]
-    if config.is_encoder_decoder:
+    name = (settings.architectures or [type(settings).__name__])[0]
+    if settings.is_encoder_decoder:
         raise ModelError(
             f"expected a causal language model in {str(path)!r}, got {name}, an encoder–decoder, "
             "which writes from what its encoder has read: take a model that is a decoder alone"
         )
-    if type(config) not in cast(Any, AutoModelForCausalLM)._model_mapping:
+    if type(settings) not in cast(Any, AutoModelForCausalLM)._model_mapping:
         raise ModelError(
             f"expected a causal language model in {str(path)!r}, got {name}, for which "
             "transformers has no head that predicts the next token: take a decoder"
@@ -276,7 +278,7 @@ def _load(
                 output_loading_info=True,
             )
         model = model.to(device)
-    except _LOADING_FAILURES as error:
+    except _OF_FILES as error:
         if "attn_implementation" in str(error) or "attention implementation" in str(error):
             raise ModelError(
                 f"expected an attention implementation that the model in {str(path)!r} has, got "
@@ -316,10 +318,10 @@ def _refuse_pickles(path: str | Path) -> None:
         )
 
 
-def _zero_dropout_settings(config: PretrainedConfig) -> None:
-    for name, value in config.to_dict().items():
+def _zero_dropout_settings(settings: PretrainedConfig) -> None:
+    for name, value in settings.to_dict().items():
         if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+            setattr(settings, name, 0.0)
 
 
 def _cannot_load(what: str, path: str | Path, error: Exception) -> str:

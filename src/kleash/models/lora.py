@@ -64,6 +64,8 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, *, revision: str | No
             warnings.simplefilter("ignore", FutureWarning)
             # Head and embedding are read as they are, and checked whenever they are merged.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            # GPT-2 keeps its matrices transposed; peft sees that, and says so.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).splitlines()[0]

@@ -166,14 +166,14 @@ def _summary(run: Run) -> dict[str, Any]:
         "gold_first": golds[0][1] if golds else None,
         "gold": golds[-1][1] if golds else None,
         "responses_per_step": responses_per_step(run.metrics),
-        "beta_unit": "group sd per nat" if _algorithm(run.config) == "grpo" else "score per nat",
+        "beta_unit": "group sd per nat" if _algorithm(run) == "grpo" else "score per nat",
         "efficiency": vars(earned) if earned else None,
     }
 
 
-def _algorithm(config: Mapping[str, Any]) -> object:
+def _algorithm(run: Run) -> object:
     """Its name; runs of earlier versions hold it without a section."""
-    algorithm = config.get("algorithm")
+    algorithm = run.config.get("algorithm")
     return algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
 
 

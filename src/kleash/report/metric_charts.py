@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from kleash.kl.planning.frontier import PlanRow
 from kleash.report.diagnostics.kl_by_position import kl_by_position
 from kleash.report.event_table import event_marks
 from kleash.report.glossary import define
-from kleash.report.svg_chart import Band, Chart, Mark, Point, Series, thin
+from kleash.report.svg_chart import Band, Chart, Point, Series, thin
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier
 from kleash.storage.run_directory import Metrics, Run
 
@@ -138,9 +138,8 @@ def _chart(plot: _Plot, runs: Sequence[Run], names: Sequence[str]) -> Chart | No
         bands = bands[:1]
     sample = _sample(runs, shown) if plot.averaged else ""
     marks = event_marks(runs, names) if plot.marked else ()
-    return _finish(
-        plot.title, shown, sample, series, bands=bands, include=plot.include, marks=marks
-    )
+    chart = _titled_chart(plot.title, shown, sample, series)
+    return chart and replace(chart, bands=bands, include=plot.include, marks=marks)
 
 
 def _rewards(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
@@ -178,7 +177,7 @@ def _score_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | No
             series += _planned(run, name if len(runs) > 1 else "", colour)
     title = "Score against √KL"
     key = "objective/scores"
-    return _finish(title, key, _sample(runs, key), series, x_title=ROOT_KL)
+    return _titled_chart(title, key, _sample(runs, key), series, x_title=ROOT_KL)
 
 
 def _gold_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
@@ -190,7 +189,7 @@ def _gold_over_root_kl(runs: Sequence[Run], names: Sequence[str]) -> Chart | Non
         if len(points) > 1:
             label = name if len(runs) > 1 else "an evaluation; later ones are stronger"
             series.append(Series(label, thin(points), "dots", colour))
-    return _finish("Gold score against √KL", key, _sample(runs, key), series, x_title=ROOT_KL)
+    return _titled_chart("Gold score against √KL", key, _sample(runs, key), series, x_title=ROOT_KL)
 
 
 def over_root_kl(
@@ -233,7 +232,8 @@ def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     if len(samples) > len(set(samples)):
         sample += " each"
     title = "position in the response, tokens"
-    return _finish("KL by position", key, sample, series, include=(0.0,), x_title=title)
+    chart = _titled_chart("KL by position", key, sample, series, x_title=title)
+    return chart and replace(chart, include=(0.0,))
 
 
 def _planned(run: Run, name: str, colour: int) -> list[Series]:
@@ -266,17 +266,10 @@ def frontier_points(rows: Iterable[PlanRow]) -> list[Point]:
     )
 
 
-def _finish(
-    title: str,
-    key: str,
-    sample: str,
-    series: Sequence[Series],
-    *,
-    bands: Sequence[Band] = (),
-    include: Sequence[float] = (),
-    marks: Sequence[Mark] = (),
-    x_title: str = "step",
+def _titled_chart(
+    title: str, key: str, sample: str, series: Sequence[Series], *, x_title: str = "step"
 ) -> Chart | None:
+    """A chart with the unit and definition of its metric; None if it would show no number."""
     if not any(math.isfinite(point.y) for one in series for point in one.points):
         return None
     metric = define(key)
@@ -286,10 +279,7 @@ def _finish(
         sample=sample,
         key=metric.key if metric else "",
         series=series,
-        bands=bands,
         x_title=x_title,
-        include=include,
-        marks=marks,
     )
 
 

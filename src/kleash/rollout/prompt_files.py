@@ -178,7 +178,7 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-def _dataset_rows(shown: str, name: str, config: str | None, split: str | None) -> PlacedRows:
+def _dataset_rows(shown: str, name: str, subset: str | None, split: str | None) -> PlacedRows:
     """Rows of a data set that the library `datasets` opens."""
     # Loaded where it is used: it takes a second, and most runs read a file.
     datasets = importlib.import_module("datasets")
@@ -186,7 +186,7 @@ def _dataset_rows(shown: str, name: str, config: str | None, split: str | None) 
         if _was_saved(Path(name)):
             opened = datasets.load_from_disk(name)
         else:
-            builder = datasets.load_dataset_builder(name, config)
+            builder = datasets.load_dataset_builder(name, subset)
             kind = type(builder).__module__.rpartition(".")[2]
             if kind not in _TABLES:
                 raise PromptError(

@@ -4,7 +4,7 @@ Everything that can be wrong with paths, models, prompts and reward models is fo
 run directory exists.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from kleash.kl.control.controllers import (
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.async_calls import CallLimits
-from kleash.models.callable_reward import CallableReward
+from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
 from kleash.models.reference_offload import (
@@ -51,9 +51,16 @@ from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.process_group import is_distributed, own_gpu
 
+Reward = Callable[..., Any] | RewardModel
+"""A reward given in memory: a function, an object, an async function, or a reward model."""
 
-def assemble(config: Config) -> Components:
+
+def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Components:
     """Load and check everything a run needs.
+
+    Args:
+        config: the run.
+        given: rewards in memory, which take the place of what `reward_models` names.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
@@ -73,7 +80,10 @@ def assemble(config: Config) -> Components:
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
-        name: (_reward(reward, device), reward.weight)
+        name: (
+            as_reward_model(given[name]) if given and name in given else _reward(reward, device),
+            reward.weight,
+        )
         for name, reward in config.reward_models.items()
     }
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)

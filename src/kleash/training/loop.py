@@ -11,7 +11,7 @@ Where a launcher started several processes, this one leads and the others do sha
 work (`distributed`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.rollout.scoring_pass import score
 from kleash.storage.samples import Sample
+from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
@@ -88,6 +89,7 @@ class Trainer:
         callbacks: Sequence[object] = (),
         preflight: Preflight | None = None,
         argv: Sequence[str] = (),
+        rewards: Mapping[str, Reward] | None = None,
     ) -> None:
         """Nothing is loaded or written before `fit`.
 
@@ -97,6 +99,8 @@ class Trainer:
             preflight: looks at the components before anything begins; raises what must stop the
                 run, and returns its warnings, for the record.
             argv: the command line, for the record.
+            rewards: reward functions or objects by the names they have in `reward_models`, which
+                take the place of what is named there.
 
         Raises:
             ConfigError: a callback has none of the methods, or a tracker is not installed.
@@ -104,6 +108,7 @@ class Trainer:
         self.config = config
         self._preflight = preflight
         self._argv = argv
+        self._rewards = rewards or {}
         self._trackers = Trackers(config.logging.trackers, Path(config.output))
         self._display = TrainingDisplay(config.steps, title=Path(config.output).resolve().name)
         self.callbacks = Callbacks([self._trackers, self._display, *callbacks])
@@ -124,6 +129,7 @@ class Trainer:
                 argv=self._argv,
                 preflight=self._preflight,
                 group=group,
+                rewards=self._rewards,
                 callbacks=self.callbacks,
             )
             with session.run, self._trackers, self._display:

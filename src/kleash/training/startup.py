@@ -19,7 +19,7 @@ from kleash.kl.planning.initial_beta import Start
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import Run, RunWriter, holds_run, read_run
-from kleash.training.assembly import assemble, make_leash
+from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
@@ -46,6 +46,7 @@ def open_session(
     argv: Sequence[str],
     preflight: Preflight | None,
     group: WorkerGroup | None,
+    rewards: Mapping[str, Reward],
     callbacks: Callbacks,
 ) -> Session:
     """Assemble the components and open the run directory.
@@ -55,6 +56,7 @@ def open_session(
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
         group: the other processes, if there are any.
+        rewards: given in memory, by their names in `reward_models`.
         callbacks: of the run.
 
     Raises:
@@ -65,7 +67,7 @@ def open_session(
     if begun:
         _require_same_run(config, read_run(path))
     torch.manual_seed(config.seed)
-    components = assemble(config) if group is None else assemble_everywhere(group, config)
+    components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None

@@ -2,7 +2,6 @@
 
 import math
 
-from kleash.config.schema import Config
 from kleash.kl.control.controllers import initial_beta
 from kleash.kl.control.groups import States
 from kleash.kl.placements import gradient_of
@@ -140,7 +139,7 @@ def target(trial: Trial) -> Finding:
 def inert(trial: Trial) -> Finding:
     """Options that were written down and do nothing."""
     check = Check("objective.inert", "every option that is set does something")
-    useless = inert_options(trial.config)
+    useless = inert_options(trial)
     if not useless:
         return check.ok("none found")
     return check.warn(
@@ -152,8 +151,9 @@ def inert(trial: Trial) -> Finding:
     )
 
 
-def inert_options(config: Config) -> list[str]:
+def inert_options(trial: Trial) -> list[str]:
     """`key: why` of every option that is set and has no effect."""
+    config = trial.config
     leash, found = config.leash, list[str]()
     if leash.allow_biased and gradient_of(leash.placement).sound:
         found.append(f"leash.allow_biased ({leash.placement} is not biased)")
