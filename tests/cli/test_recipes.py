@@ -146,6 +146,7 @@ def test_names_from_outside_stay_names(
     facts = change({"path": "models/sft", "architecture": "llama", "context": 64, "chat": False})
     text = starting_config(ModelFacts(**facts))  # pyright: ignore[reportArgumentType]
     Path("run.yaml").write_text(text, encoding="utf-8")
+    Path("prompts.jsonl").write_text('{"prompt": "hello"}\n', encoding="utf-8")
     assert yaml.safe_load(text)["policy"]["path"] == facts["path"]
     config = load_config(Path("run.yaml"), {}, base=Path("run.yaml"))
     assert config.rollout.max_new_tokens == {None: 128, 2: 1, 64: 16}[facts["context"]]  # pyright: ignore

@@ -24,6 +24,7 @@ from kleash.preflight.console import print_report
 from kleash.preflight.findings import Finding, Report
 from kleash.report.svg_chart import format_number, format_with_error
 from kleash.storage.plan_file import Frontier, make_frontier, write_frontier
+from kleash.training.callbacks import StartEvent, StepEvent
 from kleash.training.progress import TrainingDisplay
 
 WIDTHS = [60, 80, 120]
@@ -144,8 +145,10 @@ NUMBERS = ("-1234.568", "1234.57±123.46", "of 5 nats", "β 0.0001235", "123456 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_train_on_a_terminal(width: int) -> None:
     def show(console: Console) -> None:
-        with TrainingDisplay(300, title="train", target_kl=5.0, console=console) as display:
-            display.show(METRICS)
+        with TrainingDisplay(300, title="train", console=console) as display:
+            display.target_kl = 5.0
+            display.on_start(StartEvent(Path("run"), 11, 300, []))
+            display.on_step(StepEvent(12, METRICS))
 
     stream = io.StringIO()
     show(Console(file=stream, width=width, force_terminal=True, color_system=None))
@@ -157,9 +160,11 @@ def test_train_on_a_terminal(width: int) -> None:
 def test_train_in_a_pipe_is_a_line_for_each_step() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    with TrainingDisplay(300, title="train", target_kl=5.0, console=console) as display:
-        display.say("β starts near 0.1811: " + "a reason " * 20)
-        display.show(METRICS)
+    with TrainingDisplay(300, title="train", console=console) as display:
+        display.target_kl = 5.0
+        start = ["β starts near 0.1811: " + "a reason " * 20]
+        display.on_start(StartEvent(Path("run"), 11, 300, start))
+        display.on_step(StepEvent(12, METRICS))
     said, line = stream.getvalue().splitlines()
     assert said.endswith("a reason ") and line.startswith("train 12/300  score ")
     assert all(number in line for number in NUMBERS)
