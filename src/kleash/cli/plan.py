@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from kleash.config.leash import LeashConfig
-from kleash.config.schema import Config, ReferenceConfig
+from kleash.config.schema import Config
 from kleash.errors import RewardError, UsageError
 from kleash.kl.control.groups import OTHERS
 from kleash.kl.planning.initial_beta import Start, starting_beta
@@ -77,9 +77,11 @@ def plan(config: Config, request: PlanRequest) -> Frontier:
     """
     if config.reference.path is not None:
         # Started from its reference, whose samples a plan needs.
-        policy = config.policy.model_copy(update={"path": config.reference.path})
-        update = {"policy": policy, "reference": ReferenceConfig()}
-        config = config.model_copy(update=update)
+        tree = config.model_dump()
+        tree["policy"]["path"] = config.reference.path
+        tree["reference"] = {}
+        # Validated again, which decides where the reference of this other policy is kept.
+        config = Config.model_validate(tree)
     torch.manual_seed(config.seed)
     components = assemble(config)
     drawn = draw(config, components)
