@@ -15,8 +15,16 @@ from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
-from kleash.config.leash import LeashConfig
-from kleash.config.schema import Config, OptimizerConfig, ScorerConfig
+from kleash.config.leash import LeashConfig, ReferenceConfig
+from kleash.config.schema import (
+    Attention,
+    Config,
+    OptimizerConfig,
+    PolicyConfig,
+    PretrainingConfig,
+    RolloutConfig,
+    ScorerConfig,
+)
 from kleash.errors import ConfigError, PromptError
 from kleash.kl.control.controllers import (
     AdaptiveBeta,
@@ -67,8 +75,8 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         ModelError, PromptError, RewardError: what they say.
     """
     device = choose_device(config.device)
-    policy = _policy(config, device)
-    reference = _reference(config, policy, device)
+    policy = _policy(config.policy, device)
+    reference = _reference(config.reference, config.policy, policy, device)
     # Added tokens that the reference lacks have probability 0 for both.
     policy = replace(policy, words=underlying(reference).words)
     sampling = SamplingSpec(
@@ -88,7 +96,10 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     }
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
-    value = None if critic is None else _value(config, critic, policy, device)
+    value = None
+    if critic is not None:
+        attention = config.policy.attention
+        value = _value(critic, policy, device, attention=attention, seed=config.seed)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
@@ -101,9 +112,9 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         heldout=heldout,
         groups=_groups(prompts, config.leash, config.prompts.train),
         heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
-        pretraining=_pretraining(config, policy),
+        pretraining=_pretraining(config.pretraining, policy),
         sampling=sampling,
-        settings=_settings(config),
+        settings=_settings(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
     )
@@ -187,8 +198,8 @@ def make_controller(
             )
 
 
-def _policy(config: Config, device: torch.device) -> Policy:
-    lora = config.policy.lora
+def _policy(section: PolicyConfig, device: torch.device) -> Policy:
+    lora = section.lora
     adapter = None
     if lora is not None:
         targets = () if lora.targets == "auto" else tuple(lora.targets)
@@ -199,30 +210,31 @@ def _policy(config: Config, device: torch.device) -> Policy:
             modules_to_save=tuple(lora.modules_to_save),
         )
     return load_policy(
-        config.policy.path,
-        dtype=config.policy.dtype,
+        section.path,
+        dtype=section.dtype,
         device=str(device),
-        attention=config.policy.attention,
+        attention=section.attention,
         adapter=adapter,
-        revision=config.policy.revision,
-        merge=config.policy.adapter,
+        revision=section.revision,
+        merge=section.adapter,
     )
 
 
-def _reference(config: Config, policy: Policy, device: torch.device) -> FrozenReference:
+def _reference(
+    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device
+) -> FrozenReference:
     """The reference, where the configuration wants it to live."""
-    wanted = config.reference
     own = wanted.path is None
     kind = wanted.kind
     if kind == "adapter_off" or (kind == "copy" and own and policy.adapter is None):
         return freeze_copy(policy)
     # What the policy was loaded from, if no path is given: base and merged adapter, nothing new.
-    source = config.policy if wanted.path is None else wanted
+    source = start if wanted.path is None else wanted
     reference = load_reference(
         cast(str, source.path),
-        dtype=config.policy.dtype,
+        dtype=start.dtype,
         device="cpu" if kind == "cpu_offload" else str(device),
-        attention=config.policy.attention,
+        attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
     )
@@ -299,37 +311,36 @@ def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: st
         )
 
 
-def _reward(config: ScorerConfig, device: torch.device) -> RewardModel:
-    if config.callable is not None:
-        limits = CallLimits(config.concurrency, config.timeout_s, config.retries)
-        return CallableReward(config.callable, limits)
+def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
+    if scorer.callable is not None:
+        limits = CallLimits(scorer.concurrency, scorer.timeout_s, scorer.retries)
+        return CallableReward(scorer.callable, limits)
     return ClassifierReward(
-        cast(str, config.path),
-        template=config.template,
+        cast(str, scorer.path),
+        template=scorer.template,
         device=str(device),
-        revision=config.revision,
-        adapter=config.adapter,
-        chat_template=config.chat_template,
+        revision=scorer.revision,
+        adapter=scorer.adapter,
+        chat_template=scorer.chat_template,
     )
 
 
 def _value(
-    config: Config, critic: ValueConfig, policy: Policy, device: torch.device
+    critic: ValueConfig, policy: Policy, device: torch.device, *, attention: Attention, seed: int
 ) -> ValueFunction:
     if critic.kind == "model":
         return load_value_model(
             cast(str, critic.path),
             policy,
             device=str(device),
-            attention=config.policy.attention,
+            attention=attention,
         )
     # The head's random numbers come from the run's seed, whatever was drawn while loading.
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     return ValueHead(policy.hidden_size, features=critic.kind).to(device)
 
 
-def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
-    mix = config.pretraining
+def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMix | None:
     if mix is None:
         return None
     return PretrainingMix(
@@ -339,16 +350,17 @@ def _pretraining(config: Config, policy: Policy) -> PretrainingMix | None:
     )
 
 
-def _settings(config: Config) -> Settings:
-    algorithm = config.algorithm
+def _settings(
+    algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
+) -> Settings:
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
-        "placement": config.leash.placement,
+        "placement": leash.placement,
         # `mixed` begins as `reward_k1`; the loop then estimates c from each rollout.
-        "mixing": 0.0 if config.leash.placement == "mixed" else None,
-        "allow_biased": config.leash.allow_biased,
-        "truncated": config.rollout.truncated,
-        "missing_eos_penalty": config.rollout.missing_eos_penalty,
+        "mixing": 0.0 if leash.placement == "mixed" else None,
+        "allow_biased": leash.allow_biased,
+        "truncated": rollout.truncated,
+        "missing_eos_penalty": rollout.missing_eos_penalty,
     }
     match algorithm:
         case PPOConfig():
@@ -367,36 +379,36 @@ def _settings(config: Config) -> Settings:
 
 
 def _optimizer(
-    config: OptimizerConfig,
+    settings: OptimizerConfig,
     critic: ValueConfig | None,
     policy: Policy,
     value: ValueFunction | None,
 ) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [
-        {"params": policy.parameters(), "lr": config.lr, "peak_lr": config.lr}
+        {"params": policy.parameters(), "lr": settings.lr, "peak_lr": settings.lr}
     ]
     if critic is not None and value is not None:
         value_lr = cast(float, critic.lr)
         groups.append({"params": list(value.parameters()), "lr": value_lr, "peak_lr": value_lr})
     return torch.optim.AdamW(
         groups,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
         fused=True,  # one pass over the weights, and no temporaries as large as they are
     )
 
 
-def learning_rate_factor(config: OptimizerConfig, *, step: int, steps: int) -> float:
+def learning_rate_factor(settings: OptimizerConfig, *, step: int, steps: int) -> float:
     """What the peak learning rates are multiplied by in a step; a function of the step alone.
 
     Args:
-        config: the optimiser's section.
+        settings: the optimiser's section.
         step: steps finished so far.
         steps: steps of the whole run.
     """
-    warmup = config.warmup_steps
+    warmup = settings.warmup_steps
     # From a tenth of the peak to the peak, as InstructGPT warms up.
     rise = 1.0 if step >= warmup else 0.1 + 0.9 * step / warmup
-    fall = 1.0 if config.schedule == "constant" else max(0.0, 1 - step / steps)
+    fall = 1.0 if settings.schedule == "constant" else max(0.0, 1 - step / steps)
     return rise * fall

@@ -123,7 +123,7 @@ class Trainer:
             KleashError: something the user can fix; nothing was begun if it shows at the start, and
                 the run directory says "failed" and why if it shows later.
         """
-        with leading(self.config) as group:
+        with leading() as group:
             self.session = session = open_session(
                 self.config,
                 argv=self._argv,
@@ -294,7 +294,7 @@ class Trainer:
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
-        pending.updating = several_updates(self.config)
+        pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
         updates = updater.update(experience, done=pending.step - 1)
         pending.updating = True

@@ -13,8 +13,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.leash import TripwiresConfig
-from kleash.config.schema import Config
 from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError, TripwireError
 from kleash.kl.control.groups import key_of, raise_betas
 from kleash.kl.statistics import clustered_mean, response_kl
@@ -44,16 +44,16 @@ def begin_step(session: Session, previous: PendingStep | None = None) -> Pending
     """
     config, step = session.config, session.state.step + 1
     # What follows the last update may still refuse it, so a step of one update is copied there.
-    risky = several_updates(config) or step == config.steps
+    risky = several_updates(config.algorithm) or step == config.steps
     optimizer = session.components.optimizer
     copy = risky and undone_in_memory(config.tripwires, optimizer)
     reuse = None if previous is None else previous.undo
     return PendingStep(step, remember(optimizer, weights=copy, reuse=reuse))
 
 
-def several_updates(config: Config) -> bool:
+def several_updates(algorithm: PPOConfig | GRPOConfig | RLOOConfig) -> bool:
     """Whether a step can be refused when some of its updates are made already."""
-    return config.algorithm.epochs * config.algorithm.minibatches > 1
+    return algorithm.epochs * algorithm.minibatches > 1
 
 
 def undone_in_memory(tripwires: TripwiresConfig, optimizer: torch.optim.Optimizer) -> bool:

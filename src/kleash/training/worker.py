@@ -33,18 +33,17 @@ from kleash.training.process_group import Message, WorkerGroup, is_distributed, 
 
 
 @contextmanager
-def leading(config: Config) -> Generator[WorkerGroup | None]:
+def leading() -> Generator[WorkerGroup | None]:
     """The other processes, if a launcher started several; they end with what happens inside.
 
     Raises:
-        ConfigError: they cannot be reached, or the run has something that cannot be shared out.
+        ConfigError: they cannot be reached.
     """
     if not is_distributed():
         yield None
         return
     group = join()
     try:
-        _require_shareable(config)
         yield group
     finally:
         group.send(Message("end"))
@@ -65,9 +64,11 @@ def assemble_everywhere(group: WorkerGroup, config: Config) -> Components:
     """Have every process load the models; they must be the same.
 
     Raises:
-        KleashError: a process cannot.
+        ConfigError: the run has something that cannot be shared out.
+        KleashError: a process cannot load them.
         ModelError: a process has another reference.
     """
+    _require_shareable(config)
     group.send(Message("assemble", {"config": dump_config(config)}))
     components, messages = together(group, lambda: assemble(config))
     components = replace(components, workers=Workers(group, components.parameters()))

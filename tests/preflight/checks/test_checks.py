@@ -141,7 +141,8 @@ def test_tokens_that_the_reward_does_not_see(trial: Trial) -> None:
     tokenizer, rollout = trial.components.policy.tokenizer, trial.rollout
     ids = rollout.response_ids.clone()
     ids[0, :2] = torch.tensor([tokenizer.pad_token_id, tokenizer.unk_token_id])
-    written = replace(trial.written, rollout=replace(rollout, response_ids=ids))
+    changed = replace(trial.written.responses, rollout=replace(rollout, response_ids=ids))
+    written = replace(trial.written, responses=changed)
     stop_ids = trial.components.policy.stop_ids
     texts = response_texts(tokenizer, written.rollout, stop_ids=stop_ids)
     seen = replace(trial, written=replace(written, responses=texts))

@@ -58,7 +58,7 @@ def undo(trial: Trial) -> Finding:
     """What becomes of a step that is refused between its updates."""
     check = Check("resources.undo", "a refused step that costs no more than itself")
     config, components = trial.config, trial.components
-    if not several_updates(config):
+    if not several_updates(config.algorithm):
         return check.ok("one update a step: it is refused before it is made")
     size = f"{copy_bytes(components.optimizer) / _GIB:.2g} GiB"
     if undone_in_memory(config.tripwires, components.optimizer):
