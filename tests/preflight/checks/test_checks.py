@@ -145,10 +145,10 @@ def test_tokens_that_the_reward_does_not_see(trial: Trial) -> None:
     written = replace(trial.written, responses=changed)
     stop_ids = trial.components.policy.stop_ids
     texts = response_texts(tokenizer, written.rollout, stop_ids=stop_ids)
-    seen = replace(trial, written=replace(written, responses=texts))
+    seen = replace(trial, written=replace(written, responses=replace(changed, texts=texts)))
     assert "<unk>" in texts[0] and reward_model.dropped_tokens(seen).verdict == "ok"
     bare = [text.replace("<unk>", "") for text in texts]
-    found = reward_model.dropped_tokens(replace(trial, written=replace(written, responses=bare)))
+    found = reward_model.dropped_tokens(replace(trial, written=replace(written, responses=replace(changed, texts=bare))))
     assert found.verdict == "warn" and "'<unk>' (" in found.cause and "<pad>" not in found.cause
 
 
