@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -201,21 +201,18 @@ def _configuration(
     if isinstance(config, str | Path) and not rewards:
         made = load_config(Path(config), texts, base=Path(config))
     else:
-        made = make_config(_tree(config, rewards), texts)
+        tree: dict[str, Any]
+        match config:
+            case Config():
+                tree = yaml.safe_load(dump_config(config))
+            case str() | Path():
+                tree = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            case _:
+                tree = dict(config)
+        if rewards:
+            tree["reward_models"] = {name: {"callable": _name(r)} for name, r in rewards.items()}
+        made = make_config(tree, texts)
     return made if made.world is None else with_world(made, build_world(made.world))
-
-
-def _tree(config: Configuration, rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    match config:
-        case Config():
-            tree = cast("dict[str, Any]", yaml.safe_load(dump_config(config)))
-        case str() | Path():
-            tree = cast("dict[str, Any]", yaml.safe_load(Path(config).read_text(encoding="utf-8")))
-        case _:
-            tree = dict(config)
-    if rewards:
-        tree["reward_models"] = {name: {"callable": _name(r)} for name, r in rewards.items()}
-    return tree
 
 
 def _name(reward: Reward) -> str:

@@ -7,7 +7,7 @@ prompts have budgets of their own, so many prompts of each group are asked, and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -117,13 +117,26 @@ def begin(config: Config, components: Components) -> Beginning:
     drawn = draw(config, components)
     length = None if leash.target_kl_per_token is None else drawn.length
     targets = group_targets(leash, length)
+    differs = config.reference.reference_differs
     starts = {
-        name: replace(_start(config, drawn.scores_of(name), target), response_length=length)
+        name: replace(
+            _start(
+                drawn.scores_of(name),
+                target,
+                given=leash.initial_beta,
+                reference_differs=differs,
+            ),
+            response_length=length,
+        )
         for name, target in targets.items()
     }
-    return Beginning(
-        drawn.statistics, starts, _frontier(config, components.reference.identity(), drawn, targets)
-    )
+    # There is a plan only in the units of training, and only of samples of the reference.
+    moving = config.score_normalisation == "running" or isinstance(config.algorithm, GRPOConfig)
+    frontier = None
+    if not (moving or differs or len(drawn.prompts) < 2):
+        made_for = about(config, components.reference.identity(), drawn)
+        frontier = frontier_of(drawn, about=made_for, targets=targets)
+    return Beginning(drawn.statistics, starts, frontier)
 
 
 def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str, float]:
@@ -134,11 +147,18 @@ def group_targets(leash: LeashConfig, response_length: float | None) -> dict[str
     return {name: target for name, target in targets.items() if target is not None}
 
 
-def _start(config: Config, scores: Float[Tensor, "prompt sample"], target: float) -> Start:
-    if config.leash.initial_beta != "auto":
-        return Start(config.leash.initial_beta, "given")
+def _start(
+    scores: Float[Tensor, "prompt sample"],
+    target: float,
+    *,
+    given: float | Literal["auto"],
+    reference_differs: bool,
+) -> Start:
+    """Where β starts, for a budget in nats per response."""
+    if given != "auto":
+        return Start(given, "given")
     try:
-        if config.reference.reference_differs:
+        if reference_differs:
             sd = spread(scores.double())
             reason = "the policy does not start at the reference"
             return Start(initial_beta(target, sd), "spread", reason=reason)
@@ -185,20 +205,6 @@ def about(config: Config, reference: Identity, drawn: Drawn) -> dict[str, Any]:
         "response_length": drawn.length,
         "seed": config.seed,
     }
-
-
-def _frontier(
-    config: Config, reference: Identity, drawn: Drawn, targets: Mapping[str, float]
-) -> Frontier | None:
-    """The plan in the units of training; where those are not the score's own, there is none.
-
-    A policy that does not start at the reference wrote samples that plan nothing either.
-    """
-    moving = config.score_normalisation == "running" or isinstance(config.algorithm, GRPOConfig)
-    moving = moving or config.reference.reference_differs
-    if moving or len(drawn.prompts) < 2:
-        return None
-    return frontier_of(drawn, about=about(config, reference, drawn), targets=targets)
 
 
 def frontier_of(

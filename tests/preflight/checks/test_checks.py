@@ -148,7 +148,9 @@ def test_tokens_that_the_reward_does_not_see(trial: Trial) -> None:
     seen = replace(trial, written=replace(written, responses=replace(changed, texts=texts)))
     assert "<unk>" in texts[0] and reward_model.dropped_tokens(seen).verdict == "ok"
     bare = [text.replace("<unk>", "") for text in texts]
-    found = reward_model.dropped_tokens(replace(trial, written=replace(written, responses=replace(changed, texts=bare))))
+    found = reward_model.dropped_tokens(
+        replace(trial, written=replace(written, responses=replace(changed, texts=bare)))
+    )
     assert found.verdict == "warn" and "'<unk>' (" in found.cause and "<pad>" not in found.cause
 
 
