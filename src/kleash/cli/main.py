@@ -1,7 +1,8 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
 Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
-with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted.
+with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by
+SIGTERM.
 """
 
 import json
@@ -87,8 +88,8 @@ def main() -> None:
         if "--debug" in arguments:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", getattr(error, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         raise SystemExit(0) from None

@@ -239,7 +239,7 @@ class RunWriter:
             self.close("finished")
             return
         if isinstance(error, KeyboardInterrupt):
-            status, message = "interrupted", "stopped by Ctrl-C"
+            status, message = "interrupted", str(error) or "stopped by Ctrl-C"
         else:
             status, message = "failed", str(error) or type(error).__name__
         # A full disk may refuse this line too; the first error is the one worth reading.

@@ -30,6 +30,7 @@ from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
 from kleash.training.evidence import PendingStep
+from kleash.training.interruption import RunInterrupted, StopRequest, catch_signals
 from kleash.training.kl_control import (
     controller_measures,
     leash_measures,
@@ -117,6 +118,7 @@ class Trainer:
         Raises:
             KleashError: something the user can fix; nothing was begun if it shows at the start, and
                 the run directory says "failed" and why if it shows later.
+            RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
         """
         with leading(self.config) as group:
             self.session = session = open_session(
@@ -126,10 +128,11 @@ class Trainer:
                 group=group,
                 callbacks=self.callbacks,
             )
-            with session.run, self._trackers, self._display:
+            with session.run, self._trackers, self._display, catch_signals() as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
+                    self._stop_if_asked(stop)
                     pending = begin_step(session, pending)
                     try:
                         session.guard.require_checksums()
@@ -141,6 +144,22 @@ class Trainer:
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
         return session.run.path
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """Save and end, between two steps, where a signal asked for it.
+
+        Raises:
+            RunInterrupted: it did; the message says where the run stands and how to go on.
+        """
+        if stop.signal is None:
+            return
+        session, step = self.session, self.session.state.step
+        checkpoint = session.ensure_saved()
+        raise RunInterrupted(
+            f"stopped by {stop.signal.name} after step {step} of {self.config.steps}; kept in "
+            f"{checkpoint}; go on with: kleash train --resume {session.run.path}",
+            exit_code=128 + stop.signal,
+        )
 
     def _step(self, pending: PendingStep) -> dict[str, Number]:
         """One rollout and its updates; every number of it goes into the run directory."""

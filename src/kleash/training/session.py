@@ -1,8 +1,10 @@
 """What a run is at the moment: its models, its state, its directory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
+from pathlib import Path
+from time import monotonic
 
 from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
@@ -33,6 +35,8 @@ class Session:
     """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
+    saved_at: float = field(default_factory=lambda: monotonic())
+    """When this process began or last wrote a checkpoint, on its own clock in seconds."""
 
     def reanchor_if_due(self) -> None:
         """Tie the leash to the policy as it now is, where the configuration says so."""
@@ -52,24 +56,52 @@ class Session:
         Raises:
             RunError: a reference changed, or the checkpoint cannot be written.
         """
-        every, step = self.config.logging.checkpoint_every, self.state.step
-        if step < self.config.steps and not (every and step % every == 0):
+        if not self._is_save_due():
             return
         self.guard.require_hashes()
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
-            self.state = replace(self.state, best_step=step, best_objective=objective)
+            self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
         self.save(keep=self.config.logging.keep)
         self.run.update_meta(
             best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
         )
 
-    def save(self, *, keep: int) -> None:
+    def _is_save_due(self) -> bool:
+        """After the last step, every so many steps, or once so many minutes are at risk.
+
+        A run that rolls back keeps checkpoints by steps alone: to which it goes back must not
+        depend on how fast the machine is.
+        """
+        logging, step = self.config.logging, self.state.step
+        if step == self.config.steps:
+            return True
+        if logging.checkpoint_every and step % logging.checkpoint_every == 0:
+            return True
+        if not logging.checkpoint_minutes or self.config.tripwires.then == "rollback":
+            return False
+        return monotonic() - self.saved_at >= 60 * logging.checkpoint_minutes
+
+    def ensure_saved(self) -> Path:
+        """The checkpoint of the run as it stands, written now if it is not there yet.
+
+        Raises:
+            RunError: a reference changed, or the checkpoint cannot be written.
+        """
+        for checkpoint in list_checkpoints(self.run.checkpoints):
+            if step_of(checkpoint) == self.state.step:
+                return checkpoint
+        self.guard.require_hashes()
+        return self.save(keep=self.config.logging.keep)
+
+    def save(self, *, keep: int) -> Path:
         """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
         path = save_run_state(
             self.run.checkpoints, self.components, self.state, self.guard.original, keep=keep
         )
+        self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
+        return path
 
     def restore(self, step: int) -> None:
         """Everything as it was when the checkpoint of that step was written."""
