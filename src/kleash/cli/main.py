@@ -60,6 +60,7 @@ app = App(
     version=__version__,
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
     result_action="return_value",
 )
 
