@@ -381,7 +381,7 @@ def test_an_output_that_is_taken(material: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds this run, finished"):
         train(config)
     with pytest.raises(RunError, match="already holds a run of another configuration"):
-        train(settings(material, tmp_path / "run", steps=2))
+        train(settings(material, tmp_path / "run", seed=2))
 
 
 def test_resuming_needs_the_reference_it_began_with(material: Path, tmp_path: Path) -> None:

@@ -176,22 +176,22 @@ def train(
     arguments
         A YAML file or the name of a recipe, then overrides of its keys.
     resume
-        Continue the run in this directory from its newest checkpoint. The same command as
+        Continue the run in this directory from its newest checkpoint, with other values of keys
+        that change no step already made: --resume RUN --steps 200 extends it. The same command as
         before, with the same output, does it too.
     no_check
         Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
     path, overrides = split_overrides(arguments)
-    if resume is not None:
-        if path is not None or overrides:
-            raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
-        path = resume / "config.yaml"
+    if resume is not None and path is not None:
+        raise UsageError("--resume takes its configuration from the run: give no CONFIG")
     from rich.console import Console
 
     from kleash.config.loading import load_config
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
+    from kleash.training.continuation import config_of_run
     from kleash.training.loop import Trainer
     from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
@@ -201,7 +201,11 @@ def train(
     if not is_leader():
         return serve_requests()
     with saying("train", Console()) as say:
-        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
+        if resume is None:
+            config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
+        else:
+            config = config_of_run(resume, overrides)
+        config = _build_world(config, say)
     checked = partial(require_sound, status=partial(saying, "check", Console()))
     trainer = Trainer(
         config,
