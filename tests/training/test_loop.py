@@ -47,6 +47,14 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         assert cast(float, line["policy/ratio_first_error"]) < 1e-5
         assert abs(cast(float, line["rollout/kl_sampler"])) < 1e-4
         assert cast(float, line["objective/accounting_residual"]) < 1e-5
+        score, charge, reward = (
+            cast(float, line[f"objective/{key}"])
+            for key in ("trained_scores", "charge", "trained_reward")
+        )
+        assert reward == pytest.approx(score - charge, abs=1e-5)
+        # Placement reward_k1, all responses trained on.
+        k1 = cast(float, line["objective/kl_ref_k1"])
+        assert charge == pytest.approx(0.1 * k1, abs=1e-6)
         assert "kl" not in line
     assert {sample.kind for sample in run.samples} == {"worst", "random", "heldout"}
     assert sorted(p.name for p in run.path.iterdir()) == [

@@ -42,7 +42,8 @@ def test_the_others_are_given_the_run_directory(
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(trackers, "Accelerator", Accelerator)
-    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", "")  # so that it is put back afterwards
+    monkeypatch.delenv("TRACKIO_DIR")
     run = tmp_path / "first"
     with trackers.Trackers([name], run):
         pass

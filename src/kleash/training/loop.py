@@ -42,6 +42,7 @@ from kleash.training.metrics import (
     Clock,
     Number,
     account,
+    charge_measures,
     next_mixing,
     objective_measures,
     reward_measures,
@@ -143,6 +144,8 @@ class Trainer:
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
+                for line in session.note_warning_signs():
+                    self._display.say(f"warning: {line}")
         return session.run.path
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
@@ -204,6 +207,8 @@ class Trainer:
         # 6. β moves.
         moved, control = self._move(experience.scored)
 
+        # Read once: seconds and tokens per second are of the same span.
+        elapsed = clock.total
         after = replace(
             state,
             step=pending.step,
@@ -212,15 +217,17 @@ class Trainer:
             scores=seen,
             cursor=cursor,
             mixing=next_mixing(settings, experience, betas),
-            seconds=state.seconds + clock.total,
+            seconds=state.seconds + elapsed,
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
             **self._rollout_numbers(judged, scored, original_kl),
             **updates,
+            **charge_measures(settings, experience, betas),
             "objective/accounting_residual": account(settings, experience, betas),
             **control,
-            **_progress(clock, scored, after),
+            **clock.seconds,
+            **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
         session.state = after
@@ -395,12 +402,11 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
         )
 
 
-def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
+def _progress(elapsed: float, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
     """Where the run is, and how fast."""
     tokens = int(scored.rollout.response_mask.sum())
     return {
-        **clock.seconds,
-        "tokens_per_second": tokens / clock.total,
+        "tokens_per_second": tokens / elapsed,
         "step": after.step,
         "episodes": after.episodes,
         "seconds": after.seconds,

@@ -1,8 +1,8 @@
 """What a run is at the moment: its models, its state, its directory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import inf
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, log
 from pathlib import Path
 from time import monotonic
 
@@ -11,12 +11,13 @@ from kleash.kl.control.groups import Leash
 from kleash.models.reference_offload import anchor_at
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
-from kleash.storage.run_directory import RunWriter
+from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
 from kleash.training.metrics import Number
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
+from kleash.training.warning_signs import warning_signs
 
 
 @dataclass(eq=False)
@@ -81,6 +82,21 @@ class Session:
         if not logging.checkpoint_minutes or self.config.tripwires.then == "rollback":
             return False
         return monotonic() - self.saved_at >= 60 * logging.checkpoint_minutes
+
+    def note_warning_signs(self) -> list[str]:
+        """At the end of a run: what looks wrong in its numbers, also in run.json and as events.
+
+        Returns:
+            A sentence for each sign.
+        """
+        frontier = self.components.frontier
+        known = None if frontier is None else log(self.config.plan.responses)
+        signs = warning_signs(read_run(self.run.path).metrics, known_kl=known)
+        self.run.update_meta(warning_signs=[asdict(sign) for sign in signs])
+        lines = [f"{sign.sentence} (since step {sign.since})" for sign in signs]
+        for sign, line in zip(signs, lines, strict=True):
+            self.run.append_event(new_event(self.state.step, "alarm", line, sign=sign.name))
+        return lines
 
     def ensure_saved(self) -> Path:
         """The checkpoint of the run as it stands, written now if it is not there yet.
