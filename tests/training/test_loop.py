@@ -141,7 +141,10 @@ def test_a_run_starts_from_its_plan_and_is_measured_by_it(
     assert start["beta"] == row.beta.value
     first = cast(float, run.metrics[1]["objective/beta"])
     assert 0.75 * row.beta.value < first < row.beta.value
-    assert f"β starts near {row.beta.value:.4g}: the plan's for 0.1 nats" in capsys.readouterr().out
+    assert (
+        f"β starts near {row.beta.value:.4g}: the plan's for leash.target_kl 0.1"
+        in capsys.readouterr().out
+    )
     told = [line for line in run.metrics if "objective/kl_efficiency" in line]
     assert told and "objective/kl_efficiency" not in run.metrics[1]
     for line in told:

@@ -14,9 +14,10 @@ from kleash.training.warning_signs import STEPS, warning_signs
 KNOWN = 3.0
 
 
-def series(steps: int = 20, **last: float) -> list[dict[str, Any]]:
+def series(**last: float) -> list[dict[str, Any]]:
     """A sound run: its score rises, its KL stays at 2; `last` replaces numbers from step 11 on."""
-    sound = [{"step": 0, "heldout/gold": 1.0, "heldout/gold_se": 0.1}]
+    steps = 20
+    sound: list[dict[str, Any]] = [{"step": 0, "heldout/gold": 1.0, "heldout/gold_se": 0.1}]
     for step in range(1, steps + 1):
         done = step / steps
         line = {
