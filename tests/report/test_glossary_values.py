@@ -26,6 +26,7 @@ from kleash.storage.run_directory import read_run
 from kleash.training.loop import train
 from kleash.training.metrics import (
     account,
+    charge_measures,
     first_ratio_error,
     objective_measures,
     reward_measures,
@@ -129,6 +130,7 @@ def logged(scored: ScoredRollout, experience: Experience) -> dict[str, Any]:
         "policy/ratio_first_error": first_ratio_error(
             fresh_of(list(range(6))).logprobs, scored.rollout_logprobs, mask_of()
         ),
+        **charge_measures(SETTINGS, experience, BETA),
         "objective/accounting_residual": account(SETTINGS, experience, BETA),
         "value/explained_variance": explained_variance(
             scored.values, experience.returns, experience.mask
@@ -212,10 +214,15 @@ def test_standard_errors_are_clustered_by_prompt(
 
 def test_means_over_responses(scored: ScoredRollout, logged: dict[str, Any]) -> None:
     scores, spent = scored.scores.numpy(), tokens_of(scored.kl).sum(1)
+    first = tokens_of(scored.kl)[:, 0]
     expected = {
         "objective/scores": scores.mean(),
         "objective/non_score_reward": -BETA * spent.mean(),
         "objective/rlhf_reward": scores.mean() - BETA * spent.mean(),
+        "objective/trained_scores": scores.mean(),
+        # Placement exact: the rewards pay for the states after a token, so never for the first.
+        "objective/charge": BETA * (spent - first).mean(),
+        "objective/trained_reward": (scores - BETA * (spent - first)).mean(),
         "rollout/eos_fraction": 4 / 6,
         # 2 of 4, none, 2 of 2, none, 1 of 3, 2 of 3: texts without a pair do not count.
         "rollout/distinct_2": (2 / 4 + 2 / 2 + 1 / 3 + 2 / 3) / 4,
@@ -307,7 +314,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         heldout={"gold": {"callable": f"{__name__}:gold"}, "every": 1, "responses_per_prompt": 2},
         leash={"beta": None, "target_kl": 0.5, "initial_beta": 0.2},
         optimizer={"lr": 1e-3, "warmup_steps": 2, "schedule": "linear"},
-        ppo={"epochs": 2, "minibatches": 2},
+        algorithm={"epochs": 2, "minibatches": 2},
     ))  # fmt: skip
     return [dict(line) for line in read_run(folder / "out").metrics]
 

@@ -47,6 +47,14 @@ def test_a_run_leaves_everything_that_a_report_needs(material: Path, tmp_path: P
         assert cast(float, line["policy/ratio_first_error"]) < 1e-5
         assert abs(cast(float, line["rollout/kl_sampler"])) < 1e-4
         assert cast(float, line["objective/accounting_residual"]) < 1e-5
+        score, charge, reward = (
+            cast(float, line[f"objective/{key}"])
+            for key in ("trained_scores", "charge", "trained_reward")
+        )
+        assert reward == pytest.approx(score - charge, abs=1e-5)
+        # Placement reward_k1, all responses trained on.
+        k1 = cast(float, line["objective/kl_ref_k1"])
+        assert charge == pytest.approx(0.1 * k1, abs=1e-6)
         assert "kl" not in line
     assert {sample.kind for sample in run.samples} == {"worst", "random", "heldout"}
     assert sorted(p.name for p in run.path.iterdir()) == [
@@ -133,7 +141,10 @@ def test_a_run_starts_from_its_plan_and_is_measured_by_it(
     assert start["beta"] == row.beta.value
     first = cast(float, run.metrics[1]["objective/beta"])
     assert 0.75 * row.beta.value < first < row.beta.value
-    assert f"β starts near {row.beta.value:.4g}: the plan's for 0.1 nats" in capsys.readouterr().out
+    assert (
+        f"β starts near {row.beta.value:.4g}: the plan's for leash.target_kl 0.1"
+        in capsys.readouterr().out
+    )
     told = [line for line in run.metrics if "objective/kl_efficiency" in line]
     assert told and "objective/kl_efficiency" not in run.metrics[1]
     for line in told:
@@ -381,7 +392,7 @@ def test_an_output_that_is_taken(material: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds this run, finished"):
         train(config)
     with pytest.raises(RunError, match="already holds a run of another configuration"):
-        train(settings(material, tmp_path / "run", steps=2))
+        train(settings(material, tmp_path / "run", seed=2))
 
 
 def test_resuming_needs_the_reference_it_began_with(material: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
 Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
-with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted.
+with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by
+SIGTERM.
 """
 
 import json
@@ -59,6 +60,7 @@ app = App(
     version=__version__,
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
     result_action="return_value",
 )
 
@@ -87,8 +89,8 @@ def main() -> None:
         if "--debug" in arguments:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", getattr(error, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         raise SystemExit(0) from None
@@ -174,22 +176,22 @@ def train(
     arguments
         A YAML file or the name of a recipe, then overrides of its keys.
     resume
-        Continue the run in this directory from its newest checkpoint. The same command as
+        Continue the run in this directory from its newest checkpoint, with other values of keys
+        that change no step already made: --resume RUN --steps 200 extends it. The same command as
         before, with the same output, does it too.
     no_check
         Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
     path, overrides = split_overrides(arguments)
-    if resume is not None:
-        if path is not None or overrides:
-            raise UsageError("--resume takes everything from the run: give no CONFIG, no overrides")
-        path = resume / "config.yaml"
+    if resume is not None and path is not None:
+        raise UsageError("--resume takes its configuration from the run: give no CONFIG")
     from rich.console import Console
 
     from kleash.config.loading import load_config
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
+    from kleash.training.continuation import config_of_run
     from kleash.training.loop import Trainer
     from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
@@ -199,7 +201,11 @@ def train(
     if not is_leader():
         return serve_requests()
     with saying("train", Console()) as say:
-        config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
+        if resume is None:
+            config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
+        else:
+            config = config_of_run(resume, overrides)
+        config = _build_world(config, say)
     checked = partial(require_sound, status=partial(saying, "check", Console()))
     trainer = Trainer(
         config,

@@ -197,7 +197,10 @@ class LoggingConfig(Section):
     """Responses kept at each step: the farthest from the reference, then random ones. Each is read
     once more, for the words that both models thought likely at its tokens of largest KL."""
     checkpoint_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0: the last step only."""
+    """Steps between checkpoints; 0: by `checkpoint_minutes` and after the last step only."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Also a checkpoint after the first step that ends so many minutes after the last one: what a
+    crash can cost. 0: never, as with `tripwires.then: rollback`, which goes by steps alone."""
     keep: PositiveInt = 2
     """How many checkpoints to keep, beside the one with the best held-out objective."""
     spot_check_every: NonNegativeInt = 0

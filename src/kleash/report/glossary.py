@@ -106,17 +106,18 @@ GLOSSARY: tuple[Metric, ...] = (
     Metric(
         "objective/non_score_reward",
         "Penalty",
-        "What the leash costs: the KL part of the reward. Absent with GRPO.",
-        "−β · mean_y Σ_t kl_t",
+        "What the exact KL costs at β. What the rewards were charged, by the estimate of the "
+        "placement, is objective/charge. Absent with GRPO.",
+        "−β · mean_y Σ_t KL_t",
         "score",
         "at most a good part of the score gained",
     ),
     Metric(
         "objective/rlhf_reward",
         "Objective",
-        "What training maximises: the score less the price of the KL. Absent with GRPO, whose β is "
-        "not in score per nat.",
-        "mean(score) − β · mean_y Σ_t kl_t",
+        "What training maximises: the score less the price of the exact KL. Absent with GRPO, "
+        "whose β is not in score per nat.",
+        "mean(score) − β · mean_y Σ_t KL_t",
         "score",
         "rises; a fall while the score rises is a policy that overspends",
     ),
@@ -148,10 +149,38 @@ GLOSSARY: tuple[Metric, ...] = (
         "—",
     ),
     Metric(
+        "objective/trained_scores",
+        "Score trained on",
+        "The score part of the rewards, over the responses that were trained on; with GRPO in "
+        "standard deviations of a group, as are the next two.",
+        "mean_y score(x, y)",
+        "score",
+        "as objective/scores",
+    ),
+    Metric(
+        "objective/charge",
+        "Charge",
+        "What the placement took off the rewards for the KL: β times its own estimate, such as k1. "
+        "The part of the KL that is in the loss is not in it: 0 with the placements loss_*.",
+        "β · mean_y Σ_t charge_t",
+        "score",
+        "near −objective/non_score_reward with reward_k1, but for sampling noise",
+    ),
+    Metric(
+        "objective/trained_reward",
+        "Reward trained on",
+        "Sum of a response's rewards as the algorithm got them: objective/trained_scores less "
+        "objective/charge, but for objective/accounting_residual.",
+        "mean_y Σ_t reward_t",
+        "score",
+        "rises",
+    ),
+    Metric(
         "objective/accounting_residual",
         "Accounting residual",
-        "What is left of the identity objective = score − β·KL, computed by two routes.",
-        "|mean(objective) − (mean(score) − β · mean_y Σ_t kl_t)|",
+        "What is left of the identity reward = score − charge, computed by two routes: "
+        "objective/trained_reward less objective/trained_scores and objective/charge.",
+        "|mean_y Σ_t reward_t − (mean_y score − β · mean_y Σ_t charge_t)|",
         "score",
         "below 1e-5",
     ),

@@ -37,6 +37,9 @@ from kleash.storage.samples import Sample, read_number, read_sample, sample_line
 Status = Literal["running", "finished", "interrupted", "failed"]
 Metrics = dict[str, float | int | None]
 
+FORMAT = 2
+"""Of the directory, as `format` in run.json; runs from before there was a number are of format 1,
+which differs in nothing that is read. A new one where an older version would misread a run."""
 MAX_SAMPLES_PER_STEP = 64
 """More than this many responses kept at one step is a mistake of the caller."""
 _CONFIG, _META, _METRICS, _SAMPLES = "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"
@@ -105,7 +108,8 @@ class RunWriter:
         path = Path(path)
         if holds_run(path):
             raise _another_run(path)
-        meta = {"status": "running", "started": _now(), "ended": None, "message": None, **meta}
+        state = {"status": "running", "started": _now(), "ended": None, "message": None}
+        meta = {"format": FORMAT, **state, **meta}
         writer = cls(path, meta)
         existed, made = path.exists(), list[Path]()
         try:
@@ -135,7 +139,8 @@ class RunWriter:
             RunError: if the directory holds no readable run, or cannot be written.
         """
         run = read_run(path)
-        writer = cls(run.path, {**run.meta, "status": "running", "ended": None, "message": None})
+        state = {"format": FORMAT, "status": "running", "ended": None, "message": None}
+        writer = cls(run.path, {**run.meta, **state})
         writer._events = list(run.events)
         if (run.path / _EVENTS).exists():
             # Without the half line that a killed process may have left.
@@ -156,6 +161,31 @@ class RunWriter:
         replace_file(run.path / _METRICS, "".join(_json_line(line) for line in metrics))
         replace_file(run.path / _SAMPLES, "".join(sample_line(sample) for sample in samples))
         self._last_step = through_step
+
+    def change_config(
+        self,
+        config: Mapping[str, Any],
+        changes: Sequence[tuple[str, Any, Any]],
+        *,
+        after_step: int,
+    ) -> None:
+        """Go on with another configuration; run.json keeps each key's old and new value.
+
+        Args:
+            config: the resolved configuration from now on.
+            changes: dotted key, old value, new value.
+            after_step: the last step made with the old values.
+
+        Raises:
+            RunError: a file cannot be written.
+        """
+        made = [
+            {"after_step": after_step, "key": key, "old": old, "new": new}
+            for key, old, new in changes
+        ]
+        self.update_meta(changes=[*self._meta.get("changes", []), *made])
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=False)
+        replace_file(self.path / _CONFIG, text)
 
     @property
     def checkpoints(self) -> Path:
@@ -239,7 +269,7 @@ class RunWriter:
             self.close("finished")
             return
         if isinstance(error, KeyboardInterrupt):
-            status, message = "interrupted", "stopped by Ctrl-C"
+            status, message = "interrupted", str(error) or "stopped by Ctrl-C"
         else:
             status, message = "failed", str(error) or type(error).__name__
         # A full disk may refuse this line too; the first error is the one worth reading.
@@ -330,6 +360,12 @@ def _read_meta(file: Path) -> dict[str, Any]:
         raise RunError(
             f"{str(file)!r} must give a status out of {', '.join(_STATUSES)}, "
             f"got {meta.get('status')!r}"
+        )
+    number = meta.get("format", 1)
+    if number not in range(1, FORMAT + 1):
+        raise RunError(
+            f"{str(file)!r} says format {number!r}, which this version of kleash does not know "
+            f"(expected at most {FORMAT}); read it with the version that wrote it, or a newer one"
         )
     return meta
 

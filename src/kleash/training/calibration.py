@@ -24,6 +24,7 @@ from kleash.kl.control.groups import is_grouped, rows_by_group
 from kleash.kl.planning.initial_beta import Start, starting_beta
 from kleash.kl.planning.tilting import spread
 from kleash.models.policy import Identity
+from kleash.report.plan_page import start_sentence
 from kleash.storage.plan_file import Frontier, make_frontier
 from kleash.training.assembly import target_per_response
 from kleash.training.components import Components
@@ -177,17 +178,10 @@ def start_lines(leash: LeashConfig, starts: Mapping[str, Start]) -> list[str]:
 
 
 def _start_line(leash: LeashConfig, start: Start) -> str:
-    match start.source:
-        case "given":
-            how = "from leash.initial_beta"
-        case "plan":
-            target = target_per_response(leash, start.response_length)
-            how = f"the plan's for {target:.4g} nats"
-        case "edge":
-            how = f"carried on from the last β that the plan knows, because {start.reason}"
-        case _:
-            how = f"from the spread of the reference's scores, because {start.reason}"
-    return f"β starts near {start.beta:.4g}: {how}"
+    """In the words of `kleash plan`."""
+    if leash.target_kl is not None:
+        return start_sentence(f"leash.target_kl {leash.target_kl:g}", start)
+    return start_sentence(f"leash.target_kl_per_token {leash.target_kl_per_token:g}", start)
 
 
 def about(config: Config, reference: Identity, drawn: Drawn) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
 from kleash.training.evidence import PendingStep
+from kleash.training.interruption import RunInterrupted, StopRequest, catch_signals
 from kleash.training.kl_control import (
     controller_measures,
     leash_measures,
@@ -42,6 +43,7 @@ from kleash.training.metrics import (
     Clock,
     Number,
     account,
+    charge_measures,
     next_mixing,
     objective_measures,
     reward_measures,
@@ -122,6 +124,7 @@ class Trainer:
         Raises:
             KleashError: something the user can fix; nothing was begun if it shows at the start, and
                 the run directory says "failed" and why if it shows later.
+            RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
         """
         with leading() as group:
             self.session = session = open_session(
@@ -132,10 +135,11 @@ class Trainer:
                 rewards=self._rewards,
                 callbacks=self.callbacks,
             )
-            with session.run, self._trackers, self._display:
+            with session.run, self._trackers, self._display, catch_signals() as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
+                    self._stop_if_asked(stop)
                     pending = begin_step(session, pending)
                     try:
                         session.guard.require_checksums()
@@ -146,7 +150,25 @@ class Trainer:
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
+                for line in session.note_warning_signs():
+                    self._display.say(f"warning: {line}")
         return session.run.path
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """Save and end, between two steps, where a signal asked for it.
+
+        Raises:
+            RunInterrupted: it did; the message says where the run stands and how to go on.
+        """
+        if stop.signal is None:
+            return
+        session, step = self.session, self.session.state.step
+        checkpoint = session.ensure_saved()
+        raise RunInterrupted(
+            f"stopped by {stop.signal.name} after step {step} of {self.config.steps}; kept in "
+            f"{checkpoint}; go on with: kleash train --resume {session.run.path}",
+            exit_code=128 + stop.signal,
+        )
 
     def _step(self, pending: PendingStep) -> dict[str, Number]:
         """One rollout and its updates; every number of it goes into the run directory."""
@@ -191,6 +213,8 @@ class Trainer:
         # 6. β moves.
         moved, control = self._move(experience.scored)
 
+        # Read once: seconds and tokens per second are of the same span.
+        elapsed = clock.total
         after = replace(
             state,
             step=pending.step,
@@ -199,15 +223,17 @@ class Trainer:
             scores=seen,
             cursor=cursor,
             mixing=next_mixing(settings, experience, betas),
-            seconds=state.seconds + clock.total,
+            seconds=state.seconds + elapsed,
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
             **self._rollout_numbers(judged, scored, original_kl),
             **updates,
+            **charge_measures(settings, experience, betas),
             "objective/accounting_residual": account(settings, experience, betas),
             **control,
-            **_progress(clock, scored, after),
+            **clock.seconds,
+            **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
         session.state = after
@@ -382,12 +408,11 @@ def _require_reference_is_start(scored: ScoredRollout) -> None:
         )
 
 
-def _progress(clock: Clock, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
+def _progress(elapsed: float, scored: ScoredRollout, after: TrainingState) -> dict[str, Number]:
     """Where the run is, and how fast."""
     tokens = int(scored.rollout.response_mask.sum())
     return {
-        **clock.seconds,
-        "tokens_per_second": tokens / clock.total,
+        "tokens_per_second": tokens / elapsed,
         "step": after.step,
         "episodes": after.episodes,
         "seconds": after.seconds,

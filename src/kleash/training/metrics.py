@@ -1,8 +1,9 @@
 """What one step says about itself: named numbers from a scored rollout and its experience.
 
 Every key is defined, with its formula and unit, in `docs/metrics.md`. Three uses of the KL, three
-numbers: the KL *penalised* (`objective/non_score_reward` holds −β times it), the KL *controlled*
-and the KL *reported* (`objective/kl_ref`: exact, never clamped, with its standard error).
+numbers: the KL *charged* in the rewards, by the placement's own estimate (`objective/charge` holds
+β times it), the KL *controlled*, and the KL *reported* (`objective/kl_ref`: exact, never clamped,
+with its standard error; `objective/non_score_reward` holds −β times it).
 """
 
 import time
@@ -123,22 +124,27 @@ def variance_of(
     return float((scores - means[groups]).square().sum()) / freedom
 
 
+def charge_measures(settings: Settings, experience: Experience, beta: Beta) -> dict[str, Number]:
+    """What the rewards of a rollout were made of, each a mean over the responses trained on.
+
+    `trained_reward` is read off the rewards; `trained_scores − charge` must equal it to
+    `objective/accounting_residual`. All three in the units that β is a price in.
+    """
+    kept = experience.mask.any(-1)
+    scores = dispatch.trained_scores(experience.scored, settings)[kept].double()
+    charge = response_kl(_charge(settings, experience, beta), experience.mask).double()
+    rewards = response_kl(experience.rewards, experience.mask)[kept].double()
+    return {
+        "objective/trained_scores": float(scores.mean()),
+        "objective/charge": float((beta_of_each(beta, charge) * charge)[kept].mean()),
+        "objective/trained_reward": float(rewards.mean()),
+    }
+
+
 def account(settings: Settings, experience: Experience, beta: Beta) -> float:
     """The accounting identity, from the placement's charges computed apart from the rewards."""
-    scored = experience.scored
-    mask = scored.rollout.response_mask
-    if not beta_of_each(beta, scored.scores).any():
-        charge = torch.zeros_like(scored.kl)
-    else:
-        charge = charges(
-            settings.placement,
-            logprobs=scored.rollout_logprobs,
-            ref_logprobs=scored.ref_logprobs,
-            kl=scored.kl,
-            mask=mask,
-            mixing=settings.mixing,
-        )
-    scores = dispatch.trained_scores(scored, settings)
+    scores = dispatch.trained_scores(experience.scored, settings)
+    charge = _charge(settings, experience, beta)
     residual = accounting_residual(experience, scores, charge, beta=beta)
     size = 1 + float(experience.rewards.abs().sum(-1).max())
     if residual > _ACCOUNTING_TOLERANCE * size:
@@ -147,6 +153,21 @@ def account(settings: Settings, experience: Experience, beta: Beta) -> float:
             "of kleash, please report it with the run directory"
         )
     return residual
+
+
+def _charge(settings: Settings, experience: Experience, beta: Beta) -> Tensor:
+    """[batch, token] what the placement takes off the rewards, before β; 0 where β is."""
+    scored = experience.scored
+    if not beta_of_each(beta, scored.scores).any():
+        return torch.zeros_like(scored.kl)
+    return charges(
+        settings.placement,
+        logprobs=scored.rollout_logprobs,
+        ref_logprobs=scored.ref_logprobs,
+        kl=scored.kl,
+        mask=scored.rollout.response_mask,
+        mixing=settings.mixing,
+    )
 
 
 LARGEST_MIXING = 1.0

@@ -46,6 +46,10 @@ class TrainingDisplay:
         for line in event.lines:
             print_log_line(self._console, line)
 
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        print_log_line(self._console, line)
+
     def on_refusal(self, event: RefusalEvent) -> None:
         """Print that a step was refused, and why."""
         print_log_line(self._console, f"step {event.step} refused: {event.reason}")

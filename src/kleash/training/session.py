@@ -1,20 +1,23 @@
 """What a run is at the moment: its models, its state, its directory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, log
+from pathlib import Path
+from time import monotonic
 
 from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
 from kleash.models.reference_offload import anchor_at
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
-from kleash.storage.run_directory import RunWriter
+from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
 from kleash.training.metrics import Number
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
+from kleash.training.warning_signs import warning_signs
 
 
 @dataclass(eq=False)
@@ -33,6 +36,8 @@ class Session:
     """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
+    saved_at: float = field(default_factory=lambda: monotonic())
+    """When this process began or last wrote a checkpoint, on its own clock in seconds."""
 
     def reanchor_if_due(self) -> None:
         """Tie the leash to the policy as it now is, where the configuration says so."""
@@ -52,24 +57,67 @@ class Session:
         Raises:
             RunError: a reference changed, or the checkpoint cannot be written.
         """
-        every, step = self.config.logging.checkpoint_every, self.state.step
-        if step < self.config.steps and not (every and step % every == 0):
+        if not self._is_save_due():
             return
         self.guard.require_hashes()
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
-            self.state = replace(self.state, best_step=step, best_objective=objective)
+            self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
         self.save(keep=self.config.logging.keep)
         self.run.update_meta(
             best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
         )
 
-    def save(self, *, keep: int) -> None:
+    def _is_save_due(self) -> bool:
+        """After the last step, every so many steps, or once so many minutes are at risk.
+
+        A run that rolls back keeps checkpoints by steps alone: to which it goes back must not
+        depend on how fast the machine is.
+        """
+        logging, step = self.config.logging, self.state.step
+        if step == self.config.steps:
+            return True
+        if logging.checkpoint_every and step % logging.checkpoint_every == 0:
+            return True
+        if not logging.checkpoint_minutes or self.config.tripwires.then == "rollback":
+            return False
+        return monotonic() - self.saved_at >= 60 * logging.checkpoint_minutes
+
+    def note_warning_signs(self) -> list[str]:
+        """At the end of a run: what looks wrong in its numbers, also in run.json and as events.
+
+        Returns:
+            A sentence for each sign.
+        """
+        frontier = self.components.frontier
+        known = None if frontier is None else log(self.config.plan.responses)
+        signs = warning_signs(read_run(self.run.path).metrics, known_kl=known)
+        self.run.update_meta(warning_signs=[asdict(sign) for sign in signs])
+        lines = [f"{sign.sentence} (since step {sign.since})" for sign in signs]
+        for sign, line in zip(signs, lines, strict=True):
+            self.run.append_event(new_event(self.state.step, "alarm", line, sign=sign.name))
+        return lines
+
+    def ensure_saved(self) -> Path:
+        """The checkpoint of the run as it stands, written now if it is not there yet.
+
+        Raises:
+            RunError: a reference changed, or the checkpoint cannot be written.
+        """
+        for checkpoint in list_checkpoints(self.run.checkpoints):
+            if step_of(checkpoint) == self.state.step:
+                return checkpoint
+        self.guard.require_hashes()
+        return self.save(keep=self.config.logging.keep)
+
+    def save(self, *, keep: int) -> Path:
         """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
         path = save_run_state(
             self.run.checkpoints, self.components, self.state, self.guard.original, keep=keep
         )
+        self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
+        return path
 
     def restore(self, step: int) -> None:
         """Everything as it was when the checkpoint of that step was written."""

@@ -11,18 +11,18 @@ import torch
 import yaml
 
 from kleash.algorithms.rewards import ScoreStatistics
-from kleash.config.loading import dump_config, parse_config
+from kleash.config.loading import dump_config
 from kleash.config.schema import Config
-from kleash.errors import RunError
 from kleash.kl.control.groups import Leash
 from kleash.kl.planning.initial_beta import Start
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
-from kleash.storage.run_directory import Run, RunWriter, holds_run, read_run
+from kleash.storage.run_directory import RunWriter
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
+from kleash.training.continuation import find_run
 from kleash.training.metadata import run_meta
 from kleash.training.process_group import WorkerGroup
 from kleash.training.recovery import undone_in_memory
@@ -63,9 +63,8 @@ def open_session(
         KleashError: something the user can fix; nothing was begun.
     """
     path = Path(config.output)
-    begun = holds_run(path)
-    if begun:
-        _require_same_run(config, read_run(path))
+    found = find_run(config)
+    begun = found is not None
     torch.manual_seed(config.seed)
     components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
     warnings = preflight(config, components) if preflight is not None and not begun else []
@@ -79,8 +78,11 @@ def open_session(
         components = replace(components, reference=anchor)
         guard = ReferenceGuard.of(components.original, anchor)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
-    if begun:
+    tree = yaml.safe_load(dump_config(config))
+    if found is not None:
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
+        if found.changes:
+            run.change_config(tree, found.changes, after_step=state.step)
     else:
         meta = run_meta(
             config,
@@ -90,7 +92,6 @@ def open_session(
             state=state,
             undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
         )
-        tree = yaml.safe_load(dump_config(config))
         run = RunWriter.create(path, config=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None:
         write_frontier(path / PLAN_FILE, frontier)
@@ -124,17 +125,3 @@ def _begin(config: Config, components: Components) -> tuple[Frontier | None, Tra
 
 def _leash(config: Config, starts: Mapping[str, Start]) -> Leash:
     return make_leash(config.leash, starts=starts, responses_per_step=config.responses_per_step)
-
-
-def _require_same_run(config: Config, run: Run) -> None:
-    """An output directory is free, or holds this very run, unfinished."""
-    if parse_config(dict(run.config), where=f"{run.path}/config.yaml") != config:
-        raise RunError(
-            f"{config.output!r} already holds a run of another configuration; give another output "
-            "directory, or move that run away"
-        )
-    if run.status == "finished":
-        raise RunError(
-            f"{config.output!r} already holds this run, finished; give another output directory, "
-            "or move it away"
-        )

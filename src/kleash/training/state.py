@@ -116,7 +116,15 @@ def restore_run_state(
     """
     verify_checkpoint(directory)
     record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
-    _require_reference(directory, record["reference"], reference)
+    try:
+        state = _state_of(record)
+        _require_reference(directory, record["reference"], reference)
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"the checkpoint {directory} was written by another version of kleash (its state.json "
+            f"is not as expected: {error}); continue the run with that version: see `versions` in "
+            "its run.json"
+        ) from None
     components.policy.restore(directory / "policy")
     device = components.policy.device
     if components.value is not None:
@@ -125,6 +133,10 @@ def restore_run_state(
     moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
     components.optimizer.load_state_dict(moments)
     restore_random_states(load_tensors(directory / "random.safetensors"))
+    return state
+
+
+def _state_of(record: Mapping[str, Any]) -> TrainingState:
     return TrainingState(
         step=record["step"],
         episodes=record["episodes"],

@@ -1,5 +1,9 @@
-"""Metrics to TensorBoard, Weights & Biases or trackio, through accelerate."""
+"""Metrics to TensorBoard, Weights & Biases or trackio, through accelerate.
 
+What they write to the disk lies in the run directory; a `TRACKIO_DIR` that is set already stays.
+"""
+
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +37,14 @@ class Trackers:
 
     def __enter__(self) -> "Trackers":
         if self._names:
-            folder = str(self._directory)
-            self._accelerator = Accelerator(log_with=self._names, project_dir=folder)
-            self._accelerator.init_trackers(self._directory.name)
+            run = self._directory.resolve()
+            # TensorBoard's files go into project_dir/name, which is the run directory itself.
+            self._accelerator = Accelerator(log_with=self._names, project_dir=str(run.parent))
+            if "trackio" in self._names:
+                # Read when trackio is imported; it has no argument for it.
+                os.environ.setdefault("TRACKIO_DIR", str(run / "trackio"))
+            options = {"wandb": {"dir": str(run)}} if "wandb" in self._names else {}
+            self._accelerator.init_trackers(run.name, init_kwargs=options)
         return self
 
     def __exit__(

@@ -29,6 +29,7 @@ from kleash.training.distributed import (
     strides,
     together,
 )
+from kleash.training.interruption import catch_signals
 from kleash.training.process_group import Message, WorkerGroup, is_distributed, join
 
 
@@ -83,8 +84,16 @@ def assemble_everywhere(group: WorkerGroup, config: Config) -> Components:
 
 
 def serve_requests() -> None:
-    """Do the leader's jobs until it says that the run ends."""
-    group, worker = join(), None
+    """Do the leader's jobs until it says that the run ends.
+
+    A first signal is left to the leader, which finishes the step and then says so.
+    """
+    with catch_signals(notice=False):
+        _serve(join())
+
+
+def _serve(group: WorkerGroup) -> None:
+    worker = None
     while (message := group.receive()).name != "end":
         try:
             if message.name == "assemble":

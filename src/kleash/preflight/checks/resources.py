@@ -66,6 +66,9 @@ def undo(trial: Trial) -> Finding:
     every = config.logging.checkpoint_every
     if every:
         return check.ok(f"back to the last checkpoint, at most {every} steps")
+    minutes = config.logging.checkpoint_minutes
+    if minutes:
+        return check.ok(f"back to the last checkpoint, about {minutes:g} minutes at most")
     return check.warn(
         "back to the beginning of the run",
         f"No copy is kept of what learns (it would take {size}), and no checkpoint is written "
