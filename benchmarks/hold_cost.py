@@ -27,14 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kleash.training.loop
 from kleash.algorithms.rewards import ScoreStatistics
-from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.loading import load_config, parse_config
 from kleash.config.recipe_library import FOLDER
 from kleash.kl.control.controllers import BudgetBeta
 from kleash.kl.control.groups import OTHERS
 from kleash.models.fingerprint import weights_sha256
 from kleash.models.loading import quiet
 from kleash.models.policy import Identity
-from kleash.playground.build import build_world
+from kleash.playground.build import build_world, with_world
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.atomic_directories import drop_directory
 from kleash.storage.run_directory import read_run

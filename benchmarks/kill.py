@@ -33,10 +33,10 @@ import torch
 import kleash.training.distributed
 import kleash.training.loop
 import kleash.training.recovery
-from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.loading import load_config, parse_config
 from kleash.config.recipe_library import FOLDER
 from kleash.config.schema import Config
-from kleash.playground.build import build_world
+from kleash.playground.build import build_world, with_world
 from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
 from kleash.storage.run_directory import holds_run, read_run
 from kleash.training.state import latest_checkpoint

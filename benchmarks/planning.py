@@ -12,13 +12,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from kleash.cli.main import _build_world  # pyright: ignore[reportPrivateUsage]
 from kleash.cli.plan import PlanRequest, plan
 from kleash.config.loading import load_config
 from kleash.config.schema import Config
 from kleash.kl.control.controllers import initial_beta
 from kleash.kl.planning.frontier import PlanRow, plan_for_budgets
 from kleash.kl.planning.tilting import spread
+from kleash.playground.build import with_world
 from kleash.storage.plan_file import PLAN_FILE, Frontier, read_frontier, write_frontier
 from kleash.storage.run_directory import Run, holds_run, read_run
 from kleash.training.loop import train
@@ -64,7 +64,7 @@ def _config(arguments: argparse.Namespace, overrides: dict[str, object]) -> Conf
     texts = {key: str(value) for key, value in overrides.items()}
     if arguments.world is not None:
         texts["world"] = str(arguments.world)
-    return _build_world(load_config(arguments.recipe, texts, base=arguments.recipe), print)
+    return with_world(load_config(arguments.recipe, texts, base=arguments.recipe))
 
 
 def _run(

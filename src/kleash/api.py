@@ -16,10 +16,10 @@ import yaml
 
 from kleash.cli.plan import plan as make_plan
 from kleash.cli.plan import plan_request
-from kleash.config.loading import dump_config, load_config, make_config, with_world
+from kleash.config.loading import dump_config, load_config, make_config
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, RunError
-from kleash.playground.build import build_world
+from kleash.playground.build import with_world
 from kleash.preflight.findings import Report
 from kleash.preflight.runner import check as run_checks
 from kleash.preflight.runner import require_sound
@@ -212,7 +212,7 @@ def _configuration(
         if rewards:
             tree["reward_models"] = {name: {"callable": _name(r)} for name, r in rewards.items()}
         made = make_config(tree, texts)
-    return made if made.world is None else with_world(made, build_world(made.world))
+    return with_world(made)
 
 
 def _name(reward: Reward) -> str:

@@ -11,11 +11,11 @@ from kleash.config.loading import (
     dump_config,
     load_config,
     parse_config,
-    with_world,
 )
 from kleash.config.schema import Config, RewardConfig
 from kleash.errors import ConfigError, UsageError
 from kleash.models.async_calls import CallLimits
+from kleash.playground.build import with_world
 
 FOLLOWS = minimal(leash={"target_kl": 5})
 STOPS = minimal(tripwires={"stop_kl": 5})

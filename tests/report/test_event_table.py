@@ -42,7 +42,7 @@ def test_where_a_comparison_goes(tmp_path):
 def test_what_cannot_be_reported_is_said(tmp_path):
     with pytest.raises(RunError, match="at least one"):
         write_report([])
-    RunWriter.create(tmp_path / "run", config={}, meta={})
+    RunWriter.create(tmp_path / "run", settings={}, meta={})
     with pytest.raises(RunError, match="no step to report"):
         write_report([tmp_path / "run"])
     path = write_synthetic_run(tmp_path / "other", steps=2)

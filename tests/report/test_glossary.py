@@ -5,7 +5,8 @@ from pathlib import Path
 
 from synthetic_run import write_synthetic_run
 
-from kleash.report.glossary import GLOSSARY, define, markdown
+from kleash.report.glossary import GLOSSARY, define
+from kleash.report.glossary_page import markdown
 from kleash.storage.run_directory import read_run
 
 ROOT = Path(__file__).parents[2]

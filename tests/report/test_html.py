@@ -65,7 +65,7 @@ def test_hostile_names_are_text(browser, tmp_path):
     folder = tmp_path / name
     config = {"a": "</pre><script>alert(2)</script>"}
     meta = {"seed": "<b>1</b>", "started": "<script>alert(3)</script>", "argv": ["\ud800<i>"]}
-    with RunWriter.create(folder, config=config, meta=meta) as run:
+    with RunWriter.create(folder, settings=config, meta=meta) as run:
         for step in (1, 2):
             run.append_metrics({"step": step, "objective/scores": 1.0, "reward/<script>x": 1.0,
                                 "reward/</script>\u202e": 2.0})  # fmt: skip

@@ -47,7 +47,7 @@ def test_runs_are_overlaid(tmp_path):
 
 
 def test_a_bare_run_still_has_charts(tmp_path):
-    with RunWriter.create(tmp_path / "run", config={}, meta={}) as run:
+    with RunWriter.create(tmp_path / "run", settings={}, meta={}) as run:
         run.append_metrics({"step": 0, "heldout/gold": 1.0})
         run.append_metrics({"step": 1, "objective/kl_ref": 0.0, "objective/scores": math.nan})
         run.append_metrics({"step": 2, "objective/kl_ref": math.inf, "reward/a\ud800<b>": 1.0})

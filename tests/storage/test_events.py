@@ -10,7 +10,7 @@ from kleash.storage.run_directory import RunWriter, read_run
 
 
 def writer(path: Path) -> RunWriter:
-    return RunWriter.create(path, config={}, meta={})
+    return RunWriter.create(path, settings={}, meta={})
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

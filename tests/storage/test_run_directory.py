@@ -19,7 +19,7 @@ from kleash.training.evaluation import rows_to_keep
 
 
 def begin(path):
-    return RunWriter.create(path, config={"beta": 0.1, "kind": None}, meta={"seed": 3})
+    return RunWriter.create(path, settings={"beta": 0.1, "kind": None}, meta={"seed": 3})
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -196,7 +196,7 @@ def test_places_that_cannot_be_written(tmp_path):
 
 def test_a_config_that_is_not_plain_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="expected plain values"):
-        RunWriter.create(tmp_path / "run", config={"a": object()}, meta={})
+        RunWriter.create(tmp_path / "run", settings={"a": object()}, meta={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,7 +49,7 @@ def write_synthetic_run(
         "seed": seed,
         "reference": {"path": "models/sft", "sha256": "9f2c" * 16},
     }
-    with RunWriter.create(path, config=config, meta=meta) as run:
+    with RunWriter.create(path, settings=config, meta=meta) as run:
         for step in range(1, steps + 1):
             run.append_metrics(_metrics(step, steps, target, beta, gold_falls, rng))
             if step == 1 or step % max(1, steps // 6) == 0:

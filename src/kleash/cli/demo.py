@@ -27,11 +27,11 @@ from kleash.cli.demo_output import (
     row_of,
 )
 from kleash.cli.plan import PlanRequest, plan, plan_sentences, write_plan
-from kleash.config.loading import load_config, parse_config, with_world
+from kleash.config.loading import load_config, parse_config
 from kleash.config.recipe_library import recipe_named
 from kleash.config.schema import Config
 from kleash.errors import RunError
-from kleash.playground.build import build_world
+from kleash.playground.build import build_world, with_world
 from kleash.preflight.runner import check
 from kleash.preflight.runtime_monitor import RuntimeMonitor
 from kleash.report.html import write_report

@@ -8,7 +8,6 @@ SIGTERM.
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -34,7 +33,7 @@ from kleash.kl.discrete import explicit_kl
 from kleash.kl.sampled import sampled_explicit_kl
 
 if TYPE_CHECKING:
-    from kleash.config.schema import Config
+    pass
 
 _EXAMPLES = """Examples:
 
@@ -189,6 +188,7 @@ def train(
     from rich.console import Console
 
     from kleash.config.loading import load_config
+    from kleash.playground.build import with_world
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
     from kleash.training.continuation import config_of_run
@@ -205,7 +205,8 @@ def train(
             config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
         else:
             config = config_of_run(resume, overrides)
-        config = _build_world(config, say)
+        say("building the embedded world, where there is one")
+        config = with_world(config)
     checked = partial(require_sound, status=partial(saying, "check", Console()))
     trainer = Trainer(
         config,
@@ -261,6 +262,7 @@ def check(
         report = read_framework(framework, arguments)
     else:
         from kleash.config.loading import load_config
+        from kleash.playground.build import with_world
         from kleash.preflight.checks.reward_model import read_pairs
         from kleash.preflight.runner import check as examine
         from kleash.training.progress import saying
@@ -268,7 +270,7 @@ def check(
         path, overrides = split_overrides(arguments)
         quiet_libraries()
         with saying("check", Console(quiet=as_json)) as say:
-            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
+            config = with_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say))
             given = read_pairs(pairs) if pairs else ()
             report = examine(config, quick=quick, pairs=given, say=say)
     if as_json:
@@ -277,16 +279,6 @@ def check(
         print_report(report, Console(highlight=False))
     if report.fails:
         raise SystemExit(5)
-
-
-def _build_world(config: "Config", say: Callable[[str], object]) -> "Config":
-    if config.world is None:
-        return config
-    say("building the embedded world")
-    from kleash.config.loading import with_world
-    from kleash.playground.build import build_world
-
-    return with_world(config, build_world(config.world))
 
 
 @app.command(
@@ -342,6 +334,7 @@ def plan_command(
 
     from kleash.cli import plan as planning
     from kleash.config.loading import load_config
+    from kleash.playground.build import with_world
     from kleash.storage.atomic_files import plain_json
     from kleash.storage.plan_file import frontier_json
     from kleash.training.progress import saying
@@ -354,7 +347,7 @@ def plan_command(
         sizes = {"plan.responses": responses, "plan.prompts": prompts}
         overrides |= {key: str(size) for key, size in sizes.items() if size is not None}
         with saying("plan", Console(quiet=as_json)) as say:
-            config = _build_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say), say)
+            config = with_world(load_config(path, overrides, base=_EMBEDDED_WORLD, say=say))
         request = planning.plan_request(config.leash, betas=betas, budgets=budgets)
         frontier = planning.plan(config, request)
     sentences = planning.plan_sentences(frontier, request)

@@ -32,7 +32,7 @@ def config_differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def resumable_change(key: str, config: Config) -> bool:
+def resumable_change(key: str, *, schedule: str) -> bool:
     """Whether a run may be continued with another value of a key.
 
     It may where every step already made would have been made the same under the new value, up to
@@ -44,9 +44,9 @@ def resumable_change(key: str, config: Config) -> bool:
 
     Args:
         key: a dotted key, as `config_differences` returns it.
-        config: the configuration that the steps were made with.
+        schedule: `optimizer.schedule`, by which the steps were made.
     """
-    if key == "steps" and config.optimizer.schedule != "constant":
+    if key == "steps" and schedule != "constant":
         return False
     return key in _SAFE_KEYS or key.split(".")[0] in _SAFE_SECTIONS
 

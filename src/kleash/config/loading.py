@@ -102,12 +102,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def with_world(config: Config, directory: Path) -> Config:
-    """Put the directory of the embedded world where the configuration says `{world}`."""
-    text = dump_config(config).replace("{world}", str(directory))
-    return parse_config(yaml.safe_load(text), where="the embedded world's configuration")
-
-
 def key_of_flag(flag: str) -> Key:
     """The key that an option names, without its dashes.
 

@@ -25,8 +25,11 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from kleash.config.loading import dump_config, parse_config
+from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.models.loading import quiet
 from kleash.models.policy import Policy, load_policy
@@ -97,6 +100,20 @@ def cache_root() -> Path:
 def world_directory(seed: int, settings: WorldSettings | None = None) -> Path:
     """The cache directory of a world: its name tells seed, settings and the code that builds it."""
     return cache_root() / f"world-{seed}-{_recipe(settings or WorldSettings())[:12]}"
+
+
+def with_world(config: Config, world: Path | None = None) -> Config:
+    """Put the directory of the embedded world where the configuration says `{world}`.
+
+    Args:
+        config: unchanged if it names no world.
+        world: the directory; built, or found in the cache, by the seed `world` unless given.
+    """
+    if world is None and config.world is None:
+        return config
+    folder = build_world(config.world or 0) if world is None else world
+    text = dump_config(config).replace("{world}", str(folder))
+    return parse_config(yaml.safe_load(text), where="the embedded world's configuration")
 
 
 def build_world(

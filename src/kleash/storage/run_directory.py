@@ -79,7 +79,7 @@ class RunWriter:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "first"
-        >>> with RunWriter.create(path, config={"beta": 0.1}, meta={"seed": 0}) as run:
+        >>> with RunWriter.create(path, settings={"beta": 0.1}, meta={"seed": 0}) as run:
         ...     run.append_metrics({"step": 1, "objective/kl_ref": 0.25})
         >>> read_run(path).status, read_run(path).metrics
         ('finished', [{'step': 1, 'objective/kl_ref': 0.25}])
@@ -93,13 +93,13 @@ class RunWriter:
 
     @classmethod
     def create(
-        cls, path: Path | str, *, config: Mapping[str, Any], meta: Mapping[str, Any]
+        cls, path: Path | str, *, settings: Mapping[str, Any], meta: Mapping[str, Any]
     ) -> "RunWriter":
         """Begin a new run.
 
         Args:
             path: the run directory; made if missing.
-            config: the resolved configuration, of plain values.
+            settings: the resolved configuration, of plain values.
             meta: what identifies the run: argv, versions, seed, reference, ...
 
         Raises:
@@ -117,7 +117,7 @@ class RunWriter:
             for name in (_METRICS, _SAMPLES):
                 _claim(path / name)
                 made.append(path / name)
-            text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=False)
+            text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=False)
             replace_file(path / _CONFIG, text)
             made.append(path / _CONFIG)
             writer._write_meta()
@@ -164,7 +164,7 @@ class RunWriter:
 
     def change_config(
         self,
-        config: Mapping[str, Any],
+        settings: Mapping[str, Any],
         changes: Sequence[tuple[str, Any, Any]],
         *,
         after_step: int,
@@ -172,7 +172,7 @@ class RunWriter:
         """Go on with another configuration; run.json keeps each key's old and new value.
 
         Args:
-            config: the resolved configuration from now on.
+            settings: the resolved configuration from now on.
             changes: dotted key, old value, new value.
             after_step: the last step made with the old values.
 
@@ -184,7 +184,7 @@ class RunWriter:
             for key, old, new in changes
         ]
         self.update_meta(changes=[*self._meta.get("changes", []), *made])
-        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=False)
+        text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=False)
         replace_file(self.path / _CONFIG, text)
 
     @property

@@ -38,13 +38,17 @@ def find_run(config: Config) -> EarlierRun | None:
     run = read_run(path)
     before = parse_config(dict(run.config), where=f"{run.path}/config.yaml")
     changes = config_differences(before, config)
-    fatal = [change for change in changes if not resumable_change(change[0], before)]
+    fatal = [
+        change
+        for change in changes
+        if not resumable_change(change[0], schedule=before.optimizer.schedule)
+    ]
     if fatal:
         raise RunError(
             f"{config.output!r} already holds a run of another configuration ({_listed(fatal)}); "
             "leave these as they were to continue it, or give another output directory"
         )
-    _require_steps_left(run, config)
+    _require_steps_left(run, steps=config.steps)
     return EarlierRun(changes)
 
 
@@ -79,7 +83,7 @@ def _require_free(path: Path) -> None:
         )
 
 
-def _require_steps_left(run: Run, config: Config) -> None:
+def _require_steps_left(run: Run, *, steps: int) -> None:
     """A run has steps to make, and weights to make them from.
 
     Raises:
@@ -94,15 +98,15 @@ def _require_steps_left(run: Run, config: Config) -> None:
                 f"the run in {str(run.path)!r} made {made} steps and holds no checkpoint, so it "
                 "cannot be continued: move it away, or give another output directory, to begin anew"
             )
-    if config.steps < done:
+    if steps < done:
         raise RunError(
-            f"`steps: {config.steps}` is fewer than the {done} that the run has made; leave it out "
+            f"`steps: {steps}` is fewer than the {done} that the run has made; leave it out "
             "or give more"
         )
-    if run.status == "finished" and config.steps == done:
+    if run.status == "finished" and steps == done:
         raise RunError(
-            f"{config.output!r} already holds this run, finished after step {done} of "
-            f"{config.steps}: give more `steps` to extend it, or another output directory"
+            f"{str(run.path)!r} already holds this run, finished after step {done} of "
+            f"{steps}: give more `steps` to extend it, or another output directory"
         )
 
 

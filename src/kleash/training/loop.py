@@ -194,13 +194,7 @@ class Trainer:
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
-        # Looked at closely while the policy is still the one that wrote them.
-        reader = SampleReader(
-            components.policy, components.reference, components.sampling.temperature
-        )
-        samples = reader.training_samples(
-            scored, judged, step=pending.step, count=config.logging.samples_per_step
-        )
+        samples = self._samples(judged, scored, pending.step)
 
         # 4–5. Rewards, advantages, clipped updates.
         with clock.measure("time/update"):
@@ -317,6 +311,15 @@ class Trainer:
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
         pending.within_bounds = True
+
+    def _samples(self, judged: JudgedResponses, scored: ScoredRollout, step: int) -> list[Sample]:
+        """Responses to keep, read closely while the policy is still the one that wrote them."""
+        components = self.session.components
+        reader = SampleReader(
+            components.policy, components.reference, components.sampling.temperature
+        )
+        count = self.config.logging.samples_per_step
+        return reader.training_samples(scored, judged, step=step, count=count)
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""

@@ -13,8 +13,6 @@ import yaml
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
-from kleash.kl.control.groups import Leash
-from kleash.kl.planning.initial_beta import Start
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
@@ -92,13 +90,15 @@ def open_session(
             state=state,
             undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
         )
-        run = RunWriter.create(path, config=tree, meta={**meta, "warnings": warnings})
+        run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None:
         write_frontier(path / PLAN_FILE, frontier)
     return Session(
         config=config,
         components=replace(components, frontier=frontier),
-        leash=_leash(config, state.starts),
+        leash=make_leash(
+            config.leash, starts=state.starts, responses_per_step=config.responses_per_step
+        ),
         state=state,
         run=run,
         guard=guard,
@@ -112,16 +112,15 @@ def _begin(config: Config, components: Components) -> tuple[Frontier | None, Tra
     """Look at the scores before the first update where something depends on them."""
     begun = begin(config, components)
     initial = config.score_normalisation == "initial"
+    leash = make_leash(
+        config.leash, starts=begun.starts, responses_per_step=config.responses_per_step
+    )
     return begun.frontier, TrainingState(
         step=0,
         episodes=0,
-        betas=_leash(config, begun.starts).init(),
+        betas=leash.init(),
         scores=begun.statistics if initial else ScoreStatistics(),
         cursor=PromptCursor(size=len(components.prompts), seed=config.seed),
         mixing=components.settings.mixing,
         starts=begun.starts,
     )
-
-
-def _leash(config: Config, starts: Mapping[str, Start]) -> Leash:
-    return make_leash(config.leash, starts=starts, responses_per_step=config.responses_per_step)

@@ -51,16 +51,6 @@ def leading() -> Generator[WorkerGroup | None]:
         group.leave()
 
 
-def _require_shareable(config: Config) -> None:
-    found = {
-        "reference.kind: cached": config.reference.kind == "cached",
-        "leash.reanchor_every": config.leash.reanchor_every is not None,
-        "logging.trackers": bool(config.logging.trackers),
-    }
-    for key in (key for key, there in found.items() if there):
-        raise ConfigError(f"`{key}` does not go with several processes: leave it out, or run one")
-
-
 def assemble_everywhere(group: WorkerGroup, config: Config) -> Components:
     """Have every process load the models; they must be the same.
 
@@ -69,7 +59,13 @@ def assemble_everywhere(group: WorkerGroup, config: Config) -> Components:
         KleashError: a process cannot load them.
         ModelError: a process has another reference.
     """
-    _require_shareable(config)
+    unshareable = {
+        "reference.kind: cached": config.reference.kind == "cached",
+        "leash.reanchor_every": config.leash.reanchor_every is not None,
+        "logging.trackers": bool(config.logging.trackers),
+    }
+    for key in (key for key, there in unshareable.items() if there):
+        raise ConfigError(f"`{key}` does not go with several processes: leave it out, or run one")
     group.send(Message("assemble", {"config": dump_config(config)}))
     components, messages = together(group, lambda: assemble(config))
     components = replace(components, workers=Workers(group, components.parameters()))
