@@ -129,7 +129,7 @@ def build_world(
         seed: decides everything random.
         directory: where the world goes; None: its place in the cache.
         settings: sizes and learning rates; None: the demo's.
-        say: told at the start of each phase what is being done.
+        say: called at the start of each phase with what is being done.
 
     Returns:
         The directory: `policy/`, `reward_model/`, `prompts.jsonl`, `heldout.jsonl`, `world.json`.

@@ -291,10 +291,10 @@ def _groups(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> list[st
 
 
 def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> None:
-    """Every target is some prompt's.
+    """Every target belongs to a prompt.
 
     Raises:
-        PromptError: one is nobody's.
+        PromptError: leash.groups names a group that no prompt has.
     """
     leashes = leash.each()
     unused = sorted(leashes.keys() - {group_of(prompt.group, leashes) for prompt in prompts})

@@ -36,7 +36,7 @@ class Beginning:
 
     Attributes:
         statistics: of the scores, for normalisation; empty if nobody looked.
-        starts: where the moving β of each group starts; empty where it does not move, or was told.
+        starts: where the moving β of each group starts; empty where it does not move, or was given.
         frontier: the plan; None if nobody looked, or it is not in the units of training.
     """
 

@@ -62,30 +62,30 @@ def read_groups(
 def measurements(
     readings: Mapping[str, Reading], starts: Mapping[str, Start], *, follow_scores: bool
 ) -> dict[str, Measurement]:
-    """What each controller is told.
+    """What each controller measures.
 
     Under a target per token the reading is that of responses as long as the reference's, which is
     what the controller's target is of.
 
     Args:
         readings: of this step.
-        starts: where each β started, as far as it was not told.
+        starts: where each β started, where it was not given.
         follow_scores: whether β goes on following the spread of the scores it came from; a
             starting β that was given is taken at its word.
     """
-    told: dict[str, Measurement] = {}
+    measured: dict[str, Measurement] = {}
     for group, reading in readings.items():
         start, error = starts.get(group), reading.kl.standard_error
         longer = 1.0
         if start is not None and start.response_length is not None:
             longer = start.response_length / reading.length
-        told[group] = Measurement(
+        measured[group] = Measurement(
             response_kl=longer * reading.kl.mean,
             standard_error=float("nan") if error is None else longer * error,
             responses=reading.kl.n,
             score_variance=reading.variance if follow_scores else None,
         )
-    return told
+    return measured
 
 
 def leash_measures(
@@ -147,19 +147,19 @@ def _efficiency(
 
 
 def controller_measures(
-    leash: Leash, before: States, told: Mapping[str, Measurement], after: States
+    leash: Leash, before: States, measured: Mapping[str, Measurement], after: States
 ) -> dict[str, Number]:
-    """What each controller that follows a KL was told in this step, and what it decided."""
+    """What each controller that follows a KL measured in this step, and what it decided."""
     measures: dict[str, Number] = {}
-    for group, measurement in told.items():
+    for group, measurement in measured.items():
         if isinstance(leash.controllers[group], FixedBeta | ScheduledBeta):
             continue
-        own = {**_told(measurement), **_decided(before[group], after[group])}
+        own = {**_measured(measurement), **_decided(before[group], after[group])}
         measures |= {key_of(f"controller/{key}", group, after): own[key] for key in own}
     return measures
 
 
-def _told(measurement: Measurement) -> dict[str, Number]:
+def _measured(measurement: Measurement) -> dict[str, Number]:
     error = measurement.standard_error
     return {
         "kl_ref": measurement.response_kl,

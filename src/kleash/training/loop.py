@@ -207,7 +207,6 @@ class Trainer:
         # 6. β moves.
         moved, control = self._move(experience.scored)
 
-        # Read once: seconds and tokens per second are of the same span.
         elapsed = clock.total
         after = replace(
             state,

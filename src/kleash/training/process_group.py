@@ -1,4 +1,4 @@
-"""Several processes on one run: one leads, the others lend a hand.
+"""Several processes on one run: rank 0 leads, the others do shares of its work.
 
     torchrun --nproc-per-node 4 -m kleash train stories
 

@@ -66,7 +66,7 @@ class TrainingState:
     best_objective: float | None = None
     starts: Mapping[str, Start] = field(default_factory=dict)
     """Where the moving β of each group started, which its controller goes on building on; empty if
-    it was told."""
+    it was given."""
 
 
 def save_run_state(
