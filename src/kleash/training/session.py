@@ -6,11 +6,13 @@ from math import inf, log
 from pathlib import Path
 from time import monotonic
 
+from kleash import __version__
 from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
 from kleash.models.reference_offload import anchor_at
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
+from kleash.storage.model_card import ModelCardFacts, model_card
 from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
@@ -18,6 +20,9 @@ from kleash.training.metrics import Number
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
 from kleash.training.warning_signs import warning_signs
+
+_Z95 = 1.96
+"""Standard errors on either side of a 95 % interval."""
 
 
 @dataclass(eq=False)
@@ -63,7 +68,7 @@ class Session:
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
             self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
-        self.save(keep=self.config.logging.keep)
+        self.save(keep=self.config.logging.keep, card=self._card(metrics))
         self.run.update_meta(
             best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
         )
@@ -110,14 +115,59 @@ class Session:
         self.guard.require_hashes()
         return self.save(keep=self.config.logging.keep)
 
-    def save(self, *, keep: int) -> Path:
+    def save(self, *, keep: int, card: str | None = None) -> Path:
         """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
         path = save_run_state(
-            self.run.checkpoints, self.components, self.state, self.guard.original, keep=keep
+            self.run.checkpoints,
+            self.components,
+            self.state,
+            self.guard.original,
+            keep=keep,
+            card=card,
         )
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
         return path
+
+    def _card(self, metrics: Mapping[str, Number]) -> str | None:
+        """The model card of this very policy; None where its KL was not measured.
+
+        The rollout of a step was written before the step's updates, so its KL is that of another
+        policy: only an evaluation after them speaks of the weights that are saved.
+        """
+        kl, error = metrics.get("heldout/kl_ref"), metrics.get("heldout/kl_ref_se")
+        if kl is None:
+            return None
+        config, policy = self.config, self.components.policy
+        of_group = config.algorithm.name == "grpo"
+        count = metrics.get("heldout/responses")
+        return model_card(
+            ModelCardFacts(
+                reference=self.guard.original.path,
+                base_model=config.policy.path,
+                # An adapter on an adapter is saved as the whole model.
+                kind="lora" if policy.adapter and not config.policy.adapter else "full",
+                algorithm=config.algorithm.name,
+                step=self.state.step,
+                version=__version__,
+                beta=float(metrics["objective/beta"] or 0),
+                beta_unit="group standard deviations per nat" if of_group else "score per nat",
+                placement=config.leash.placement,
+                kl=kl,
+                kl_interval=None if error is None else (kl - _Z95 * error, kl + _Z95 * error),
+                kl_responses=None if count is None else int(count),
+                target_kl=config.leash.target_kl,
+                score=metrics.get("heldout/scores"),
+                score_error=metrics.get("heldout/scores_se"),
+                reward_models={
+                    name: str(reward.callable or reward.path)
+                    for name, reward in config.reward_models.items()
+                },
+                prompts=config.prompts.train,
+                seed=config.seed,
+                dtype=config.policy.dtype,
+            )
+        )
 
     def restore(self, step: int) -> None:
         """Everything as it was when the checkpoint of that step was written."""

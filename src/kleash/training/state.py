@@ -70,9 +70,23 @@ class TrainingState:
 
 
 def save_run_state(
-    parent: Path, components: Components, state: TrainingState, reference: Identity, *, keep: int
+    parent: Path,
+    components: Components,
+    state: TrainingState,
+    reference: Identity,
+    *,
+    keep: int,
+    card: str | None = None,
 ) -> Path:
     """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
+
+    Args:
+        parent: the run's `checkpoints/`.
+        components: whose weights.
+        state: after the step.
+        reference: the reference that the run began with.
+        keep: how many checkpoints stay.
+        card: text of the policy's README.md.
 
     Raises:
         RunError: it cannot be written; nothing of it remains.
@@ -80,6 +94,8 @@ def save_run_state(
 
     def write(directory: Path) -> None:
         components.policy.save(directory / "policy")
+        if card is not None:
+            (directory / "policy" / "README.md").write_text(card, encoding="utf-8")
         if components.value is not None:
             critic = _module(components.value).state_dict()
             save_tensors(directory / "value.safetensors", dict(critic))
