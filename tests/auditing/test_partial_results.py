@@ -188,7 +188,7 @@ def test_files_that_cannot_be_used(base, tmp_path) -> None:
         ("a.jsonl", '{"text": "w1"}', "at least two tokens"),
         ("a.jsonl", "", "an empty file"),
         ("a.txt", "", "an empty file"),
-        ("a.csv", "w1 w2", "of kind"),
+        ("a.doc", "w1 w2", "of kind"),
         ("a.jsonl", "nonsense", "one JSON object per line"),
     ):
         (tmp_path / name).write_text(content)

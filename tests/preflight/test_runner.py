@@ -281,7 +281,7 @@ def test_probes_name_the_word_that_wins(trial: Trial) -> None:
         trial.components.reward, rewards={"w3": (reward_of(fault_types.likes_w3), 1.0)}
     )
     changed = replace(trial, components=replace(trial.components, reward=liking))
-    scores = liking.score(list(trial.written.prompts), trial.written.responses)
+    scores = liking.score(list(trial.written.prompts), trial.written.texts)
     seen = replace(changed, written=replace(trial.written, raw_scores=scores))
     assert "'w3 w3 w3 …'" in reward_model.probes(seen).cause
 

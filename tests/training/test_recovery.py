@@ -359,16 +359,16 @@ def test_a_moved_anchor_is_where_it_was_after_resuming(
         ),
         ({"reference": {"kind": "adapter_off"}}, "needs `policy.lora`"),
         ({"reference": {"kind": "adapter_off", "path": "x"}}, "give no `path`"),
-        ({"reference": {"kind": "cached"}}, "`cache` goes with `kind: cached`"),
+        ({"reference": {"kind": "cached"}}, "`kind: cached` needs `cache`"),
         ({"reference": {"cache": "x"}}, "`cache` goes with `kind: cached`"),
-        ({"reference": {"revision": "x"}}, "go with `path`"),
+        ({"reference": {"revision": "x"}}, "goes with `path`"),
         (
             {"reference": {"kind": "cached", "cache": "x"}, "leash": {"reanchor_every": 2}},
             "take one of them",
         ),
         (
             {"reward_models": {"w3": {"callable": "a:b", "revision": "x"}}},
-            "do nothing for a callable",
+            "does nothing for a callable",
         ),
     ],
 )

@@ -112,7 +112,10 @@ def test_the_memory_of_a_copy_is_used_again(material: Path, tmp_path: Path) -> N
         ({"algorithm": {"epochs": 2}}, 1024, "ok", "a copy of"),
         ({"algorithm": {"epochs": 2}}, 0, "ok", "at most 2 steps"),
         (
-            {"algorithm": {"epochs": 2}, "logging": {"checkpoint_every": 0}},
+            {
+                "algorithm": {"epochs": 2},
+                "logging": {"checkpoint_every": 0, "checkpoint_minutes": 0},
+            },
             0,
             "warn",
             "the beginning",

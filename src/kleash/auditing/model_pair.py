@@ -66,7 +66,8 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
     if is_adapter(path):
         found = _open_adapter(Path(path), dtype=stored, device=device)
     else:
-        found = load_policy(path, dtype=stored, device=device)
+        # The audit measures padding itself, and can read one text at a time.
+        found = load_policy(path, dtype=stored, device=device, padded=False)
     found.model.requires_grad_(False)
     if dtype == "float64":
         found.model.double()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from kleash.errors import ConfigError
+from kleash.errors import ConfigError, UsageError
 
 AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Per = Literal["token", "response"]
@@ -69,7 +69,7 @@ class AuditOptions:
         if self.fail_above is not None and not 0 <= self.fail_above < float("inf"):
             raise ConfigError(f"expected fail_above of at least 0, got {self.fail_above}")
         if self.resume and self.output is None:
-            raise ConfigError("expected the directory to resume, got none: give output (--output)")
+            raise UsageError("--resume needs the directory to resume: --output DIR")
 
     def as_settings(self) -> dict[str, Any]:
         """Those that the numbers depend on, as they stand in audit.json."""

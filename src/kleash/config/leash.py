@@ -75,7 +75,7 @@ class LeashConfig(Section):
         try:
             check_placement(self.placement, allow_biased=self.allow_biased)
         except ValueError as error:
-            raise SettingError(f"{error}: true", "placement") from None
+            raise SettingError(f"`leash.placement`: {error}: true", "placement") from None
         if self.placement == "measure" and self.beta != 0:
             raise SettingError(
                 "`placement: measure` charges nothing: give `beta: 0` with it", "placement", *given

@@ -64,7 +64,8 @@ class ScorerConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
     adapter: str | None = None
-    """Directory of a LoRA adapter, saved with its head, that was trained on the model at `path`."""
+    """Directory of a LoRA adapter, saved with its head, that was trained on the model at `path`;
+    none: the model as it is."""
     callable: Annotated[str | None, InputKind.CALLABLE] = None
     """`module:function` (or an object), called with prompts, responses and the columns that it
     names; returns a score for each response. An async function may score one response a call."""

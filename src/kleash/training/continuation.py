@@ -10,6 +10,7 @@ from kleash.config.loading import load_config, parse_config
 from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.storage.atomic_directories import step_of
+from kleash.storage.plan_file import PLAN_FILE
 from kleash.storage.run_directory import Run, holds_run, read_run
 from kleash.training.state import latest_checkpoint
 
@@ -76,7 +77,9 @@ def config_of_run(directory: Path, overrides: Mapping[str, str]) -> Config:
 def _require_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"expected an output directory, but {str(path)!r} is a file: give another")
-    if path.is_dir() and (held := sorted(entry.name for entry in path.iterdir())):
+    # A plan is made before its run, and may lie where the run will.
+    own = {PLAN_FILE, "plan.html"}
+    if path.is_dir() and (held := sorted({entry.name for entry in path.iterdir()} - own)):
         raise RunError(
             f"the output {str(path)!r} is a folder of something else (it holds {held[0]!r} and no "
             "run.json): give a new or empty one"

@@ -111,5 +111,5 @@ def _adapter_storage(trial: Trial, check: Check) -> Finding:
         f"{len(base)} base weights learn",
         f"Weights under the adapter learn too ({some(base)}): the reference, which is the model "
         "with its adapter off, moves with them.",
-        "Freeze the base; only parameters named lora_ may check for gradients.",
+        "Freeze the base; only parameters named lora_ may ask for gradients.",
     )

@@ -56,8 +56,8 @@ def head(trial: Trial) -> Finding:
                 f"{key}: head differs from {judge.path}",
                 f"The head of the reward model {key!r} is not that of its checkpoint: it was "
                 "freshly initialised, or lost while loading.",
-                "Load it with ClassifierReward (kleash.models.reward_model) from what was saved "
-                "by AutoModelForSequenceClassification.",
+                "Load it with kleash.models.reward_model.ClassifierReward from what was saved by "
+                "AutoModelForSequenceClassification.",
             )
     return _done(trial, check, "heads as saved")
 
