@@ -28,9 +28,8 @@ import tiny_architectures as tiny  # pyright: ignore[reportMissingImports]
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
 LAYER: dict[str, Any] = {
-    "algorithm": "rloo",
     "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2, "max_new_tokens": 4},
-    "algorithm": {"epochs": 1, "minibatches": 1},
+    "algorithm": {"name": "rloo", "epochs": 1, "minibatches": 1},
     "logging": {"checkpoint_every": 1, "samples_per_step": 0},
     "optimizer": {"lr": 1e-1},
     "reward_models": {"sum": {"callable": "tiny_architectures:sum_of_words"}},

@@ -25,7 +25,11 @@ from kleash.config.recipe_library import FOLDER
 ROOT = Path(__file__).parents[1]
 MARKS = {"[real]", "[minutes]", "[index]", "[interrupted]"}
 """What the README says of lines that do not run from the package alone within seconds."""
-DISTRIBUTION = {"yaml": "pyyaml", "vaderSentiment": "vadersentiment"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "vaderSentiment": "vadersentiment",
+    "huggingface_hub": "huggingface-hub",
+}
 """Where the name of an import is not that of its distribution."""
 
 

@@ -128,7 +128,7 @@ def test_errors_are_one_sentence(kleash, tmp_path) -> None:
         (("step-100", "step-200", "other", "--texts", "texts.jsonl", "--bytes"), "a drift curve"),
         (("base", "base", "--texts", "texts.jsonl", "--into", "a"), "--into is called --output"),
         (("base", "base", "--texts", "texts.jsonl", "--into=a"), "--into is called --output"),
-        (("base", "base", "--texts", "texts.jsonl", "--resume"), "(--output)"),
+        (("base", "base", "--texts", "texts.jsonl", "--resume"), "--output DIR"),
         (("base", "base", "--texts", "texts.jsonl", "--keep", "0"), "keep of at least 1"),
     ):
         code, _, err = kleash(*arguments)

@@ -21,9 +21,8 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
 TEXT = torch.tensor([[6, 7, 8, 9, 10]])
 """w1 w2 w3 w4 w5"""
 LAYER: dict[str, Any] = {
-    "algorithm": "rloo",
     "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2, "max_new_tokens": 4},
-    "algorithm": {"epochs": 1, "minibatches": 1},
+    "algorithm": {"name": "rloo", "epochs": 1, "minibatches": 1},
     "logging": {"checkpoint_every": 1, "samples_per_step": 0},
     "optimizer": {"lr": 1e-1},
     "leash": {"beta": 0.1},
