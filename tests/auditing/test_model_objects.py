@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import kleash
 from kleash.auditing.options import AuditKeywords, AuditOptions, make_options
-from kleash.errors import ConfigError, ModelError
+from kleash.errors import ConfigError, ModelError, UsageError
 
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
 
@@ -133,5 +133,5 @@ def test_keywords_are_the_options() -> None:
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(given, message, base) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, UsageError), match=message):
         kleash.audit(base, base, PROMPTS, **given)

@@ -69,7 +69,7 @@ class AuditOptions:
         if self.fail_above is not None and not 0 <= self.fail_above < float("inf"):
             raise ConfigError(f"expected fail_above of at least 0, got {self.fail_above}")
         if self.resume and self.output is None:
-            raise UsageError("--resume needs the directory to resume: --output DIR")
+            raise UsageError("expected the directory to resume, got none: give --output DIR")
 
     def as_settings(self) -> dict[str, Any]:
         """Those that the numbers depend on, as they stand in audit.json."""
