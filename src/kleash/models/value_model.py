@@ -106,7 +106,9 @@ class ValueModel(nn.Module):
         trunk: Float[Tensor, "batch token+1 hidden"],
     ) -> Float[Tensor, "batch token+1"]:
         """See `ValueFunction`; the policy's states are not used."""
-        states = trunk_states(self.trunk, prompt_ids, prompt_mask, response_ids, response_mask)
+        states = trunk_states(
+            self.trunk, prompt_ids, prompt_mask, response_ids, response_mask, model=self
+        )
         return self.layer(states.to(self.layer.weight.dtype)).squeeze(-1)
 
 

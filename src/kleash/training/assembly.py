@@ -35,6 +35,7 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
+from kleash.mesh import Mesh, is_distributed, own_gpu
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.lora import AdapterSpec
@@ -50,33 +51,41 @@ from kleash.models.reward_model import (
     RewardModel,
     WeightedSum,
 )
-from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.sharding import Sharding, device_mesh, shard
+from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
 from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
-from kleash.training.process_group import is_distributed, own_gpu
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
 
 
-def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Components:
+def assemble(
+    config: Config, given: Mapping[str, Reward] | None = None, *, mesh: Mesh | None = None
+) -> Components:
     """Load and check everything a run needs.
 
     Args:
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
+        mesh: the processes of the run; by default this one alone.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
         ModelError, PromptError, RewardError: what they say.
     """
+    mesh = Mesh() if mesh is None else mesh
+    _require_fitting(config, mesh)
     device = choose_device(config.device)
-    policy = _policy(config.policy, device)
-    reference = _reference(config.reference, config.policy, policy, device)
+    sharding = None
+    if config.distributed.strategy == "fsdp" and mesh.size > 1:
+        sharding = Sharding(device_mesh(device, mesh.size), device)
+    policy = _policy(config.policy, device, sharding)
+    reference = _reference(config.reference, config.policy, policy, device, mesh)
     # Added tokens that the reference lacks have probability 0 for both.
     policy = replace(policy, words=underlying(reference).words)
     sampling = SamplingSpec(
@@ -100,6 +109,8 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     if critic is not None:
         attention = config.policy.attention
         value = _value(critic, policy, device, attention=attention, seed=config.seed)
+        if sharding is not None and isinstance(value, ValueModel):
+            shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
@@ -117,7 +128,26 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         settings=_settings(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        mesh=mesh,
     )
+
+
+def _require_fitting(config: Config, mesh: Mesh) -> None:
+    """Every process has something to do, and a way to do it.
+
+    Raises:
+        ConfigError: there are several for a strategy of one, or more than responses of a step.
+    """
+    if mesh.size > 1 and config.distributed.strategy == "none":
+        raise ConfigError(
+            f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
+            "fsdp, or start without a launcher"
+        )
+    if mesh.size > config.responses_per_step:
+        raise ConfigError(
+            f"expected at most as many processes as the {config.responses_per_step} responses of a "
+            f"step, got {mesh.size}: start fewer, or raise rollout.prompts_per_step"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -198,7 +228,7 @@ def make_controller(
             )
 
 
-def _policy(section: PolicyConfig, device: torch.device) -> Policy:
+def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | None) -> Policy:
     lora = section.lora
     adapter = None
     if lora is not None:
@@ -217,11 +247,12 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
+        sharding=sharding,
     )
 
 
 def _reference(
-    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device
+    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device, mesh: Mesh
 ) -> FrozenReference:
     """The reference, where the configuration wants it to live."""
     own = wanted.path is None
@@ -237,13 +268,15 @@ def _reference(
         attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
+        sharding=None if kind == "cpu_offload" else policy.sharding,
     )
     reference = replace(reference, words=check_compatible(policy, reference).words)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
         case "cached":
-            return open_cache(reference, cast(str, wanted.cache))
+            opened = mesh.first(lambda: open_cache(reference, cast(str, wanted.cache)))
+            return opened if mesh.size == 1 else opened.of_process(mesh.rank, mesh.size)
         case "copy":
             return reference
         case "auto":
