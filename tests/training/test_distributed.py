@@ -1,7 +1,6 @@
 """Several processes do what one does: the same responses, the same numbers, the same refusals.
 
-The oracle of a run by several processes is the same run in one. The processes are started once, and
-make every run of this file together.
+The oracle of a run by several processes is the same run in one.
 """
 
 import json
@@ -16,6 +15,7 @@ from ranks import Ranks
 from small_run import numbers, policy_weights, save_material
 
 from kleash.config.schema import Config
+from kleash.storage.atomic_directories import load_tensors
 from kleash.storage.run_directory import read_run
 from kleash.training.loop import train
 
@@ -39,7 +39,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks() -> Generator[Ranks]:
-    """Up to four processes."""
+    """Processes for the runs of this file."""
     started = Ranks()
     yield started
     started.close()
@@ -151,6 +151,10 @@ def test_a_refusal_elsewhere_names_the_response(
     (refusal,) = (event for event in run.events if event.kind == "refused")
     evidence = json.loads((run.path / refusal.details["evidence"] / "refusal.json").read_text())
     assert f"response {evidence['response']}" in str(ended[0])
+    # The second process reads every second of the responses in the order of their length.
+    batch = load_tensors(run.path / refusal.details["evidence"] / "batch.safetensors")
+    length = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
+    assert length[evidence["response"]] == length.sort(descending=True).values[1]
 
 
 def test_a_rollback_is_made_by_all(material: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -182,7 +186,7 @@ def test_a_rollback_is_made_by_all(material: Path, tmp_path: Path, ranks: Ranks)
 def test_a_failure_elsewhere_ends_the_run_in_a_sentence(
     material: Path, tmp_path: Path, ranks: Ranks, fault: str, error: str, sentence: str
 ) -> None:
-    config = settings(material, tmp_path / "run", distributed={"timeout_s": 5.0})
+    config = settings(material, tmp_path / "run", distributed={"timeout_s": 10.0})
     ended = ranks.run(config, fault={"kind": fault, "rank": 1})[0]
     assert ended is not None
     assert ended["error"] == error

@@ -42,6 +42,8 @@ def weights_sum(weights: Named) -> int:
     changes that cancel each other to the last bit do not. The hash sees those too.
     """
     parameters = [parameter for _, parameter in weights]
+    if not parameters:
+        return 0
     sums = [_sum_of_bits(own(parameter.detach())) for parameter in parameters]
     return int(total_of(torch.stack(sums).sum(), parameters))
 

@@ -24,27 +24,34 @@ from kleash.training.components import trained_parameters
 _INDEX = "parameters.json"
 
 
+def begin_moments(directory: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Make the directory for `save_moments`, in the first process; it says what it is to hold."""
+    directory.mkdir()
+    # A parameter that was never updated has no state, and needs none.
+    (directory / _INDEX).write_text(json.dumps(sorted(_state_of(optimizer))), encoding="utf-8")
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of each parameter, by its number and name."""
+    return {
+        f"{number:05d}.{name}": tensor
+        for number, parameter in enumerate(trained_parameters(optimizer))
+        for name, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
 def save_moments(directory: Path, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
     """Write the state of each parameter; all processes together.
 
     Args:
-        directory: where to; made here.
+        directory: where to, as `begin_moments` left it.
         optimizer: of all that is trained.
         mesh: the processes.
 
     Raises:
         RunError: it cannot be written, in every process.
     """
-    parameters = trained_parameters(optimizer)
-    state = {
-        f"{number:05d}.{name}": tensor
-        for number, parameter in enumerate(parameters)
-        for name, tensor in optimizer.state.get(parameter, {}).items()
-    }
-    if mesh.is_first:
-        directory.mkdir()
-        # A parameter that was never updated has no state, and needs none.
-        (directory / _INDEX).write_text(json.dumps(sorted(state)), encoding="utf-8")
+    state = _state_of(optimizer)
     if state:
         with _reported(directory):
             dcp.save(

@@ -81,6 +81,15 @@ def open_session(
         guard = ReferenceGuard.of(components.original, anchor)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     tree = yaml.safe_load(dump_config(config))
+    # Made by every process, for the hash of divided weights needs all of them.
+    meta = run_meta(
+        config,
+        components.policy,
+        guard.original,
+        argv,
+        state=state,
+        undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
+    )
     if not mesh.is_first:
         run = SilentRun(path)
     elif found is not None:
@@ -88,14 +97,6 @@ def open_session(
         if found.changes:
             run.change_config(tree, found.changes, after_step=state.step)
     else:
-        meta = run_meta(
-            config,
-            components.policy,
-            guard.original,
-            argv,
-            state=state,
-            undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
-        )
         run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None and mesh.is_first:
         write_frontier(path / PLAN_FILE, frontier)

@@ -40,7 +40,7 @@ from kleash.storage.atomic_directories import (
     write_checkpoint,
 )
 from kleash.training.components import Components
-from kleash.training.moments import load_moments, save_moments
+from kleash.training.moments import begin_moments, load_moments, save_moments
 from kleash.training.random_state import random_states, restore_random_states
 
 _ANCHOR, _MOMENTS = "anchor.safetensors", "optimizer"
@@ -106,6 +106,7 @@ def save_run_state(
         policy.save(directory / "policy", tensors=tensors)
         if card is not None:
             (directory / "policy" / "README.md").write_text(card, encoding="utf-8")
+        begin_moments(directory / _MOMENTS, components.optimizer)
         if critic is not None:
             save_tensors(directory / "value.safetensors", critic)
         save_tensors(directory / "random.safetensors", random_states())
