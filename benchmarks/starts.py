@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import controlled_plants as plants  # pyright: ignore[reportMissingImports]
 import oracles  # pyright: ignore[reportMissingImports]
-import plants  # pyright: ignore[reportMissingImports]
 
 from kleash.kl.control.controllers import BudgetBeta, initial_beta
 from kleash.kl.planning.initial_beta import starting_beta

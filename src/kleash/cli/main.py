@@ -1,8 +1,8 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
-with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by
-SIGTERM.
+Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 the command line or the
+configuration is wrong, wherever the setting was given; 3 and 4 an audit with `--fail-above` lies
+above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
