@@ -23,6 +23,7 @@ from kleash.models.loading import (
     load_tokenizer,
 )
 from kleash.models.policy import Policy, compare_tokenizers
+from kleash.models.probing import check_padding_of_states, own_code
 from kleash.models.trunk import trunk_of, trunk_states
 
 Features = Literal["trunk_detached", "trunk"]
@@ -132,8 +133,8 @@ def load_value_model(
         attention: implementation of attention; "auto" leaves the choice to the library.
 
     Raises:
-        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, or
-            looks ahead: a value may depend on what is written, not on what will be.
+        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, looks
+            ahead (a value may depend on what is written, not on what will be), or reads padding.
     """
     compare_tokenizers(policy.tokenizer, load_tokenizer(path), "value model", str(path))
     names = load_config(path).architectures or [""]
@@ -146,7 +147,9 @@ def load_value_model(
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     value = ValueModel(trunk_of(model), layer.to(device=device))
-    check_causal(value.trunk, path)
+    with own_code(model, path):
+        check_causal(value.trunk, path)
+        check_padding_of_states(value.trunk, policy.words, path)
     return value
 
 
