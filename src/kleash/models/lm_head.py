@@ -5,6 +5,7 @@ Architectures differ in what they do after the matrix product: nothing (Llama), 
 configuration; what is not known is found by comparing with the model's own logits, and refused.
 """
 
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,65 @@ def read_head(model: PreTrainedModel, words: int) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         vocab_size=-1 if words == weight.shape[0] else words,
     )
+
+
+_checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+"""Models whose head was compared with their own logits."""
+
+
+def unwrapped(model: nn.Module, role: str = "model") -> PreTrainedModel:
+    """The transformers model itself, without the PEFT model around it.
+
+    Raises:
+        ModelError: if it is neither of the two, or a prompt-learning adapter.
+    """
+    adapters = cast("dict[str, Any]", getattr(model, "peft_config", None) or {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ModelError(
+            f"expected an adapter of weights on the {role}, got {type(model).__name__} that puts "
+            "learnt states before the text, which cannot be scored here: use a LoRA-like adapter"
+        )
+    inner = cast(Any, model).get_base_model() if adapters else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"expected a transformers or PEFT model as the {role}, got {type(inner).__name__}: "
+            "give the model that it wraps"
+        )
+    return inner
+
+
+def read_checked_head(model: PreTrainedModel, *, words: int | None = None) -> Head:
+    """Read the head; the first time a model is seen, compare it with the model's own logits.
+
+    The comparison is made in evaluation mode, and the modules' modes are given back.
+
+    Args:
+        model: the language model.
+        words: number of rows that stand for text; None: all of them.
+
+    Raises:
+        ModelError: if the model has no output matrix, an adapter on it, or transforms its logits
+            in a way that is not known here.
+    """
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ModelError(
+            f"expected a head that is one matrix, got one with an adapter on it in "
+            f"{type(model).__name__}: leave the output matrix out of the adapter's modules"
+        )
+    rows = read_head(model, 1).weight.shape[0]
+    if words is not None and not 0 < words <= rows:
+        raise ModelError(f"expected words in 1…{rows}, the rows of the head, got {words}")
+    head = read_head(model, rows if words is None else words)
+    if model not in _checked:
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            check_head(model, head, model.config.name_or_path or type(model).__name__)
+        finally:
+            for module in training:
+                module.training = True
+        _checked.add(model)
+    return head
 
 
 def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
