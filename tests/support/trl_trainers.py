@@ -29,7 +29,15 @@ def prompts(count: int = 32) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(kind: str, model: Any, output: Path, *, lora: bool = False, **changes: Any) -> Any:
+def make_trainer(
+    kind: str,
+    model: Any,
+    output: Path,
+    *,
+    lora: bool = False,
+    processing_class: Any = None,
+    **changes: Any,
+) -> Any:
     """A GRPOTrainer ("grpo") or RLOOTrainer ("rloo") that has not begun to train."""
     import trl
 
@@ -64,6 +72,7 @@ def make_trainer(kind: str, model: Any, output: Path, *, lora: bool = False, **c
         reward_funcs=prefer_w3,
         args=config(**settings),
         train_dataset=prompts(),
+        processing_class=processing_class,
         **more,
     )
 

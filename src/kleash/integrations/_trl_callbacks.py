@@ -219,6 +219,7 @@ class KLBudget(TrainerCallback):
         """Multiply β from the next step on, as after a rollback."""
         assert self.state is not None
         self.state = raise_beta(self.state, factor)
+        self._set(attached(self, self._watcher))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from the checkpoint that is resumed."""

@@ -154,9 +154,10 @@ class Tripwires(TrainerCallback):
         trainer._buffered_inputs = None
         self.done += 1
         budget = next((one for one in watcher.subscribers if isinstance(one, KLBudget)), None)
-        if budget is not None:
+        if budget is None:
+            trainer.beta *= self.beta_factor
+        else:
             budget.raise_beta(self.beta_factor)
-        trainer.beta *= self.beta_factor
         self._event(
             step,
             "rolled_back",

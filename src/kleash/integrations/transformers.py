@@ -126,7 +126,10 @@ class DriftAudit(TrainerCallback):
         found = self.held_out.measure(model, getattr(tokenizer, "tokenizer", tokenizer))
         self.audits.append((state.global_step, found))
         measures = measures_of(found)
+        due = control.should_log
         trainer.log({f"kleash/{k}": v for k, v in measures.items() if v is not None})
+        # Logging clears the flag, and with it the trainer's own line of this step.
+        control.should_log = due
         # The report's own curve is that of the prompts, or of the texts where there are no prompts.
         first = "heldout" if "prompts" in found else "texts"
         headline = {f"objective/{k}": measures[f"{first}/{k}"] for k in ("kl_ref", "kl_ref_se")}
