@@ -60,6 +60,11 @@ class PolicyConfig(Section):
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
 
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether no weight of the file is trained, nor a copy of one."""
+        return self.lora is not None and not self.lora.modules_to_save
+
 
 class ScorerConfig(Section):
     """What gives a response a score: a sequence classifier by its path, or a Python callable."""

@@ -1,4 +1,4 @@
-"""Weights beside those that learn: smaller where that changes no number, wider where it must be."""
+"""Weights that never move: in half the memory where that changes no number."""
 
 import copy
 from typing import Any, cast
@@ -32,16 +32,6 @@ def shrink_frozen(model: PreTrainedModel, precision: Precision) -> PreTrainedMod
         for weight in _linear_weights(trunk_of(model)):
             weight.data = weight.data.bfloat16()
     return model.requires_grad_(False)
-
-
-def keep_learning_in_float32(model: PreTrainedModel, precision: Precision) -> None:
-    """With `bf16`, turn what learns into float32, whatever the base beside it is kept in.
-
-    peft does so for the low-rank matrices, not for modules that are trained whole (a copied head).
-    """
-    for parameter in model.parameters():
-        if precision == "bf16" and parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def _linear_weights(trunk: nn.Module) -> list[nn.Parameter]:

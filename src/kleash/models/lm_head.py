@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
-from kleash.models.precision import Precision
+from kleash.models.precision import Precision, computing
 from kleash.models.trunk import trunk_of
 from kleash.types import Head
 
@@ -94,6 +94,15 @@ def unrounded_logits(model: PreTrainedModel, precision: Precision) -> Generator[
         yield
     finally:
         del cast(Any, layer).forward
+
+
+@contextlib.contextmanager
+def as_scored(model: PreTrainedModel, precision: Precision) -> Generator[None]:
+    """Within, a model's own `forward` and `generate` follow the law that scoring computes."""
+    trunk = trunk_of(model)
+    device = next(trunk.parameters()).device
+    with computing(trunk, device, precision), unrounded_logits(model, precision):
+        yield
 
 
 def _product(

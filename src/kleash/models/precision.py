@@ -23,17 +23,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 Precision = Literal["float32", "bf16", "pure_bf16"]
 
 
-def weights_dtype(precision: Precision, *, adapter: bool) -> Literal["float32", "bfloat16"]:
+def weights_dtype(precision: Precision, *, frozen: bool) -> Literal["float32", "bfloat16"]:
     """Type in which a policy's file is loaded.
 
-    Beside an adapter the base never moves, so `bf16` keeps it in bfloat16; the adapter's own
-    weights are float32 whatever this says.
+    Args:
+        precision: of the run.
+        frozen: whether no weight of the file is trained, not even a copy of one: then `bf16` keeps
+            them in bfloat16. An adapter's own matrices are float32 whatever this says.
 
     Example:
-        >>> weights_dtype("bf16", adapter=False), weights_dtype("bf16", adapter=True)
+        >>> weights_dtype("bf16", frozen=False), weights_dtype("bf16", frozen=True)
         ('float32', 'bfloat16')
     """
-    half = precision == "pure_bf16" or (precision == "bf16" and adapter)
+    half = precision == "pure_bf16" or (precision == "bf16" and frozen)
     return "bfloat16" if half else "float32"
 
 

@@ -144,7 +144,7 @@ def load_value_model(
             looks ahead: a value may depend on what is written, not on what will be.
     """
     compare_tokenizers(policy.tokenizer, load_tokenizer(path), "value model", str(path))
-    dtype = weights_dtype(precision, adapter=False)
+    dtype = weights_dtype(precision, frozen=False)
     names = load_config(path).architectures or [""]
     if names[0].endswith("ForSequenceClassification"):
         model = load_classifier(path, dtype=dtype, device=device, attention=attention)

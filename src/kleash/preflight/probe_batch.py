@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash.config.schema import Config
-from kleash.models.lm_head import apply_head, unrounded_logits
+from kleash.models.lm_head import apply_head, as_scored
 from kleash.models.policy import LanguageModel, Policy, Reference
-from kleash.models.precision import computing
 from kleash.models.reference_offload import FrozenReference, underlying
 from kleash.models.trunk import trunk_of
 from kleash.training.components import Components
@@ -220,9 +219,9 @@ def own_reading(
 ) -> tuple[Float[Tensor, "position hidden"], Float[Tensor, "token vocab"]]:
     """States of a text and logits of its response, as the model computes them by itself."""
     model, precision = owner.model, owner.precision
-    ids, trunk = torch.cat([prompt, response])[None], trunk_of(model)
-    with computing(trunk, ids.device, precision), unrounded_logits(model, precision):
-        states = trunk(input_ids=ids, use_cache=False)[0][0]
+    ids = torch.cat([prompt, response])[None]
+    with as_scored(model, precision):
+        states = trunk_of(model)(input_ids=ids, use_cache=False)[0][0]
         logits = model(input_ids=ids, use_cache=False).logits[0]
     return states, logits[len(prompt) - 1 : -1].float()
 

@@ -22,10 +22,8 @@ from transformers import (
 )
 
 from kleash.errors import ConfigError, NonFiniteError, PromptError
-from kleash.models.lm_head import unrounded_logits
+from kleash.models.lm_head import as_scored
 from kleash.models.policy import Policy
-from kleash.models.precision import computing
-from kleash.models.trunk import trunk_of
 from kleash.rollout.prompts import PromptBatch
 from kleash.types import Rollout
 
@@ -310,11 +308,7 @@ def write_piece(
     sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids))
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
-    with (
-        _settings(policy.model, settings),
-        computing(trunk_of(policy.model), mine.device, policy.precision),
-        unrounded_logits(policy.model, policy.precision),
-    ):
+    with _settings(policy.model, settings), as_scored(policy.model, policy.precision):
         ids = cast(Any, policy.model).generate(
             input_ids=mine,
             attention_mask=prompt_mask[rows, first:].long(),

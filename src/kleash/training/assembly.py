@@ -36,7 +36,7 @@ from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
-from kleash.models.frozen_weights import keep_learning_in_float32, shrink_frozen
+from kleash.models.frozen_weights import shrink_frozen
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
 from kleash.models.precision import weights_dtype
@@ -213,14 +213,13 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
         )
     policy = load_policy(
         section.path,
-        dtype=weights_dtype(section.precision, adapter=lora is not None),
+        dtype=weights_dtype(section.precision, frozen=section.base_is_frozen),
         device=str(device),
         attention=section.attention,
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
     )
-    keep_learning_in_float32(policy.model, section.precision)
     if section.gradient_checkpointing:
         enable_recomputation(trunk_of(policy.model))
     return replace(policy, precision=section.precision)
@@ -238,7 +237,7 @@ def _reference(
     source = start if wanted.path is None else wanted
     reference = load_reference(
         cast(str, source.path),
-        dtype=weights_dtype(start.precision, adapter=policy.adapter is not None),
+        dtype=weights_dtype(start.precision, frozen=start.base_is_frozen),
         device="cpu" if kind == "cpu_offload" else str(device),
         attention=start.attention,
         revision=source.revision,

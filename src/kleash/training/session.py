@@ -166,7 +166,7 @@ class Session:
                 },
                 prompts=config.prompts.train,
                 seed=config.seed,
-                dtype=weights_dtype(config.policy.precision, adapter=policy.adapter is not None),
+                dtype=weights_dtype(config.policy.precision, frozen=config.policy.base_is_frozen),
             )
         )
 
