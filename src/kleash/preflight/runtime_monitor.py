@@ -60,7 +60,7 @@ def examine_batch(event: RolloutEvent) -> list[Finding]:
         The findings that failed; the log and an event of the run have their causes.
     """
     components, scored, step = event.components, event.scored, event.step
-    symptom = symptom_of(scored, dtype=components.policy.head.weight.dtype)
+    symptom = symptom_of(scored, dtype=components.policy.compute_dtype)
     if symptom is None:
         return []
     # Earlier ones alone: a run that is resumed comes to the same alarms, each reported once.
