@@ -48,6 +48,7 @@ from kleash.training.metrics import (
     objective_measures,
     reward_measures,
     rollout_measures,
+    sampler_measures,
     with_error,
 )
 from kleash.training.optimization import PolicyUpdater
@@ -229,7 +230,7 @@ class Trainer:
             **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
-        session.state = after
+        session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
         return metrics
 
     def _start(self) -> None:
@@ -344,8 +345,10 @@ class Trainer:
     def _rollout_numbers(
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
-        """What was written and its scores; the KL to the original, if the anchor is another."""
+        """What was written, the gap of its sampler and its scores; the KL to a first reference."""
         measures = rollout_measures(scored, judged.texts)
+        settings, floor = self.session.components.settings, self.session.state.sampler_floor
+        measures |= sampler_measures(scored, settings, floor=floor)
         measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
