@@ -94,6 +94,8 @@ class Trial:
     texts: tuple[Text, ...]
     at_start: bool
     """Whether no update has been made yet."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer before the first update, in nats per token, where known."""
 
     @property
     def tolerance(self) -> float:
@@ -151,6 +153,7 @@ def examine(
     *,
     texts: int,
     at_start: bool,
+    sampler_floor: float | None = None,
 ) -> Trial:
     """Make a trial of a batch that is there already."""
     tilted = components.score(
@@ -170,6 +173,7 @@ def examine(
             for row in _rows(written.rollout, texts)
         ),
         at_start=at_start,
+        sampler_floor=sampler_floor,
     )
 
 

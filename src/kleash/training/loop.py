@@ -307,6 +307,7 @@ class Trainer:
             scored=scored,
             folder=session.run.path,
             append_event=session.run.append_event,
+            sampler_floor=session.state.sampler_floor,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
