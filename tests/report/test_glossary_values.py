@@ -60,6 +60,8 @@ HELD_ELSEWHERE = {
     "objective/kl_after": "training/test_recovery.py",
     "policy/effective_samples": "training/test_algorithms.py",
     "loss/pretraining": "training/test_loop.py",
+    "rollout/kl_sampler_exact_per_token": "training/test_sampler_correction.py",
+    "rollout/kl_sampler_exact_reverse_per_token": "training/test_sampler_correction.py",
     "samples/kl_by_position": "report/diagnostics/test_kl_by_position.py",
     "<key>/<group>": "training/test_groups.py",
     **{

@@ -229,7 +229,8 @@ class LoggingConfig(Section):
     """How many checkpoints to keep, beside the one with the best held-out objective."""
     spot_check_every: NonNegativeInt = 0
     """Steps between comparisons of the streamed log-probabilities with an obvious implementation
-    in float64, which for that moment holds both heads a second time; 0: never."""
+    in float64, which for that moment holds both heads a second time, and of sampler and trainer
+    over the whole vocabulary in four responses; 0: never."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Also send the metrics there, through accelerate."""
 

@@ -57,6 +57,24 @@ SAMPLER: tuple[Metric, ...] = (
         "below a third of it",
     ),
     Metric(
+        "rollout/kl_sampler_exact_per_token",
+        "KL of the sampler, exact",
+        "Over the whole vocabulary, in the states of four responses; at the steps of "
+        "logging.spot_check_every, where the engine gives whole distributions.",
+        "mean_t KL(π_sampler(·|y<t) ‖ π_rollout(·|y<t)), y ~ π_sampler",
+        "nats per token",
+        "near rollout/kl_sampler_per_token; above it where the sampler cuts a tail",
+    ),
+    Metric(
+        "rollout/kl_sampler_exact_reverse_per_token",
+        "KL of the trainer against the sampler, exact",
+        "The other direction in the same states; infinite where the sampler never writes what the "
+        "trainer would.",
+        "mean_t KL(π_rollout(·|y<t) ‖ π_sampler(·|y<t)), y ~ π_sampler",
+        "nats per token",
+        "near rollout/kl_sampler_reverse_per_token",
+    ),
+    Metric(
         "rollout/kl_sampler_floor",
         "Floor of the KL of the sampler",
         "rollout/kl_sampler_per_token of the first rollout, before any update: what kernels and "

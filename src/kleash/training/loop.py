@@ -65,6 +65,7 @@ from kleash.training.session import Session
 from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
+from kleash.training.vocabulary import vocabulary_measures
 from kleash.training.worker import leading
 from kleash.types import Experience, ScoredRollout
 
@@ -195,13 +196,13 @@ class Trainer:
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
-        samples = self._samples(judged, scored, pending.step)
+        samples, closely = self._read_closely(judged, scored, pending.step)
 
         # 4–5. Rewards, advantages, clipped updates.
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = self._climb(experience, pending)
+            updates = closely | self._climb(experience, pending)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -313,14 +314,21 @@ class Trainer:
         check_bounds(self.config.tripwires, scored, original_kl)
         pending.within_bounds = True
 
-    def _samples(self, judged: JudgedResponses, scored: ScoredRollout, step: int) -> list[Sample]:
-        """Responses to keep, read closely while the policy is still the one that wrote them."""
-        components = self.session.components
+    def _read_closely(
+        self, judged: JudgedResponses, scored: ScoredRollout, step: int
+    ) -> tuple[list[Sample], dict[str, Number]]:
+        """Responses to keep and, where it is due, both laws over the whole vocabulary.
+
+        While the policy is still the one that wrote them.
+        """
+        components, numbers = self.session.components, dict[str, Number]()
+        if _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(components, scored)
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
         count = self.config.logging.samples_per_step
-        return reader.training_samples(scored, judged, step=step, count=count)
+        return reader.training_samples(scored, judged, step=step, count=count), numbers
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
