@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from kleash.algorithms.common import Truncated, check_truncated
+from kleash.algorithms.sampler_correction import Correction, check_correction
 from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
@@ -146,6 +147,20 @@ class RolloutConfig(Section):
     """Subtracted from the score of a truncated response when `truncated: penalise`."""
     microbatch_size: PositiveInt = 64
     """Responses scored at once; changes memory and speed, not results."""
+    correction: Correction = "none"
+    """How the update weighs tokens by r = π_trainer/π_sampler, where the sampler's law is not quite
+    the trainer's: not at all; each token by its own r, cut off at the clip; each response by the
+    product of its r, cut off at the clip; or each token by its r, and tokens with r beyond the clip
+    or its inverse left out. docs/placements.md has the gradient of each."""
+    correction_clip: float | None = 2.0
+    """Largest weight of a correction, above 1; none: no bound, with which `sequence_truncated` is
+    unbiased."""
+
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: the clip, where nothing is weighed."""
+        if self.correction == "none":
+            return {"correction_clip": "does nothing with `correction: none`"}
+        return {}
 
     @model_validator(mode="after")
     def _penalty_belongs(self) -> "RolloutConfig":
@@ -153,6 +168,14 @@ class RolloutConfig(Section):
             check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
         except ValueError as error:
             raise SettingError(str(error), "missing_eos_penalty", "truncated") from None
+        return self
+
+    @model_validator(mode="after")
+    def _clip_belongs(self) -> "RolloutConfig":
+        try:
+            check_correction(self.correction, self.correction_clip)
+        except ValueError as error:
+            raise SettingError(str(error), "correction_clip", "correction") from None
         return self
 
 
@@ -216,7 +239,8 @@ class LoggingConfig(Section):
     """How many checkpoints to keep, beside the one with the best held-out objective."""
     spot_check_every: NonNegativeInt = 0
     """Steps between comparisons of the streamed log-probabilities with an obvious implementation
-    in float64, which for that moment holds both heads a second time; 0: never."""
+    in float64, which for that moment holds both heads a second time, and of sampler and trainer
+    over the whole vocabulary in four responses; 0: never."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Also send the metrics there, through accelerate."""
 

@@ -116,7 +116,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
         pretraining=_pretraining(config.pretraining, policy),
         sampling=sampling,
-        settings=_settings(config.algorithm, config.leash, config.rollout),
+        settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
     )
@@ -361,9 +361,10 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
     )
 
 
-def _settings(
+def settings_of(
     algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
 ) -> Settings:
+    """The numbers of the algorithm that a configuration asks for."""
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,
@@ -372,6 +373,8 @@ def _settings(
         "allow_biased": leash.allow_biased,
         "truncated": rollout.truncated,
         "missing_eos_penalty": rollout.missing_eos_penalty,
+        "correction": rollout.correction,
+        "correction_clip": None if rollout.correction == "none" else rollout.correction_clip,
     }
     match algorithm:
         case PPOConfig():
