@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import controlled_plants  # pyright: ignore[reportMissingImports]
 import oracles  # pyright: ignore[reportMissingImports]
-import plants  # pyright: ignore[reportMissingImports]
 
 from kleash.kl.control.controllers import (
     AdaptiveBeta,
@@ -69,14 +69,16 @@ def main() -> None:
     ]
     for name in arguments.plants:
         began = time.perf_counter()
-        lanes = [plants.Lane(run.scale, seed) for seed, run in enumerate(runs)]
+        lanes = [controlled_plants.Lane(run.scale, seed) for seed, run in enumerate(runs)]
         controllers = [
             _controller(run, exact[run.target] * run.scale, model, lane)
             for run, lane in zip(runs, lanes, strict=True)
         ]
-        history = plants.closed_loop(_plant(name, model, lanes), controllers, ITERATIONS[name])
+        history = controlled_plants.closed_loop(
+            _plant(name, model, lanes), controllers, ITERATIONS[name]
+        )
         courses = {
-            run: plants.course(
+            run: controlled_plants.course(
                 history.kl[:, i],
                 history.beta[:, i],
                 target=run.target,
@@ -95,7 +97,7 @@ def _controller(run: Run, exact: float, model: Any, lane: Any) -> BetaController
     match run.controller:
         case "budget":
             budget = BudgetBeta(run.target, start.beta, plant_gain=start.plant_gain)
-            return plants.Told(budget) if start.source == "given" else budget
+            return controlled_plants.GivenBeta(budget) if start.source == "given" else budget
         case "ziegler paper":
             return AdaptiveBeta(run.target, start.beta, gain="paper")
         case _:
@@ -105,9 +107,9 @@ def _controller(run: Run, exact: float, model: Any, lane: Any) -> BetaController
 def _start(run: Run, model: Any, lane: Any) -> Start:
     match run.start:
         case "plan":
-            return starting_beta(plants.reference_scores(model, lane), run.target)
+            return starting_beta(controlled_plants.reference_scores(model, lane), run.target)
         case "score sd":
-            sd = plants.score_sd(model) * run.scale
+            sd = controlled_plants.score_sd(model) * run.scale
             return Start(initial_beta(run.target, sd), "spread")
         case _:
             return Start(0.15, "given")
@@ -116,13 +118,13 @@ def _start(run: Run, model: Any, lane: Any) -> Start:
 def _plant(name: str, model: Any, lanes: list[Any]) -> Any:
     match name:
         case "lagging":
-            return plants.Lagging(model, lanes, rate=0.1, noise=0.05)
+            return controlled_plants.Lagging(model, lanes, rate=0.1, noise=0.05)
         case "exact":
-            return plants.ExactGradient(model, lanes)
+            return controlled_plants.ExactGradient(model, lanes)
         case _:
             responses = int(name.removeprefix("ppo"))
-            pace = plants.Pace(ITERATIONS[name], responses, lr=0.01)
-            return plants.SampledPPO(model, lanes, pace)
+            pace = controlled_plants.Pace(ITERATIONS[name], responses, lr=0.01)
+            return controlled_plants.SampledPPO(model, lanes, pace)
 
 
 def _print(name: str, courses: dict[Run, Any], *, everything: bool) -> None:

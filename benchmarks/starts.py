@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import controlled_plants  # pyright: ignore[reportMissingImports]
 import oracles  # pyright: ignore[reportMissingImports]
-import plants  # pyright: ignore[reportMissingImports]
 
 from kleash.kl.control.controllers import BudgetBeta, initial_beta
 from kleash.kl.planning.initial_beta import starting_beta
@@ -64,10 +64,12 @@ def main() -> None:
 
 def _lines(model: Any, name: str, scale: float, seeds: int, iterations: int) -> list[str]:
     cases = list(itertools.product(TARGETS, STARTS, range(seeds)))
-    lanes = [plants.Lane(scale, number) for number in range(len(cases))]
+    lanes = [controlled_plants.Lane(scale, number) for number in range(len(cases))]
     controllers = [_controller(model, scale, *case) for case in cases]
-    pace = plants.Pace(iterations, 512, lr=0.01)
-    history = plants.closed_loop(plants.SampledPPO(model, lanes, pace), controllers, iterations)
+    pace = controlled_plants.Pace(iterations, 512, lr=0.01)
+    history = controlled_plants.closed_loop(
+        controlled_plants.SampledPPO(model, lanes, pace), controllers, iterations
+    )
     lines = list[str]()
     for target, start in itertools.product(TARGETS, STARTS):
         exact = scale * model.world.beta_for_kl(model.reference, model.scores, target)
@@ -86,8 +88,8 @@ def _lines(model: Any, name: str, scale: float, seeds: int, iterations: int) -> 
 
 def _controller(model: Any, scale: float, target: float, start: str, seed: int) -> Any:
     if start == "0.15":
-        return plants.Told(BudgetBeta(target, 0.15))
-    scores = plants.reference_scores(model, plants.Lane(scale, seed))
+        return controlled_plants.GivenBeta(BudgetBeta(target, 0.15))
+    scores = controlled_plants.reference_scores(model, controlled_plants.Lane(scale, seed))
     if start == "spread":
         return BudgetBeta(target, initial_beta(target, spread(scores)))
     found = starting_beta(scores, target)
