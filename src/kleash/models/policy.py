@@ -2,12 +2,11 @@
 
 A model is used in one way only: `hidden_states` of [left-padded prompt | right-padded response],
 with explicit positions, so that a response gets the same numbers alone, padded or in a batch.
-What becomes of hidden states is the business of `scoring`. Left out: gradient checkpointing.
+What becomes of hidden states is the business of `scoring`.
 A model may be divided among processes (`sharding`); every one of them then has to read as often.
 """
 
 import contextlib
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +26,20 @@ from kleash.models.checkpoint import (
     verify_sharded,
 )
 from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
+from kleash.models.frozen_weights import frozen_copy
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
     Attention,
     Dtype,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
     number_of_words,
     require_special_tokens,
     stop_ids,
 )
 from kleash.models.lora import AdapterSpec, add_adapter
-from kleash.models.merging import merge_adapter
+from kleash.models.merged_loading import load_merged, open_divided, tokenizer_of
+from kleash.models.precision import Precision
 from kleash.models.probing import check_padding, own_code
-from kleash.models.sharded_loading import ShardedModel, open_sharded, start
+from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, gather_ends, own, release
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.models.vocabulary import (
@@ -108,6 +106,8 @@ class Policy:
     """How the model is divided among processes; None: it is whole in each."""
     structure: nn.Module | None = None
     """The `blueprint` of a divided model."""
+    precision: Precision = "float32"
+    """In which it computes; see `precision`."""
 
     @property
     def head(self) -> Head:
@@ -124,6 +124,12 @@ class Policy:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return read_head(self.model, self.words).weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the trunk's products: what rounding errors are to be expected of."""
+        own = read_head(self.model, self.words).weight.dtype
+        return torch.bfloat16 if self.precision == "bf16" else own
 
     @property
     def context(self) -> int | None:
@@ -159,6 +165,7 @@ class Policy:
             response_ids,
             response_mask,
             model=self.model,
+            precision=self.precision,
         )
 
     def identity(self) -> Identity:
@@ -236,6 +243,8 @@ class Reference:
     revision: str | None = None
     merged: str | None = None
     """Directory of the adapter that was merged into the weights when they were loaded."""
+    precision: Precision = "float32"
+    """In which it computes; see `precision`."""
 
     @property
     def head(self) -> Head:
@@ -262,6 +271,7 @@ class Reference:
                 response_ids,
                 response_mask,
                 model=self.model,
+                precision=self.precision,
             )
 
     def identity(self) -> Identity:
@@ -311,15 +321,15 @@ def load_policy(
         ModelError: if the model or tokenizer cannot be used; see `loading`, `merging`, `lm_head`
             and `probing`.
     """
-    tokenizer = _load_tokenizer(path, merge, revision)
+    tokenizer = tokenizer_of(path, merge, revision)
     structure = None
     if sharding is None:
-        model = _load_merged(path, merge, dtype, device, attention, revision)
+        model = load_merged(path, merge, dtype, device, attention, revision)
         require_special_tokens(tokenizer, path)
         words = _checked_words(model, tokenizer, path, padded=padded)
         wrapped = None if adapter is None else add_adapter(model, adapter, revision=revision)
     else:
-        opened = _open_sharded(path, merge, dtype, attention, revision, sharding, adapter)
+        opened = open_divided(path, merge, dtype, attention, revision, sharding, adapter)
         model, wrapped, structure = opened.model, opened.adapter, opened.structure
         require_special_tokens(tokenizer, path)
         words = _checked_words(model, tokenizer, path, padded=padded)
@@ -353,10 +363,10 @@ def load_reference(
         ModelError: if the model or tokenizer cannot be used.
     """
     if sharding is None:
-        model = _load_merged(path, merge, dtype, device, attention, revision)
+        model = load_merged(path, merge, dtype, device, attention, revision)
     else:
-        model = _open_sharded(path, merge, dtype, attention, revision, sharding).model
-    tokenizer = _load_tokenizer(path, merge, revision)
+        model = open_divided(path, merge, dtype, attention, revision, sharding).model
+    tokenizer = tokenizer_of(path, merge, revision)
     words = _checked_words(model, tokenizer, path, padded=True)
     model.requires_grad_(False)
     return Reference(model, tokenizer, str(path), words, "loaded", revision=revision, merged=merge)
@@ -376,7 +386,7 @@ def freeze_copy(policy: Policy) -> Reference:
         )
         start(model, policy.device)
     else:
-        model, how = copy.deepcopy(policy.model).requires_grad_(False), "copy of the policy"
+        model, how = frozen_copy(policy.model, policy.precision), "copy of the policy"
     return Reference(
         model,
         policy.tokenizer,
@@ -386,6 +396,7 @@ def freeze_copy(policy: Policy) -> Reference:
         policy.adapter,
         revision=policy.revision,
         merged=policy.merged,
+        precision=policy.precision,
     )
 
 
@@ -478,81 +489,3 @@ def _identity(
         revision=owner.revision,
         merged=owner.merged,
     )
-
-
-def _open_sharded(
-    path: str | Path,
-    merge: str | None,
-    dtype: Dtype,
-    attention: Attention,
-    revision: str | None,
-    sharding: Sharding,
-    adapter: AdapterSpec | None = None,
-) -> ShardedModel:
-    return open_sharded(
-        path,
-        dtype=dtype,
-        attention=attention,
-        sharding=sharding,
-        whole=lambda: _load_merged(path, merge, dtype, "cpu", attention, revision),
-        spec=adapter,
-        revision=revision,
-        merged=merge is not None,
-    )
-
-
-def _load_merged(
-    path: str | Path,
-    merge: str | None,
-    dtype: Dtype,
-    device: str,
-    attention: Attention,
-    revision: str | None,
-) -> PreTrainedModel:
-    if merge is None:
-        return load_causal_lm(
-            path, dtype=dtype, device=device, attention=attention, revision=revision
-        )
-    wanted = load_config(path, revision=revision).dtype if dtype == "auto" else _DTYPES[dtype]
-    half = wanted in (torch.bfloat16, torch.float16)
-    model = load_causal_lm(
-        path,
-        dtype="float32",
-        # In main memory, which is the larger one, while it takes twice its memory.
-        device="cpu" if half else device,
-        attention=attention,
-        revision=revision,
-    )
-    model = merge_adapter(model, merge)
-    return cast(Any, _rounded(model, wanted)).to(device) if half else model
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model with its parameters in half precision, but for those it keeps in float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        if not kept & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def _load_tokenizer(
-    path: str | Path, merge: str | None, revision: str | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; that of the adapter merged into it, where there is one."""
-    if merge is None:
-        return load_tokenizer(path, revision=revision)
-    own = Path(merge)
-    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return load_tokenizer(own)
-    tokenizer = load_tokenizer(path, revision=revision)
-    template = own / "chat_template.jinja"
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer

@@ -9,7 +9,6 @@ All give the same log-probabilities. `copy` and `adapter_off` are `models.Refere
 are the other two, and the anchor: a policy of some step, frozen, to which the leash is moved.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import ModelError
+from kleash.models.frozen_weights import frozen_copy
 from kleash.models.policy import Identity, LanguageModel, Policy, Reference
 from kleash.models.sharded_loading import start
 from kleash.models.trunk import trunk_of, trunk_states
@@ -78,7 +78,13 @@ class OffloadedReference:
         lent = {name: tensor.detach().to(self.device) for name, tensor in named}
         with torch.no_grad():
             return trunk_states(
-                trunk, prompt_ids, prompt_mask, response_ids, response_mask, weights=lent
+                trunk,
+                prompt_ids,
+                prompt_mask,
+                response_ids,
+                response_mask,
+                weights=lent,
+                precision=self.inner.precision,
             )
 
     def identity(self) -> Identity:
@@ -205,7 +211,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         model = policy.sharding.frozen_copy(policy.structure, policy.model)
         start(model, policy.device)
     else:
-        model = copy.deepcopy(policy.model).requires_grad_(False)
+        model = frozen_copy(policy.model, policy.precision)
     # A divided anchor takes the device one slice, and stays there.
     offloaded = isinstance(like, OffloadedReference) and policy.sharding is None
     anchor = Reference(
@@ -216,6 +222,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         f"policy after step {step}",
         revision=policy.revision,
         merged=policy.merged,
+        precision=policy.precision,
     )
     return OffloadedReference(anchor, policy.device) if offloaded else anchor
 

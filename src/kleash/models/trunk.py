@@ -14,6 +14,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
+from kleash.models.precision import Precision, computing, for_head
+from kleash.models.recomputation import recomputing
 from kleash.models.sharding import states_of
 
 
@@ -47,6 +49,7 @@ def trunk_states(
     *,
     model: nn.Module | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    precision: Precision = "float32",
 ) -> Float[Tensor, "batch token+1 hidden"]:
     """Hidden states of the response part of [left-padded prompt | right-padded response].
 
@@ -61,6 +64,7 @@ def trunk_states(
         response_mask: True on their tokens.
         model: whose trunk it is; it may be divided among processes.
         weights: parameters and buffers to read with instead of the trunk's own, by name.
+        precision: in which the trunk computes; see `precision`.
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -70,8 +74,9 @@ def trunk_states(
         inputs["attention_mask"] = mask.long()
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    if weights is not None:
-        states = functional_call(trunk, dict(weights), (), inputs)[0]
-    else:
-        states = states_of(trunk if model is None else model, trunk, inputs)
-    return states[:, prompt_ids.shape[1] - 1 :]
+    with computing(trunk, ids.device, precision), recomputing(trunk):
+        if weights is None:
+            states = states_of(trunk if model is None else model, trunk, inputs)
+        else:
+            states = functional_call(trunk, dict(weights), (), inputs)[0]
+    return for_head(states[:, prompt_ids.shape[1] - 1 :], precision)

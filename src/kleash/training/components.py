@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
-from kleash.errors import RefusedError
+from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
 from kleash.models.policy import LanguageModel, Policy
@@ -27,6 +27,13 @@ from kleash.models.reward_model import RewardModel, WeightedSum
 from kleash.models.sharding import gathered, release
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
+from kleash.rollout.engine import (
+    RolloutEngine,
+    SeparateEngine,
+    TransformersEngine,
+    writing_request,
+)
+from kleash.rollout.hand_over import hand_over
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
@@ -82,6 +89,8 @@ class Components:
     """The plan: what the reference's responses show to be possible, where they were drawn."""
     mesh: Mesh = ALONE
     """The processes of the run."""
+    engine: SeparateEngine | None = None
+    """What writes responses with weights of its own; None: the policy writes by itself."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, in the optimiser's order."""
@@ -120,18 +129,15 @@ class Components:
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
+            EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
         batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        if self.mesh.size == 1:
-            rollout = scoring_pass.generate(
-                self.policy, batch, self.sampling, microbatch=microbatch
+        engine = self.current_engine()
+        with gathered(self.policy.model):
+            rollout = engine.write(
+                writing_request(engine, batch, self.sampling, microbatch=microbatch)
             )
-        else:
-            with gathered(self.policy.model):
-                rollout = generate(
-                    self.policy, batch, self.sampling, self.mesh, microbatch=microbatch
-                )
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -139,6 +145,25 @@ class Components:
             texts=response_texts(tokenizer, rollout, stop_ids=self.policy.stop_ids),
             columns=columns_of(rows) | response_columns(tokenizer, rollout),
         )
+
+    def current_engine(self) -> RolloutEngine:
+        """What writes, with the policy's weights as they are now.
+
+        Raises:
+            EngineError: the weights did not arrive.
+        """
+        if self.engine is None:
+            alone = self.mesh.size == 1
+            return TransformersEngine(
+                self.policy, scoring_pass.generate if alone else partial(generate, mesh=self.mesh)
+            )
+        if self.mesh.size > 1:
+            raise ConfigError(
+                f"expected one process beside an engine that writes by itself, got "
+                f"{self.mesh.size}: leave the engine out, or start one"
+            )
+        hand_over(self.engine, self.policy)
+        return self.engine
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.

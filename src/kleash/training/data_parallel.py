@@ -34,7 +34,7 @@ SCORED = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values", "final_
 
 
 def generate(
-    policy: Policy, prompts: PromptBatch, sampling: SamplingSpec, mesh: Mesh, *, microbatch: int
+    policy: Policy, prompts: PromptBatch, sampling: SamplingSpec, *, microbatch: int, mesh: Mesh
 ) -> Rollout:
     """`sampling.generate` with the rows divided; the responses are those of one process.
 

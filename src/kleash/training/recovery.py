@@ -132,6 +132,7 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
         RefusedError: the error, where the run stops; it says where the run stands.
     """
     run, state, wires = session.run, session.state, session.config.tripwires
+    session.components.release()
     put_back(session.components.optimizer, pending.undo)
     sentence = str(error)
     evidence = run.path / "refused" / f"step-{pending.step:06d}-{state.rollbacks}"
