@@ -61,7 +61,8 @@ def require_same_run(ours: Path, theirs: Path, *, rel: float = 1e-5) -> None:
     for line, wanted in zip(numbers(ours), numbers(theirs), strict=True):
         known = {key: value for key, value in wanted.items() if value is not None}
         assert {key for key, value in line.items() if value is None} == set(wanted) - set(known)
-        assert {key: line[key] for key in known} == pytest.approx(known, rel=rel, abs=rel, nan_ok=True)
+        close = pytest.approx(known, rel=rel, abs=rel, nan_ok=True)
+        assert {key: line[key] for key in known} == close
     for name, tensor in policy_weights(theirs).items():
         torch.testing.assert_close(policy_weights(ours)[name], tensor, rtol=1e-5, atol=1e-5)
 
