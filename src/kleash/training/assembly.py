@@ -145,6 +145,13 @@ def _require_fitting(config: Config, mesh: Mesh) -> None:
             f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
             "fsdp, or start without a launcher"
         )
+    both = config.policy.adapter is not None and config.policy.lora is not None
+    if mesh.size > 1 and config.distributed.strategy == "fsdp" and both:
+        raise ConfigError(
+            "expected `policy.adapter` or `policy.lora` with `distributed.strategy: fsdp`, got "
+            "both, whose checkpoints are whole models: merge the adapter into a model of its own "
+            "first, or take ddp"
+        )
     if mesh.size > config.responses_per_step:
         raise ConfigError(
             f"expected at most as many processes as the {config.responses_per_step} responses of a "
