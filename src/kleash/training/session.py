@@ -19,7 +19,7 @@ from kleash.training.components import Components
 from kleash.training.metrics import Number
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
-from kleash.training.warning_signs import warning_signs
+from kleash.training.warning_signs import warning_signs, worst_samples
 
 _Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -96,11 +96,14 @@ class Session:
         """
         frontier = self.components.frontier
         known = None if frontier is None else log(self.config.plan.responses)
-        signs = warning_signs(read_run(self.run.path).metrics, known_kl=known)
+        run = read_run(self.run.path)
+        signs = warning_signs(run.metrics, known_kl=known)
         self.run.update_meta(warning_signs=[asdict(sign) for sign in signs])
         lines = [f"{sign.sentence} (since step {sign.since})" for sign in signs]
         for sign, line in zip(signs, lines, strict=True):
-            self.run.append_event(new_event(self.state.step, "alarm", line, sign=sign.name))
+            worst = worst_samples(run.samples, since=sign.since)
+            event = new_event(self.state.step, "alarm", line, sign=sign.name, worst=worst)
+            self.run.append_event(event)
         return lines
 
     def ensure_saved(self) -> Path:
