@@ -68,7 +68,7 @@ class Session:
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
             self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
-        self.save(keep=self.config.logging.keep, card=self._card(metrics))
+        self.save(keep=self.config.logging.keep, metrics=metrics)
         self.run.update_meta(
             best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
         )
@@ -118,32 +118,46 @@ class Session:
         self.guard.require_hashes()
         return self.save(keep=self.config.logging.keep)
 
-    def save(self, *, keep: int, card: str | None = None) -> Path:
-        """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
+    def save(self, *, keep: int, metrics: Mapping[str, Number] | None = None) -> Path:
+        """Write a checkpoint of the run as it stands; older ones beyond `keep` go.
+
+        Args:
+            keep: how many remain.
+            metrics: of the run's last step; None: they are read from the run directory.
+        """
+        if metrics is None:
+            lines = read_run(self.run.path).metrics
+            metrics = next((one for one in lines if one["step"] == self.state.step), {})
         path = save_run_state(
             self.run.checkpoints,
             self.components,
             self.state,
             self.guard.original,
             keep=keep,
-            card=card,
+            card=self._card(metrics),
         )
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
         return path
 
     def _card(self, metrics: Mapping[str, Number]) -> str | None:
-        """The model card of this very policy; None where its KL was not measured.
+        """The model card of this policy; None before the first step, where nothing was measured.
 
-        The rollout of a step was written before the step's updates, so its KL is that of another
-        policy: only an evaluation after them speaks of the weights that are saved.
+        The rollout of a step was written before the step's updates, so its KL is that of the policy
+        one step earlier: it stands in, and the card says so, where there was no evaluation after.
         """
-        kl, error = metrics.get("heldout/kl_ref"), metrics.get("heldout/kl_ref_se")
-        if kl is None:
-            return None
         config, policy = self.config, self.components.policy
         of_group = config.algorithm.name == "grpo"
-        count = metrics.get("heldout/responses")
+        if metrics.get("heldout/kl_ref") is not None:
+            section, of = "heldout", "to held-out prompts"
+            count = metrics.get("heldout/responses")
+        else:
+            section = "objective"
+            of = f"to training prompts, by the policy before the updates of step {self.state.step}"
+            count = config.responses_per_step
+        kl, error = metrics.get(f"{section}/kl_ref"), metrics.get(f"{section}/kl_ref_se")
+        if kl is None:
+            return None
         return model_card(
             ModelCardFacts(
                 reference=self.guard.original.path,
@@ -159,9 +173,10 @@ class Session:
                 kl=kl,
                 kl_interval=None if error is None else (kl - _Z95 * error, kl + _Z95 * error),
                 kl_responses=None if count is None else int(count),
+                kl_of=of,
                 target_kl=config.leash.target_kl,
-                score=metrics.get("heldout/scores"),
-                score_error=metrics.get("heldout/scores_se"),
+                score=metrics.get(f"{section}/scores"),
+                score_error=metrics.get(f"{section}/scores_se"),
                 reward_models={
                     name: str(reward.callable or reward.path)
                     for name, reward in config.reward_models.items()
