@@ -15,6 +15,7 @@ from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Attention,
@@ -52,6 +53,7 @@ from kleash.models.reward_model import (
 )
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
 from kleash.models.vocabulary import require_known_ids
+from kleash.rollout.prompt_files import Source
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
@@ -63,12 +65,17 @@ Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
 
 
-def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Components:
+def assemble(
+    config: Config,
+    given: Mapping[str, Reward] | None = None,
+    rows: Mapping[str, Sequence[object]] | None = None,
+) -> Components:
     """Load and check everything a run needs.
 
     Args:
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
+        rows: prompts in memory, `train` and `heldout`, which take the place of the files.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
@@ -83,8 +90,11 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    prompts = _prompts(config.prompts.train, policy, sampling, named)
-    held = config.prompts.heldout
+    train, held = (
+        _source(path, name, rows or {})
+        for name, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
+    )
+    prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
@@ -250,18 +260,33 @@ def _reference(
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
+def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
+    """Where prompts come from: rows in memory, or a file.
+
+    Raises:
+        PromptError: they were in memory, and are not there now.
+    """
+    if path == IN_MEMORY and name not in rows:
+        raise PromptError(
+            f"expected the rows of `prompts.{name}` in memory, as this run was begun with, got "
+            "none: call kleash.train with the same rows again"
+        )
+    return rows.get(name, path)
+
+
 def _prompts(
-    path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
+    source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
     prompts = read_prompts(
-        path,
+        source,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
         chat_template=chat_template,
     )
     for prompt in prompts:
-        where = f"prompt {prompt.index + 1} of {path!r}"
+        of = repr(source) if isinstance(source, str) else "those in memory"
+        where = f"prompt {prompt.index + 1} of {of}"
         require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
     return prompts
 

@@ -94,6 +94,7 @@ class Trainer:
         preflight: Preflight | None = None,
         argv: Sequence[str] = (),
         rewards: Mapping[str, Reward] | None = None,
+        rows: Mapping[str, Sequence[object]] | None = None,
     ) -> None:
         """Nothing is loaded or written before `fit`.
 
@@ -105,6 +106,7 @@ class Trainer:
             argv: the command line, for the record.
             rewards: reward functions or objects by the names they have in `reward_models`, which
                 take the place of what is named there.
+            rows: prompts given in memory, `train` and `heldout`, in the place of the files.
 
         Raises:
             ConfigError: a callback has none of the methods, or a tracker is not installed.
@@ -113,6 +115,7 @@ class Trainer:
         self._preflight = preflight
         self._argv = argv
         self._rewards = rewards or {}
+        self._rows = rows or {}
         self._trackers = Trackers(config.logging.trackers, Path(config.output))
         self._display = TrainingDisplay(config.steps, title=Path(config.output).resolve().name)
         self.callbacks = Callbacks([self._trackers, self._display, *callbacks])
@@ -135,6 +138,7 @@ class Trainer:
                 preflight=self._preflight,
                 group=group,
                 rewards=self._rewards,
+                rows=self._rows,
                 callbacks=self.callbacks,
             )
             with session.run, self._trackers, self._display, catch_signals() as stop:

@@ -13,6 +13,7 @@ import yaml
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.errors import ConfigError
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
@@ -45,6 +46,7 @@ def open_session(
     preflight: Preflight | None,
     group: WorkerGroup | None,
     rewards: Mapping[str, Reward],
+    rows: Mapping[str, Sequence[object]],
     callbacks: Callbacks,
 ) -> Session:
     """Assemble the components and open the run directory.
@@ -55,6 +57,7 @@ def open_session(
         preflight: asked once, before the run is begun.
         group: the other processes, if there are any.
         rewards: given in memory, by their names in `reward_models`.
+        rows: prompts given in memory, `train` and `heldout`.
         callbacks: of the run.
 
     Raises:
@@ -64,7 +67,15 @@ def open_session(
     found = find_run(config)
     begun = found is not None
     torch.manual_seed(config.seed)
-    components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
+    if group is None:
+        components = assemble(config, rewards, rows)
+    elif rewards or rows:
+        raise ConfigError(
+            "expected rewards and prompts that every process can load by their names, got some in "
+            "memory: give `module:function` and files, or run one process"
+        )
+    else:
+        components = assemble_everywhere(group, config)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
