@@ -89,7 +89,7 @@ def test_prompts_in_memory_are_the_prompts_of_the_file(material: Path, tmp_path:
         kleash.train(ours.path / "config.yaml", check=False, steps=3)
     assert kleash.train(tree, **given, check=False, steps=3).metrics[-1]["step"] == 3
     with pytest.raises(PromptError, match="prompt"):
-        kleash.train(tree, prompts=[], check=False, output=str(tmp_path / "none"))
+        kleash.train(tree, **{**given, "prompts": []}, check=False, output=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
