@@ -86,7 +86,7 @@ def _lines(model: Any, name: str, scale: float, seeds: int, iterations: int) -> 
 
 def _controller(model: Any, scale: float, target: float, start: str, seed: int) -> Any:
     if start == "0.15":
-        return plants.Told(BudgetBeta(target, 0.15))
+        return plants.GivenBeta(BudgetBeta(target, 0.15))
     scores = plants.reference_scores(model, plants.Lane(scale, seed))
     if start == "spread":
         return BudgetBeta(target, initial_beta(target, spread(scores)))

@@ -10,6 +10,7 @@
     │   ├── ScoringError         a log-probability or KL is impossible
     │   ├── NonFiniteError       something became NaN or infinite
     │   └── TripwireError        the KL went beyond its bound, or the entropy collapsed
+    ├── EngineError              what writes the responses failed or is another than expected
     ├── RunError                 a run directory cannot be written, read or resumed
     └── PreflightError           a check before the run failed                   exit 5
 
@@ -106,6 +107,10 @@ class TripwireError(RefusedError):
         """As `RefusedError`, with the key of the bound."""
         super().__init__(message, response=response, token=token)
         self.wire = wire
+
+
+class EngineError(KleashError, RuntimeError):
+    """The engine that writes responses cannot be used, did not answer, or holds other weights."""
 
 
 class RunError(KleashError, OSError):

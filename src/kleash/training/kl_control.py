@@ -17,10 +17,10 @@ from kleash.kl.control.groups import Leash, States, is_grouped, key_of, rows_by_
 from kleash.kl.control.shortfall import explain_shortfall
 from kleash.kl.control.state import BetaState
 from kleash.kl.planning.initial_beta import Start
-from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl, variance_of
 from kleash.storage.plan_file import Frontier
 from kleash.training.assembly import target_per_response
-from kleash.training.metrics import Number, variance_of, with_error
+from kleash.training.metrics import Number, with_error
 from kleash.types import ScoredRollout
 
 

@@ -50,6 +50,7 @@ from kleash.training.metrics import (
     objective_measures,
     reward_measures,
     rollout_measures,
+    sampler_measures,
     with_error,
 )
 from kleash.training.optimization import PolicyUpdater
@@ -66,6 +67,7 @@ from kleash.training.session import Session
 from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
+from kleash.training.vocabulary import vocabulary_measures
 from kleash.training.worker import leading
 from kleash.types import Experience, ScoredRollout
 
@@ -200,13 +202,13 @@ class Trainer:
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
-        samples = self._samples(judged, scored, pending.step)
+        samples, closely = self._read_closely(judged, scored, pending.step)
 
         # 4–5. Rewards, advantages, clipped updates.
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = self._climb(experience, pending)
+            updates = closely | self._climb(experience, pending)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -235,7 +237,7 @@ class Trainer:
             **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
-        session.state = after
+        session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
         return metrics
 
     def _start(self) -> None:
@@ -313,19 +315,27 @@ class Trainer:
             scored=scored,
             folder=session.run.path,
             append_event=session.run.append_event,
+            sampler_floor=session.state.sampler_floor,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
         pending.within_bounds = True
 
-    def _samples(self, judged: JudgedResponses, scored: ScoredRollout, step: int) -> list[Sample]:
-        """Responses to keep, read closely while the policy is still the one that wrote them."""
-        components = self.session.components
+    def _read_closely(
+        self, judged: JudgedResponses, scored: ScoredRollout, step: int
+    ) -> tuple[list[Sample], dict[str, Number]]:
+        """Responses to keep and, where it is due, both laws over the whole vocabulary.
+
+        While the policy is still the one that wrote them.
+        """
+        components, numbers = self.session.components, dict[str, Number]()
+        if _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(components, scored)
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
         count = self.config.logging.samples_per_step
-        return reader.training_samples(scored, judged, step=step, count=count)
+        return reader.training_samples(scored, judged, step=step, count=count), numbers
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
@@ -355,8 +365,10 @@ class Trainer:
     def _rollout_numbers(
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
-        """What was written and its scores; the KL to the original, if the anchor is another."""
+        """What was written, the gap of its sampler and its scores; the KL to a first reference."""
         measures = rollout_measures(scored, judged.texts)
+        settings, floor = self.session.components.settings, self.session.state.sampler_floor
+        measures |= sampler_measures(scored, settings, floor=floor)
         measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
