@@ -67,15 +67,7 @@ def open_session(
     found = find_run(config)
     begun = found is not None
     torch.manual_seed(config.seed)
-    if group is None:
-        components = assemble(config, rewards, rows)
-    elif rewards or rows:
-        raise ConfigError(
-            "expected rewards and prompts that every process can load by their names, got some in "
-            "memory: give `module:function` and files, or run one process"
-        )
-    else:
-        components = assemble_everywhere(group, config)
+    components = _assemble(config, group, rewards, rows)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
@@ -117,6 +109,27 @@ def open_session(
         warnings=warnings,
         fresh=checkpoint is None,
     )
+
+
+def _assemble(
+    config: Config,
+    group: WorkerGroup | None,
+    rewards: Mapping[str, Reward],
+    rows: Mapping[str, Sequence[object]],
+) -> Components:
+    """The components, in every process.
+
+    Raises:
+        ConfigError: something in memory, which other processes cannot load.
+    """
+    if group is None:
+        return assemble(config, rewards, rows)
+    if rewards or rows:
+        raise ConfigError(
+            "expected rewards and prompts that every process can load by their names, got some in "
+            "memory: give `module:function` and files, or run one process"
+        )
+    return assemble_everywhere(group, config)
 
 
 def _begin(config: Config, components: Components) -> tuple[Frontier | None, TrainingState]:
