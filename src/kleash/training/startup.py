@@ -67,7 +67,11 @@ def open_session(
     found = find_run(config)
     begun = found is not None
     torch.manual_seed(config.seed)
-    components = _assemble(config, group, rewards, rows)
+    if group is None:
+        components = assemble(config, rewards, rows)
+    else:
+        _require_loadable(rewards, rows)
+        components = assemble_everywhere(group, config)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
@@ -111,25 +115,17 @@ def open_session(
     )
 
 
-def _assemble(
-    config: Config,
-    group: WorkerGroup | None,
-    rewards: Mapping[str, Reward],
-    rows: Mapping[str, Sequence[object]],
-) -> Components:
-    """The components, in every process.
+def _require_loadable(rewards: Mapping[str, Reward], rows: Mapping[str, Sequence[object]]) -> None:
+    """Refuse what is in memory where other processes load everything by its name.
 
     Raises:
-        ConfigError: something in memory, which other processes cannot load.
+        ConfigError: there is some.
     """
-    if group is None:
-        return assemble(config, rewards, rows)
     if rewards or rows:
         raise ConfigError(
             "expected rewards and prompts that every process can load by their names, got some in "
             "memory: give `module:function` and files, or run one process"
         )
-    return assemble_everywhere(group, config)
 
 
 def _begin(config: Config, components: Components) -> tuple[Frontier | None, TrainingState]:
