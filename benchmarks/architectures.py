@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kleash.errors import KleashError
 
-CPU_SECONDS, SECONDS = 120, 900
+CPU_SECONDS, SECONDS = 30, 900
 DRAFTS = ("gemma4_assistant", "gemma4_unified_assistant")
 """They write drafts for another model, whose keys and values they read."""
 
