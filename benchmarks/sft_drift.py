@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/sft-drift"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--fail-above", type=float, default=None, help="nats per token")
     args = parser.parse_args()
     path = args.real / "models" / "stories260K"
@@ -38,7 +39,7 @@ def main() -> None:
         "output_dir": str(args.output),
         "per_device_train_batch_size": 16,
         "max_steps": args.steps,
-        "learning_rate": 1e-3,
+        "learning_rate": args.lr,
         "logging_steps": args.every,
         "report_to": "none",
         "save_strategy": "no",
