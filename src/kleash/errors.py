@@ -2,7 +2,7 @@
 
     KleashError                  one sentence: what was expected, what came, what to do
     ├── UsageError               the command line itself is wrong            exit 2
-    ├── ConfigError              a setting is unknown, missing, contradictory
+    ├── ConfigError              a setting is unknown, missing, contradictory    exit 2
     ├── PromptError              a prompt file cannot be used
     ├── ModelError               a model or tokenizer cannot be used
     ├── RewardError              a reward model or callable misbehaves
@@ -10,6 +10,7 @@
     │   ├── ScoringError         a log-probability or KL is impossible
     │   ├── NonFiniteError       something became NaN or infinite
     │   └── TripwireError        the KL went beyond its bound, or the entropy collapsed
+    ├── EngineError              what writes the responses failed or is another than expected
     ├── RunError                 a run directory cannot be written, read or resumed
     └── PreflightError           a check before the run failed                   exit 5
 
@@ -33,7 +34,9 @@ class UsageError(KleashError, ValueError):
 
 
 class ConfigError(KleashError, ValueError):
-    """A setting is unknown, missing or contradicts another."""
+    """A setting is unknown, missing or contradicts another, in whichever place it was given."""
+
+    exit_code = 2
 
 
 class PromptError(KleashError, ValueError):
@@ -104,6 +107,10 @@ class TripwireError(RefusedError):
         """As `RefusedError`, with the key of the bound."""
         super().__init__(message, response=response, token=token)
         self.wire = wire
+
+
+class EngineError(KleashError, RuntimeError):
+    """The engine that writes responses cannot be used, did not answer, or holds other weights."""
 
 
 class RunError(KleashError, OSError):

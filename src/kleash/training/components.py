@@ -23,6 +23,13 @@ from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import RewardModel, WeightedSum
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
+from kleash.rollout.engine import (
+    RolloutEngine,
+    SeparateEngine,
+    TransformersEngine,
+    writing_request,
+)
+from kleash.rollout.hand_over import hand_over
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
@@ -66,6 +73,8 @@ class Components:
     """The plan: what the reference's responses show to be possible, where they were drawn."""
     workers: Workers | None = None
     """The other processes; None: there are none."""
+    engine: SeparateEngine | None = None
+    """What writes responses with weights of its own; None: the policy writes by itself."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, in the optimiser's order."""
@@ -88,11 +97,12 @@ class Components:
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
+            EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
         batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        write = scoring_pass.generate if self.workers is None else self.workers.generate
-        rollout = write(self.policy, batch, self.sampling, microbatch=microbatch)
+        engine = self.current_engine()
+        rollout = engine.write(writing_request(engine, batch, self.sampling, microbatch=microbatch))
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -100,6 +110,18 @@ class Components:
             texts=response_texts(tokenizer, rollout, stop_ids=self.policy.stop_ids),
             columns=columns_of(rows) | response_columns(tokenizer, rollout),
         )
+
+    def current_engine(self) -> RolloutEngine:
+        """What writes, with the policy's weights as they are now.
+
+        Raises:
+            EngineError: the weights did not arrive.
+        """
+        if self.engine is None:
+            generate = scoring_pass.generate if self.workers is None else self.workers.generate
+            return TransformersEngine(self.policy, generate)
+        hand_over(self.engine, self.policy)
+        return self.engine
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.

@@ -25,6 +25,7 @@ from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.rollout.scoring_pass import score
+from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
 from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
@@ -37,8 +38,9 @@ from kleash.training.kl_control import (
     leash_measures,
     measurements,
     read_groups,
+    shortfall_lines,
 )
-from kleash.training.metadata import objective_line
+from kleash.training.metadata import betas_by_group, objective_line
 from kleash.training.metrics import (
     Clock,
     Number,
@@ -48,6 +50,7 @@ from kleash.training.metrics import (
     objective_measures,
     reward_measures,
     rollout_measures,
+    sampler_measures,
     with_error,
 )
 from kleash.training.optimization import PolicyUpdater
@@ -64,6 +67,7 @@ from kleash.training.session import Session
 from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
+from kleash.training.vocabulary import vocabulary_measures
 from kleash.training.worker import leading
 from kleash.types import Experience, ScoredRollout
 
@@ -194,13 +198,13 @@ class Trainer:
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
-        samples = self._samples(judged, scored, pending.step)
+        samples, closely = self._read_closely(judged, scored, pending.step)
 
         # 4–5. Rewards, advantages, clipped updates.
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = self._climb(experience, pending)
+            updates = closely | self._climb(experience, pending)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -229,7 +233,7 @@ class Trainer:
             **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
-        session.state = after
+        session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
         return metrics
 
     def _start(self) -> None:
@@ -238,10 +242,11 @@ class Trainer:
         state = session.state
         self._display.target_kl = None if is_grouped(state.betas) else self.config.leash.target_kl
         lines = [
-            objective_line(self.config, state.betas),
+            objective_line(self.config, betas_by_group(state.betas), step=state.step),
             *(f"warning: {warning}" for warning in session.warnings),
-            *start_lines(self.config.leash, state.starts),
         ]
+        if state.step == 0:
+            lines += start_lines(self.config.leash, state.starts)
         self.callbacks.on_start(StartEvent(session.run.path, state.step, self.config.steps, lines))
         if session.fresh and session.components.heldout:
             session.run.append_metrics({"step": 0, **self._evaluate(state)})
@@ -306,19 +311,27 @@ class Trainer:
             scored=scored,
             folder=session.run.path,
             append_event=session.run.append_event,
+            sampler_floor=session.state.sampler_floor,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
         pending.within_bounds = True
 
-    def _samples(self, judged: JudgedResponses, scored: ScoredRollout, step: int) -> list[Sample]:
-        """Responses to keep, read closely while the policy is still the one that wrote them."""
-        components = self.session.components
+    def _read_closely(
+        self, judged: JudgedResponses, scored: ScoredRollout, step: int
+    ) -> tuple[list[Sample], dict[str, Number]]:
+        """Responses to keep and, where it is due, both laws over the whole vocabulary.
+
+        While the policy is still the one that wrote them.
+        """
+        components, numbers = self.session.components, dict[str, Number]()
+        if _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(components, scored)
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
         count = self.config.logging.samples_per_step
-        return reader.training_samples(scored, judged, step=step, count=count)
+        return reader.training_samples(scored, judged, step=step, count=count), numbers
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
@@ -336,6 +349,10 @@ class Trainer:
         readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
         given = measurements(readings, state.starts, follow_scores=leash.initial_beta == "auto")
         moved = session.leash.update(state.betas, given)
+        for line in shortfall_lines(session.leash, moved, readings):
+            event = new_event(state.step + 1, "alarm", line, sign="budget_under_spent")
+            session.run.append_event(event)
+            self._display.say(f"step {event.step}: {line}")
         return moved, {
             **leash_measures(leash, state.betas, readings, components.frontier),
             **controller_measures(session.leash, state.betas, given, moved),
@@ -344,8 +361,10 @@ class Trainer:
     def _rollout_numbers(
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
-        """What was written and its scores; the KL to the original, if the anchor is another."""
+        """What was written, the gap of its sampler and its scores; the KL to a first reference."""
         measures = rollout_measures(scored, judged.texts)
+        settings, floor = self.session.components.settings, self.session.state.sampler_floor
+        measures |= sampler_measures(scored, settings, floor=floor)
         measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index

@@ -67,6 +67,9 @@ class TrainingState:
     starts: Mapping[str, Start] = field(default_factory=dict)
     """Where the moving β of each group started, which its controller goes on building on; empty if
     it was given."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer before the first update, in nats per token; None: not measured
+    yet, or by no engine that reports log-probabilities."""
 
 
 def save_run_state(
@@ -166,6 +169,7 @@ def _state_of(record: Mapping[str, Any]) -> TrainingState:
         best_step=record["best_step"],
         best_objective=record["best_objective"],
         starts={name: Start(**start) for name, start in record["starts"].items()},
+        sampler_floor=record["sampler_floor"],
     )
 
 
