@@ -35,6 +35,7 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
+from kleash.mesh import Mesh, is_distributed, own_gpu
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.frozen_weights import shrink_frozen
@@ -53,8 +54,9 @@ from kleash.models.reward_model import (
     RewardModel,
     WeightedSum,
 )
+from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
-from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
 from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.prompt_files import Source
 from kleash.rollout.prompts import Prompt, read_prompts
@@ -62,7 +64,6 @@ from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
-from kleash.training.process_group import is_distributed, own_gpu
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
@@ -72,6 +73,8 @@ def assemble(
     config: Config,
     given: Mapping[str, Reward] | None = None,
     rows: Mapping[str, Sequence[object]] | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Components:
     """Load and check everything a run needs.
 
@@ -79,14 +82,20 @@ def assemble(
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
         rows: prompts in memory, `train` and `heldout`, which take the place of the files.
+        mesh: the processes of the run; by default this one alone.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
         ModelError, PromptError, RewardError: what they say.
     """
+    mesh = Mesh() if mesh is None else mesh
+    _require_fitting(config, mesh)
     device = choose_device(config.device)
-    policy = _policy(config.policy, device)
-    reference = _reference(config.reference, config.policy, policy, device)
+    sharding = None
+    if config.distributed.strategy == "fsdp" and mesh.size > 1:
+        sharding = Sharding(device_mesh(device, mesh.size), device)
+    policy = _policy(config.policy, device, sharding)
+    reference = _reference(config.reference, config.policy, policy, device, mesh)
     # Added tokens that the reference lacks have probability 0 for both.
     policy = replace(policy, words=underlying(reference).words)
     sampling = SamplingSpec(
@@ -112,6 +121,8 @@ def assemble(
     value = None
     if critic is not None:
         value = _value(critic, policy, device, start=config.policy, seed=config.seed)
+        if sharding is not None and isinstance(value, ValueModel):
+            shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
@@ -129,7 +140,26 @@ def assemble(
         settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        mesh=mesh,
     )
+
+
+def _require_fitting(config: Config, mesh: Mesh) -> None:
+    """Every process has something to do, and a way to do it.
+
+    Raises:
+        ConfigError: there are several for a strategy of one, or more than responses of a step.
+    """
+    if mesh.size > 1 and config.distributed.strategy == "none":
+        raise ConfigError(
+            f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
+            "fsdp, or start without a launcher"
+        )
+    if mesh.size > config.responses_per_step:
+        raise ConfigError(
+            f"expected at most as many processes as the {config.responses_per_step} responses of a "
+            f"step, got {mesh.size}: start fewer, or raise rollout.prompts_per_step"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -210,7 +240,7 @@ def make_controller(
             )
 
 
-def _policy(section: PolicyConfig, device: torch.device) -> Policy:
+def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | None) -> Policy:
     lora = section.lora
     adapter = None
     if lora is not None:
@@ -229,6 +259,7 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
+        sharding=sharding,
     )
     if section.gradient_checkpointing:
         enable_recomputation(trunk_of(policy.model))
@@ -236,7 +267,7 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
 
 
 def _reference(
-    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device
+    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device, mesh: Mesh
 ) -> FrozenReference:
     """The reference, where the configuration wants it to live."""
     own = wanted.path is None
@@ -252,15 +283,18 @@ def _reference(
         attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
+        sharding=None if kind == "cpu_offload" else policy.sharding,
     )
-    shrink_frozen(reference.model, start.precision)
+    if not is_sharded(reference.model):
+        shrink_frozen(reference.model, start.precision)
     words = check_compatible(policy, reference).words
     reference = replace(reference, words=words, precision=start.precision)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
         case "cached":
-            return open_cache(reference, cast(str, wanted.cache))
+            opened = mesh.first(lambda: open_cache(reference, cast(str, wanted.cache)))
+            return opened if mesh.size == 1 else opened.of_process(mesh.rank, mesh.size)
         case "copy":
             return reference
         case "auto":

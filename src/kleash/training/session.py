@@ -18,8 +18,15 @@ from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
 from kleash.training.metrics import Number
+from kleash.training.record import SilentRun
 from kleash.training.reference_guard import ReferenceGuard
-from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
+from kleash.training.state import (
+    TrainingState,
+    latest_checkpoint,
+    restore_anchor,
+    restore_run_state,
+    save_run_state,
+)
 from kleash.training.warning_signs import warning_signs, worst_samples
 
 _Z95 = 1.96
@@ -35,7 +42,8 @@ class Session:
     leash: Leash
     """The controller of each group's β."""
     state: TrainingState
-    run: RunWriter
+    run: RunWriter | SilentRun
+    """Written by the first process alone."""
     guard: ReferenceGuard
     callbacks: Callbacks
     warnings: list[str]
@@ -65,7 +73,7 @@ class Session:
         """
         if not self._is_save_due():
             return
-        self.guard.require_hashes()
+        self.components.mesh.agree(self.guard.require_hashes)
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
             self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
@@ -87,7 +95,9 @@ class Session:
             return True
         if not logging.checkpoint_minutes or self.config.tripwires.then == "rollback":
             return False
-        return monotonic() - self.saved_at >= 60 * logging.checkpoint_minutes
+        waited = 60 * logging.checkpoint_minutes
+        # The clock of the first process is that of all.
+        return self.components.mesh.told(lambda: monotonic() - self.saved_at >= waited)
 
     def note_warning_signs(self) -> list[str]:
         """At the end of a run: what looks wrong in its numbers, also in run.json and as events.
@@ -97,6 +107,8 @@ class Session:
         """
         frontier = self.components.frontier
         known = None if frontier is None else log(self.config.plan.responses)
+        if not self.components.mesh.is_first:
+            return []
         run = read_run(self.run.path)
         signs = warning_signs(run.metrics, known_kl=known)
         self.run.update_meta(warning_signs=[asdict(sign) for sign in signs])
@@ -107,16 +119,23 @@ class Session:
             self.run.append_event(event)
         return lines
 
+    def newest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint, as the first process sees it; None: there is none."""
+        found = self.components.mesh.told(
+            lambda: None if (at := latest_checkpoint(self.run.checkpoints)) is None else str(at)
+        )
+        return None if found is None else Path(found)
+
     def ensure_saved(self) -> Path:
         """The checkpoint of the run as it stands, written now if it is not there yet.
 
         Raises:
             RunError: a reference changed, or the checkpoint cannot be written.
         """
-        for checkpoint in list_checkpoints(self.run.checkpoints):
-            if step_of(checkpoint) == self.state.step:
-                return checkpoint
-        self.guard.require_hashes()
+        newest = self.newest_checkpoint()
+        if newest is not None and step_of(newest) == self.state.step:
+            return newest
+        self.components.mesh.agree(self.guard.require_hashes)
         return self.save(keep=self.config.logging.keep)
 
     def save(self, *, keep: int, metrics: Mapping[str, Number] | None = None) -> Path:
@@ -127,8 +146,7 @@ class Session:
             metrics: of the run's last step; None: they are read from the run directory.
         """
         if metrics is None:
-            lines = read_run(self.run.path).metrics
-            metrics = next((one for one in lines if one["step"] == self.state.step), {})
+            metrics = self.components.mesh.told(self._last_metrics)
         path = save_run_state(
             self.run.checkpoints,
             self.components,
@@ -140,6 +158,11 @@ class Session:
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
         return path
+
+    def _last_metrics(self) -> Mapping[str, Number]:
+        """What the run directory has of the last step."""
+        lines = read_run(self.run.path).metrics
+        return next((one for one in lines if one["step"] == self.state.step), {})
 
     def _card(self, metrics: Mapping[str, Number]) -> str | None:
         """The model card of this policy; None before the first step, where nothing was measured.
@@ -190,7 +213,8 @@ class Session:
 
     def restore(self, step: int) -> None:
         """Everything as it was when the checkpoint of that step was written."""
-        (checkpoint,) = [c for c in list_checkpoints(self.run.checkpoints) if step_of(c) == step]
+        found = list_checkpoints(self.run.checkpoints)
+        (checkpoint,) = [c for c in found if step_of(c) == step]
         components = self.components
         self.state = restore_run_state(checkpoint, components, self.guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, self.state)
