@@ -44,5 +44,13 @@ format: .venv/.installed
 	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
 	touch $@
 
+# verl and what it imports, 300 MB: not part of `make test`, whose test of it skips without.
+VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetiming hydra-core ray \
+	pyvers orjson cloudpickle importlib_metadata zipp msgpack jsonschema referencing rpds-py \
+	jsonschema-specifications
+.venv-verl: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ $(VERL)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-trl112 runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 .venv-verl runs site .pytest_cache .ruff_cache .hypothesis .coverage
