@@ -12,6 +12,7 @@ work (`distributed`).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
-from kleash.errors import ModelError, RefusedError
+from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
@@ -56,6 +57,7 @@ from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
     check_bounds,
+    keep_for_later,
     recover,
     several_updates,
 )
@@ -135,7 +137,8 @@ class Trainer:
                 rewards=self._rewards,
                 callbacks=self.callbacks,
             )
-            with session.run, self._trackers, self._display, catch_signals() as stop:
+            engine = closing(session.components)
+            with engine, session.run, self._trackers, self._display, catch_signals() as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
@@ -147,6 +150,9 @@ class Trainer:
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    except EngineError as error:
+                        keep_for_later(error, pending, session)
+                        raise
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
