@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kleash.errors import EngineError, KleashError
@@ -28,11 +29,13 @@ from kleash.models.policy import Policy
 from kleash.models.probing import first_lines
 from kleash.rollout.engine import NamedTensors, WritingRequest
 from kleash.rollout.engine_output import EngineResponse, rollout_of
-from kleash.rollout.hand_over import ends_are_apart
+from kleash.rollout.hand_over import ends_are_apart, policy_weights
 from kleash.types import Rollout
 
 OLDEST = (0, 32)
 """The first release of vLLM that takes weights in place in the way used here."""
+LEAST_TEMPERATURE = 0.01
+"""vLLM takes this for everything below, but for the greedy 0."""
 _GIB = 2**30
 
 
@@ -71,6 +74,7 @@ class VLLMEngine:
 
     def write(self, request: WritingRequest) -> Rollout:
         """See `RolloutEngine`."""
+        require_temperature(request.sampling.temperature)
         settings = [
             {
                 "temperature": request.sampling.temperature,
@@ -244,6 +248,19 @@ def require_version(version: str) -> None:
         )
 
 
+def require_temperature(temperature: float) -> None:
+    """Check that vLLM samples at this temperature and not at another.
+
+    Raises:
+        EngineError: it would take the least that it knows instead, without an error.
+    """
+    if temperature < LEAST_TEMPERATURE:
+        raise EngineError(
+            f"expected a temperature of at least {LEAST_TEMPERATURE} for vLLM, got {temperature:g}:"
+            " it samples at no lower one; raise rollout.temperature, or take rollout.engine: hf"
+        )
+
+
 def write_configuration(policy: Policy, folder: Path) -> None:
     """The policy's configuration as an engine is to read it: its vocabulary ends with its words."""
     config = copy.deepcopy(policy.model.config)
@@ -252,6 +269,14 @@ def write_configuration(policy: Policy, folder: Path) -> None:
         part.vocab_size = policy.words
         part.tie_word_embeddings = part.tie_word_embeddings and not ends_are_apart(policy)
     config.save_pretrained(folder)
+
+
+def write_model(policy: Policy, folder: Path) -> None:
+    """The policy as an engine can open it by itself: configuration, weights and tokenizer."""
+    write_configuration(policy, folder)
+    tensors = {name: value.contiguous().cpu() for name, value in policy_weights(policy)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    policy.tokenizer.save_pretrained(str(folder))
 
 
 def _unusable(error: Exception) -> EngineError:

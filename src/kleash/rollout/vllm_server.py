@@ -31,7 +31,7 @@ from kleash.models.policy import Policy
 from kleash.models.probing import probe_texts
 from kleash.rollout.engine import NamedTensors, WritingRequest
 from kleash.rollout.engine_output import EngineResponse, rollout_of
-from kleash.rollout.vllm_engine import require_version
+from kleash.rollout.vllm_engine import require_temperature, require_version
 from kleash.types import Rollout
 
 _AT_ONCE = 256
@@ -124,6 +124,7 @@ class VLLMServer:
             EngineLostError: the connection broke; nothing of the rollout is kept.
         """
         prompts, sampling = request.prompts, request.sampling
+        require_temperature(sampling.temperature)
         before = self._fixed_answers()
         asked = [
             {

@@ -53,7 +53,7 @@ from kleash.models.reward_model import (
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
 from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.engine import SeparateEngine
-from kleash.rollout.hand_over import PROBE_TOKENS
+from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.rollout.vllm_engine import VLLMSettings, start_vllm
@@ -285,17 +285,24 @@ def _engine(
         )
     longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
     section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
+    engine: SeparateEngine
     if section.url is not None:
-        return connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
-    return start_vllm(
-        policy,
-        VLLMSettings(
+        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
+    else:
+        settings = VLLMSettings(
             max_tokens=needed,
             gpu_memory_utilization=section.gpu_memory_utilization,
             kv_cache_gib=section.kv_cache_gib,
             enforce_eager=section.enforce_eager,
-        ),
-    )
+        )
+        engine = start_vllm(policy, settings)
+    try:
+        # What it cannot do with this model shows here, before a run directory exists.
+        hand_over(engine, policy)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def _prompts(
