@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -216,8 +217,15 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     Chat models often have several (end of turn, end of text), listed in `generation_config`.
     """
+    return ending_ids(model.generation_config, tokenizer)
+
+
+def ending_ids(
+    settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokenizer's end token and those of a model's own settings, which may be missing."""
     found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+    for ids in (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
         if ids is not None:
             found.update(cast(list[int], ids if isinstance(ids, list | tuple) else [ids]))
     return tuple(sorted(found))
