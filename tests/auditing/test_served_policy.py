@@ -68,7 +68,8 @@ def test_what_is_served_is_as_far_as_transformers_says(folder: Path) -> None:
 
 
 def test_served_and_trained_are_apart_by_rounding_alone(folder: Path) -> None:
-    found = audit(f"vllm:{folder / 'served'}", str(folder / "served"), texts=folder / "texts.jsonl")
+    served, trained = f"vllm:{folder / 'served'}", str(folder / "served")
+    found = audit(served, trained, texts=folder / "texts.jsonl", dtype="auto")
     kl = found.parts[0].measures["kl"].per_token
     assert 0 < kl.mean < 1e-3
     assert "Both checkpoints hold the same weights." in found.notes

@@ -127,7 +127,7 @@ def test_a_server_killed_in_mid_rollout_writes_it_again_when_it_is_back(
     rows = [Prompt("", (4 + i % 15, 5), i) for i in range(64)]
     batch = batch_prompts(rows, pad_id=policy.pad_id)
     with served(file, port, log) as first:
-        server = connect(policy, url, max_tokens=40, timeout_s=120.0)
+        server = connect(policy, url, max_tokens=40, timeout_s=400.0)
         request = writing_request(server, batch, SamplingSpec(30), microbatch=64)
         hand_over(server, policy)
         whole = server.write(request)
