@@ -33,7 +33,7 @@ from kleash.rollout.engine import (
     TransformersEngine,
     writing_request,
 )
-from kleash.rollout.hand_over import hand_over
+from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
@@ -134,10 +134,12 @@ class Components:
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
         batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
         engine = self.current_engine()
+        request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
         with gathered(self.policy.model):
-            rollout = engine.write(
-                writing_request(engine, batch, self.sampling, microbatch=microbatch)
-            )
+            if self.engine is None:
+                rollout = engine.write(request)
+            else:
+                rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -147,10 +149,10 @@ class Components:
         )
 
     def current_engine(self) -> RolloutEngine:
-        """What writes, with the policy's weights as they are now.
+        """What writes: an engine with weights of its own, or the policy by itself.
 
         Raises:
-            EngineError: the weights did not arrive.
+            ConfigError: there are several processes beside an engine.
         """
         if self.engine is None:
             alone = self.mesh.size == 1
@@ -162,8 +164,12 @@ class Components:
                 f"expected one process beside an engine that writes by itself, got "
                 f"{self.mesh.size}: leave the engine out, or start one"
             )
-        hand_over(self.engine, self.policy)
         return self.engine
+
+    def close(self) -> None:
+        """Give back the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.

@@ -13,6 +13,7 @@ which is asserted after every step. The first process writes the files.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
@@ -23,7 +24,7 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
-from kleash.errors import ModelError, RefusedError
+from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
@@ -62,6 +63,7 @@ from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
     check_bounds,
+    keep_for_later,
     recover,
     several_updates,
 )
@@ -153,7 +155,8 @@ class Trainer:
                 callbacks=self.callbacks,
             )
             signals = catch_signals(notice=mesh.is_first, launched=mesh.size > 1)
-            with session.run, self._trackers, self._display, signals as stop:
+            engine = closing(session.components)
+            with engine, session.run, self._trackers, self._display, signals as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
@@ -165,6 +168,9 @@ class Trainer:
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    except EngineError as error:
+                        keep_for_later(error, pending, session)
+                        raise
                     require_same_step(metrics, session)
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
