@@ -91,18 +91,26 @@ class Components:
         return self.settings.placement in DIFFERENTIATES_KL
 
     def write(
-        self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        responses_per_prompt: int,
+        microbatch: int,
+        written: Rollout | None = None,
     ) -> Responses:
-        """Sample responses to prompts.
+        """Sample responses to prompts, or take those that were `written` to them already.
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
             EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        engine = self.current_engine()
-        rollout = engine.write(writing_request(engine, batch, self.sampling, microbatch=microbatch))
+        rollout = written
+        if rollout is None:
+            batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+            engine = self.current_engine()
+            request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
+            rollout = engine.write(request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,

@@ -26,6 +26,7 @@ from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.rollout.scoring_pass import score
 from kleash.storage.samples import Sample
+from kleash.training.ahead import writing_ahead
 from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
@@ -149,6 +150,7 @@ class Trainer:
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    session.next_rollout = pending.following
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
@@ -255,6 +257,7 @@ class Trainer:
             [components.prompts[number] for number in numbers],
             responses_per_prompt=self.config.rollout.responses_per_prompt,
             microbatch=self.config.responses_per_step,
+            written=self.session.next_rollout,
         )
         return components.judge(pending.responses)
 
@@ -309,6 +312,7 @@ class Trainer:
             folder=session.run.path,
             append_event=session.run.append_event,
             sampler_floor=session.state.sampler_floor,
+            written_ahead=session.next_rollout is not None,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
@@ -334,8 +338,10 @@ class Trainer:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
-        updates = updater.update(experience, done=pending.step - 1)
+        with writing_ahead(self.session) as following:
+            updates = updater.update(experience, done=pending.step - 1)
         pending.updating = True
+        pending.following = following.rollout(pending)
         return updates
 
     def _move(self, scored: ScoredRollout) -> tuple[States, dict[str, Number]]:

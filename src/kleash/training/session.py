@@ -10,6 +10,7 @@ from kleash import __version__
 from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
 from kleash.models.reference_offload import anchor_at
+from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
 from kleash.storage.model_card import ModelCardFacts, model_card
@@ -18,8 +19,15 @@ from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
 from kleash.training.metrics import Number
 from kleash.training.reference_guard import ReferenceGuard
-from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
+from kleash.training.state import (
+    TrainingState,
+    restore_anchor,
+    restore_next_rollout,
+    restore_run_state,
+    save_run_state,
+)
 from kleash.training.warning_signs import warning_signs
+from kleash.types import Rollout
 
 _Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -41,6 +49,10 @@ class Session:
     """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
+    next_rollout: Rollout | None = None
+    """The rollout of the next step, where it was written ahead; None: it is still to be written."""
+    policy_copy: PolicyCopy | None = None
+    """What writes ahead where no engine has weights of its own; made when first needed."""
     saved_at: float = field(default_factory=lambda: monotonic())
     """When this process began or last wrote a checkpoint, on its own clock in seconds."""
 
@@ -124,6 +136,7 @@ class Session:
             self.guard.original,
             keep=keep,
             card=card,
+            next_rollout=self.next_rollout,
         )
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
@@ -176,4 +189,5 @@ class Session:
         self.state = restore_run_state(checkpoint, components, self.guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, self.state)
         self.components = replace(components, reference=anchor)
+        self.next_rollout = restore_next_rollout(checkpoint, components.policy.device)
         self.guard = ReferenceGuard.of(components.original, anchor)

@@ -16,6 +16,7 @@ from kleash.config.schema import Config
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
+from kleash.training.ahead import require_one_process
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -30,6 +31,7 @@ from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
+    restore_next_rollout,
     restore_run_state,
 )
 from kleash.training.worker import assemble_everywhere
@@ -65,6 +67,8 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
+    if config.rollout.ahead:
+        require_one_process(components)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
@@ -105,6 +109,9 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
+        next_rollout=None
+        if checkpoint is None
+        else restore_next_rollout(checkpoint, components.policy.device),
     )
 
 

@@ -6,6 +6,7 @@
     random.safetensors  the random generators
     state.json          step, episodes, β states, score statistics, place in the prompts, reference
     anchor.safetensors  the policy that the leash was moved to, if it was moved
+    next_rollout.safetensors  the responses of the next step, if they were written ahead
 
 The reference itself is not stored: it is loaded as before, and its identity must be the same.
 For the length of one step the same is kept in main memory, so that the step can be undone.
@@ -39,8 +40,10 @@ from kleash.storage.atomic_directories import (
 )
 from kleash.training.components import Components
 from kleash.training.random_state import random_states, restore_random_states
+from kleash.types import Rollout
 
 _ANCHOR = "anchor.safetensors"
+_NEXT = "next_rollout.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def save_run_state(
     *,
     keep: int,
     card: str | None = None,
+    next_rollout: Rollout | None = None,
 ) -> Path:
     """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
 
@@ -90,6 +94,8 @@ def save_run_state(
         reference: the reference that the run began with.
         keep: how many checkpoints stay.
         card: text of the policy's README.md.
+        next_rollout: of the next step, where it was written ahead. The weights that wrote it are
+            gone, so it cannot be written again.
 
     Raises:
         RunError: it cannot be written; nothing of it remains.
@@ -110,6 +116,10 @@ def save_run_state(
             save_tensors(
                 directory / _ANCHOR, dict(underlying(components.reference).model.named_parameters())
             )
+
+        if next_rollout is not None:
+            tensors = {name: x for name, x in vars(next_rollout).items() if x is not None}
+            save_tensors(directory / _NEXT, tensors)
 
     spare = () if state.best_step is None else (state.best_step,)
     return write_checkpoint(parent, state.step, write, keep=keep, spare=spare)
@@ -185,6 +195,15 @@ def restore_anchor(
         for name, parameter in underlying(anchor).model.named_parameters():
             parameter.copy_(stored[name])
     return anchor
+
+
+def restore_next_rollout(directory: Path, device: torch.device) -> Rollout | None:
+    """The rollout that was written ahead of the next step; None: it is still to be written."""
+    path = directory / _NEXT
+    if not path.exists():
+        return None
+    tensors: dict[str, Any] = load_tensors(path, device)
+    return Rollout(**tensors)
 
 
 def _module(value: ValueFunction) -> nn.Module:
