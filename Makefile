@@ -13,7 +13,7 @@ MATHEMATICS := src/kleash/masked.py,src/kleash/kl/*,src/kleash/algorithms/*,src/
 demo: .venv/.installed
 	$(BIN)/kleash demo
 
-test: check
+test: check .venv-trl112
 	$(BIN)/python -m pytest -q -n auto --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='$(MATHEMATICS)' --fail-under=100
 
@@ -38,5 +38,11 @@ format: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The last TRL with PPO, which the integration is tested with beside the newest; its own folder,
+# since an environment holds one version.
+.venv-trl112: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
+	touch $@
+
 clean:
-	rm -rf .venv runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 runs site .pytest_cache .ruff_cache .hypothesis .coverage

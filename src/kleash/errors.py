@@ -2,7 +2,7 @@
 
     KleashError                  one sentence: what was expected, what came, what to do
     ├── UsageError               the command line itself is wrong            exit 2
-    ├── ConfigError              a setting is unknown, missing, contradictory
+    ├── ConfigError              a setting is unknown, missing, contradictory    exit 2
     ├── PromptError              a prompt file cannot be used
     ├── ModelError               a model or tokenizer cannot be used
     ├── RewardError              a reward model or callable misbehaves
@@ -34,7 +34,9 @@ class UsageError(KleashError, ValueError):
 
 
 class ConfigError(KleashError, ValueError):
-    """A setting is unknown, missing or contradicts another."""
+    """A setting is unknown, missing or contradicts another, in whichever place it was given."""
+
+    exit_code = 2
 
 
 class PromptError(KleashError, ValueError):

@@ -58,6 +58,8 @@ class RunSampling:
     run: str
     temperature: float | None
     max_new_tokens: int | None
+    chat_template: str | None = None
+    """Name of the template of its prompts; None: the tokenizer's default."""
 
 
 def run_of(policy: Identity) -> Path | None:
@@ -81,10 +83,12 @@ def sampling_of_run(policy: Identity) -> RunSampling | None:
     run = read_run(folder)
     rollout: Mapping[str, Any] = run.config.get("rollout") or {}
     temperature, length = rollout.get("temperature"), rollout.get("max_new_tokens")
+    template = (run.config.get("prompts") or {}).get("chat_template")
     return RunSampling(
         run.name,
         None if temperature is None else float(temperature),
         None if length is None else int(length),
+        None if template is None else str(template),
     )
 
 

@@ -118,7 +118,9 @@ class _Run:
         sampling = choose_sampling(self._identities, options, source.kind)
         self.options, self._sampling_notes = sampling.options, sampling.notes
         self._spec = sampling.spec
-        self.source = replace(source, max_new_tokens=sampling.room)
+        self.source = replace(
+            source, max_new_tokens=sampling.room, chat_template=sampling.options.chat_template
+        )
         self._classes = token_classes(pair.policy.tokenizer, pair.policy.words)
         self._accounts: list[AuditAccumulator] = []
         for by, model in self._who_writes():

@@ -1,8 +1,8 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
-with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by
-SIGTERM.
+Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 the command line or the
+configuration is wrong, wherever the setting was given; 3 and 4 an audit with `--fail-above` lies
+above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from kleash import __version__
 from kleash.auditing.options import AuditOptions
@@ -80,6 +80,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         app(arguments)
+    except UnusedCliTokensError as error:
+        unused = " ".join(error.unused_tokens or ())
+        _fail(f"expected nothing after the command, got {unused!r}: leave it out", 2)
     except CycloptsError as error:
         if "--into" in {argument.split("=")[0] for argument in arguments}:
             _fail("--into is called --output, as in every other command", 2)
@@ -107,8 +110,8 @@ def _fail(message: str, code: int) -> None:
     "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
 )
 def kl_command(
-    p: str,
-    q: str,
+    p: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    q: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
     samples: Annotated[str, Parameter(show_default=False)] = "",

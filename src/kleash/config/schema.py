@@ -25,7 +25,7 @@ from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bf16", "pure_bf16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
@@ -53,12 +53,22 @@ class PolicyConfig(Section):
     adapter: Annotated[str | None, InputKind.MODEL] = None
     """Directory of a trained LoRA adapter that is merged into the weights first. Where supervised
     training left an adapter: policy and reference both begin as base + adapter."""
-    dtype: Dtype = "float32"
-    """Type of the weights."""
+    precision: Precision = "float32"
+    """`bf16` multiplies in bfloat16 and updates float32 weights; `pure_bf16` keeps the weights
+    themselves in bfloat16, where most of a small update is rounded away. For policy, reference and
+    value model alike."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again for its gradient: less memory, a
+    third more time in the update; for policy and value model."""
     attention: Attention = "auto"
     """Attention kernel, `auto` for the model's own choice; policy and reference use the same."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether no weight of the file is trained, nor a copy of one."""
+        return self.lora is not None and not self.lora.modules_to_save
 
 
 class ScorerConfig(Section):

@@ -5,15 +5,20 @@ Architectures differ in what they do after the matrix product: nothing (Llama), 
 configuration; what is not known is found by comparing with the model's own logits, and refused.
 """
 
+import contextlib
+import weakref
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
+from kleash.models.precision import Precision, computing
 from kleash.models.trunk import trunk_of
 from kleash.types import Head
 
@@ -49,6 +54,65 @@ def read_head(model: PreTrainedModel, words: int) -> Head:
     )
 
 
+_checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+"""Models whose head was compared with their own logits."""
+
+
+def unwrapped(model: nn.Module, role: str = "model") -> PreTrainedModel:
+    """The transformers model itself, without the PEFT model around it.
+
+    Raises:
+        ModelError: if it is neither of the two, or a prompt-learning adapter.
+    """
+    adapters = cast("dict[str, Any]", getattr(model, "peft_config", None) or {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ModelError(
+            f"expected an adapter of weights on the {role}, got {type(model).__name__} that puts "
+            "learnt states before the text, which cannot be scored here: use a LoRA-like adapter"
+        )
+    inner = cast(Any, model).get_base_model() if adapters else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"expected a transformers or PEFT model as the {role}, got {type(inner).__name__}: "
+            "give the model that it wraps"
+        )
+    return inner
+
+
+def read_checked_head(model: PreTrainedModel, *, words: int | None = None) -> Head:
+    """Read the head; the first time a model is seen, compare it with the model's own logits.
+
+    The comparison is made in evaluation mode, and the modules' modes are given back.
+
+    Args:
+        model: the language model.
+        words: number of rows that stand for text; None: all of them.
+
+    Raises:
+        ModelError: if the model has no output matrix, an adapter on it, or transforms its logits
+            in a way that is not known here.
+    """
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ModelError(
+            f"expected a head that is one matrix, got one with an adapter on it in "
+            f"{type(model).__name__}: leave the output matrix out of the adapter's modules"
+        )
+    rows = read_head(model, 1).weight.shape[0]
+    if words is not None and not 0 < words <= rows:
+        raise ModelError(f"expected words in 1…{rows}, the rows of the head, got {words}")
+    head = read_head(model, rows if words is None else words)
+    if model not in _checked:
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            check_head(model, head, model.config.name_or_path or type(model).__name__)
+        finally:
+            for module in training:
+                module.training = True
+        _checked.add(model)
+    return head
+
+
 def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
     """Logits of every row of the head, in float32, for checks on a handful of states.
 
@@ -59,6 +123,59 @@ def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tenso
         logits = logits + head.bias.float()
     logits = head.scale * logits
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@contextlib.contextmanager
+def unrounded_logits(model: PreTrainedModel, precision: Precision) -> Generator[None]:
+    """Within, a model's own `forward` gives the logits that scoring computes, in float32.
+
+    By itself a head in bfloat16 rounds each logit to 8 bits: next to 20 by up to 0.06 nats, and
+    the sampler would write by another law than the one that is scored.
+
+    Args:
+        model: the language model, whose output layer is replaced meanwhile.
+        precision: with `float32` nothing is replaced.
+    """
+    layer = _in_use(model.get_output_embeddings())
+    if precision == "float32" or not isinstance(layer, nn.Module):
+        yield
+        return
+    weight = cast(Tensor, layer.weight).detach()
+    bias = cast("Tensor | None", getattr(layer, "bias", None))
+    # Once, not for every token.
+    weight = weight.bfloat16() if weight.is_cuda else weight.float()
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _product(hidden, weight, None if bias is None else bias.detach().float())
+
+    cast(Any, layer).forward = forward
+    try:
+        yield
+    finally:
+        del cast(Any, layer).forward
+
+
+@contextlib.contextmanager
+def as_scored(model: PreTrainedModel, precision: Precision) -> Generator[None]:
+    """Within, a model's own `forward` and `generate` follow the law that scoring computes."""
+    trunk = trunk_of(model)
+    device = next(trunk.parameters()).device
+    with computing(trunk, device, precision), unrounded_logits(model, precision):
+        yield
+
+
+def _product(
+    hidden: Float[Tensor, "*rows hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+) -> Float[Tensor, "*rows vocab"]:
+    if not hidden.is_cuda:
+        return functional.linear(hidden.float(), weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1]).bfloat16()
+    logits = torch.mm(rows, weight.T, out_dtype=torch.float32)
+    logits = logits if bias is None else logits + bias
+    return logits.view(*hidden.shape[:-1], -1)
 
 
 def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:

@@ -2,11 +2,10 @@
 
 A model is used in one way only: `hidden_states` of [left-padded prompt | right-padded response],
 with explicit positions, so that a response gets the same numbers alone, padded or in a batch.
-What becomes of hidden states is the business of `scoring`. Left out: gradient checkpointing.
+What becomes of hidden states is the business of `scoring`.
 """
 
 import contextlib
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kleash.errors import ModelError
 from kleash.models.checkpoint import restore_policy, save_policy
 from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
+from kleash.models.frozen_weights import frozen_copy
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
     Attention,
@@ -33,6 +33,7 @@ from kleash.models.loading import (
 )
 from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.merging import merge_adapter
+from kleash.models.precision import Precision
 from kleash.models.probing import check_padding, own_code
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.models.vocabulary import (
@@ -95,6 +96,8 @@ class Policy:
     revision: str | None = None
     merged: str | None = None
     """Directory of the adapter that was merged into the weights when they were loaded."""
+    precision: Precision = "float32"
+    """In which it computes; see `precision`."""
 
     @property
     def head(self) -> Head:
@@ -110,6 +113,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.head.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the trunk's products: what rounding errors are to be expected of."""
+        return torch.bfloat16 if self.precision == "bf16" else self.head.weight.dtype
 
     @property
     def context(self) -> int | None:
@@ -139,7 +147,12 @@ class Policy:
     ) -> Float[Tensor, "batch token+1 hidden"]:
         """See `LanguageModel`; gradients flow."""
         return trunk_states(
-            trunk_of(self.model), prompt_ids, prompt_mask, response_ids, response_mask
+            trunk_of(self.model),
+            prompt_ids,
+            prompt_mask,
+            response_ids,
+            response_mask,
+            precision=self.precision,
         )
 
     def identity(self) -> Identity:
@@ -187,6 +200,8 @@ class Reference:
     revision: str | None = None
     merged: str | None = None
     """Directory of the adapter that was merged into the weights when they were loaded."""
+    precision: Precision = "float32"
+    """In which it computes; see `precision`."""
 
     @property
     def head(self) -> Head:
@@ -206,7 +221,12 @@ class Reference:
         off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
         with off, torch.no_grad():
             return trunk_states(
-                trunk_of(self.model), prompt_ids, prompt_mask, response_ids, response_mask
+                trunk_of(self.model),
+                prompt_ids,
+                prompt_mask,
+                response_ids,
+                response_mask,
+                precision=self.precision,
             )
 
     def identity(self) -> Identity:
@@ -298,7 +318,7 @@ def freeze_copy(policy: Policy) -> Reference:
     if policy.adapter is not None:
         model, how = policy.model, "policy with its adapter off"
     else:
-        model, how = copy.deepcopy(policy.model).requires_grad_(False), "copy of the policy"
+        model, how = frozen_copy(policy.model, policy.precision), "copy of the policy"
     return Reference(
         model,
         policy.tokenizer,
@@ -308,6 +328,7 @@ def freeze_copy(policy: Policy) -> Reference:
         policy.adapter,
         revision=policy.revision,
         merged=policy.merged,
+        precision=policy.precision,
     )
 
 

@@ -9,7 +9,6 @@ All give the same log-probabilities. `copy` and `adapter_off` are `models.Refere
 are the other two, and the anchor: a policy of some step, frozen, to which the leash is moved.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import ModelError
+from kleash.models.frozen_weights import frozen_copy
 from kleash.models.policy import Identity, LanguageModel, Policy, Reference
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.storage.atomic_files import replace_file
@@ -77,7 +77,13 @@ class OffloadedReference:
         lent = {name: tensor.detach().to(self.device) for name, tensor in named}
         with torch.no_grad():
             return trunk_states(
-                trunk, prompt_ids, prompt_mask, response_ids, response_mask, weights=lent
+                trunk,
+                prompt_ids,
+                prompt_mask,
+                response_ids,
+                response_mask,
+                weights=lent,
+                precision=self.inner.precision,
             )
 
     def identity(self) -> Identity:
@@ -190,7 +196,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         step: the step, for its identity.
         like: a reference; the anchor lives in main memory if this one does.
     """
-    model = copy.deepcopy(policy.model).requires_grad_(False)
+    model = frozen_copy(policy.model, policy.precision)
     offloaded = isinstance(like, OffloadedReference)
     anchor = Reference(
         model.cpu() if offloaded else model,
@@ -200,6 +206,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         f"policy after step {step}",
         revision=policy.revision,
         merged=policy.merged,
+        precision=policy.precision,
     )
     return OffloadedReference(anchor, policy.device) if offloaded else anchor
 

@@ -66,7 +66,7 @@ def examine_batch(event: RolloutEvent) -> list[Finding]:
         # Its words come from the law of one update ago: no number above has to hold for it.
         return []
     components, scored, step = event.components, event.scored, event.step
-    dtype = components.policy.head.weight.dtype
+    dtype = components.policy.compute_dtype
     symptom = symptom_of(scored, dtype=dtype, sampler_floor=event.sampler_floor)
     if symptom is None:
         return []

@@ -17,7 +17,6 @@ from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
-    Attention,
     Config,
     OptimizerConfig,
     PolicyConfig,
@@ -37,8 +36,11 @@ from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
+from kleash.models.frozen_weights import shrink_frozen
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
+from kleash.models.precision import weights_dtype
+from kleash.models.recomputation import enable_recomputation
 from kleash.models.reference_offload import (
     FrozenReference,
     OffloadedReference,
@@ -50,6 +52,7 @@ from kleash.models.reward_model import (
     RewardModel,
     WeightedSum,
 )
+from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
 from kleash.models.vocabulary import require_known_ids
 from kleash.rollout.prompts import Prompt, read_prompts
@@ -98,8 +101,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
     value = None
     if critic is not None:
-        attention = config.policy.attention
-        value = _value(critic, policy, device, attention=attention, seed=config.seed)
+        value = _value(critic, policy, device, start=config.policy, seed=config.seed)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
@@ -209,15 +211,18 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
             targets=targets,
             modules_to_save=tuple(lora.modules_to_save),
         )
-    return load_policy(
+    policy = load_policy(
         section.path,
-        dtype=section.dtype,
+        dtype=weights_dtype(section.precision, frozen=section.base_is_frozen),
         device=str(device),
         attention=section.attention,
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
     )
+    if section.gradient_checkpointing:
+        enable_recomputation(trunk_of(policy.model))
+    return replace(policy, precision=section.precision)
 
 
 def _reference(
@@ -232,13 +237,15 @@ def _reference(
     source = start if wanted.path is None else wanted
     reference = load_reference(
         cast(str, source.path),
-        dtype=start.dtype,
+        dtype=weights_dtype(start.precision, frozen=start.base_is_frozen),
         device="cpu" if kind == "cpu_offload" else str(device),
         attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
     )
-    reference = replace(reference, words=check_compatible(policy, reference).words)
+    shrink_frozen(reference.model, start.precision)
+    words = check_compatible(policy, reference).words
+    reference = replace(reference, words=words, precision=start.precision)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
@@ -326,15 +333,19 @@ def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
 
 
 def _value(
-    critic: ValueConfig, policy: Policy, device: torch.device, *, attention: Attention, seed: int
+    critic: ValueConfig, policy: Policy, device: torch.device, *, start: PolicyConfig, seed: int
 ) -> ValueFunction:
     if critic.kind == "model":
-        return load_value_model(
+        value = load_value_model(
             cast(str, critic.path),
             policy,
+            precision=start.precision,
             device=str(device),
-            attention=attention,
+            attention=start.attention,
         )
+        if start.gradient_checkpointing:
+            enable_recomputation(value.trunk)
+        return value
     # The head's random numbers come from the run's seed, whatever was drawn while loading.
     torch.manual_seed(seed)
     return ValueHead(policy.hidden_size, features=critic.kind).to(device)

@@ -25,6 +25,7 @@ from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.rollout.scoring_pass import score
+from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
 from kleash.training.ahead import writing_ahead
 from kleash.training.assembly import Reward
@@ -38,8 +39,9 @@ from kleash.training.kl_control import (
     leash_measures,
     measurements,
     read_groups,
+    shortfall_lines,
 )
-from kleash.training.metadata import objective_line
+from kleash.training.metadata import betas_by_group, objective_line
 from kleash.training.metrics import (
     Clock,
     Number,
@@ -242,10 +244,11 @@ class Trainer:
         state = session.state
         self._display.target_kl = None if is_grouped(state.betas) else self.config.leash.target_kl
         lines = [
-            objective_line(self.config, state.betas),
+            objective_line(self.config, betas_by_group(state.betas), step=state.step),
             *(f"warning: {warning}" for warning in session.warnings),
-            *start_lines(self.config.leash, state.starts),
         ]
+        if state.step == 0:
+            lines += start_lines(self.config.leash, state.starts)
         self.callbacks.on_start(StartEvent(session.run.path, state.step, self.config.steps, lines))
         if session.fresh and session.components.heldout:
             session.run.append_metrics({"step": 0, **self._evaluate(state)})
@@ -352,6 +355,10 @@ class Trainer:
         readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
         given = measurements(readings, state.starts, follow_scores=leash.initial_beta == "auto")
         moved = session.leash.update(state.betas, given)
+        for line in shortfall_lines(session.leash, moved, readings):
+            event = new_event(state.step + 1, "alarm", line, sign="budget_under_spent")
+            session.run.append_event(event)
+            self._display.say(f"step {event.step}: {line}")
         return moved, {
             **leash_measures(leash, state.betas, readings, components.frontier),
             **controller_measures(session.leash, state.betas, given, moved),

@@ -11,7 +11,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.algorithms import dispatch
@@ -24,7 +23,7 @@ from kleash.errors import ScoringError
 from kleash.kl.control_variate import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
 from kleash.kl.sampler_gap import sampler_gap
-from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl, variance_of
 from kleash.masked import masked_mean
 from kleash.rollout.text_metrics import distinct_n
 from kleash.types import Beta, Experience, ScoredRollout
@@ -130,23 +129,6 @@ def first_ratio_error(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) 
 def score_variance(scored: ScoredRollout) -> float | None:
     """Variance of the scores, within prompts where there are several responses to each."""
     return variance_of(scored.scores, scored.rollout.prompt_index)
-
-
-def variance_of(
-    scores: Float[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
-) -> float | None:
-    """Variance of scores, within prompts where there are several to each; None for a single one."""
-    prompts, index = prompt_index.unique(return_inverse=True)
-    scores, count = scores.double(), len(scores)
-    within = count > len(prompts)
-    groups = index if within else torch.zeros_like(index)
-    sums = scores.new_zeros(len(prompts)).index_add(0, groups, scores)
-    sizes = scores.new_zeros(len(prompts)).index_add(0, groups, torch.ones_like(scores))
-    freedom = count - (len(prompts) if within else 1)
-    if freedom < 1:
-        return None
-    means = sums / sizes.clamp(min=1)
-    return float((scores - means[groups]).square().sum()) / freedom
 
 
 def charge_measures(settings: Settings, experience: Experience, beta: Beta) -> dict[str, Number]:

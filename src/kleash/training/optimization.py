@@ -23,8 +23,14 @@ from kleash.training.metrics import Number
 from kleash.training.pretraining_mix import PretrainingMix, pretraining_loss
 from kleash.types import Experience
 
-_FIRST_RATIO_TOLERANCE = 1e-3
-"""How far the first ratio of a step may be from 1 by rounding alone (float32, long responses)."""
+_FIRST_RATIO_TOLERANCE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.bfloat16: 1.0,
+    torch.float16: 0.1,
+}
+"""How far the first ratio of a step may be from 1 by rounding alone, by the type that a trunk's
+products are in: responses are read in other batches, and so added up in another order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class PolicyUpdater:
                 )
                 if first_error is None:
                     first_error = passed.ratio_error
-                    _require_first_ratio(first_error)
+                    _require_first_ratio(first_error, components.policy.compute_dtype)
                 kept = effective_sample_size(passed.weights, minibatch.mask)
                 effective = min(effective, float(kept) / int(minibatch.mask.sum()))
                 if made and effective < cast(float, config.algorithm.min_effective_samples):
@@ -148,11 +154,11 @@ def _pretrain(policy: Policy, mix: PretrainingMix | None) -> dict[str, float]:
     return {"loss/pretraining": float(likelihood.detach())}
 
 
-def _require_first_ratio(error: float) -> None:
-    if error > _FIRST_RATIO_TOLERANCE:
+def _require_first_ratio(error: float, dtype: torch.dtype) -> None:
+    if error > _FIRST_RATIO_TOLERANCE[dtype]:
         raise RunError(
             f"before the first update the policy must give its own tokens the probability it gave "
             f"them when they were scored, got a ratio off by {error:.3g}: the model is not "
-            "deterministic (dropout, a low-precision kernel); use policy.dtype: float32 or "
+            "deterministic (dropout, a low-precision kernel); use policy.precision: float32 or "
             "policy.attention: eager"
         )

@@ -9,6 +9,7 @@ from time import monotonic
 from kleash import __version__
 from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
+from kleash.models.precision import weights_dtype
 from kleash.models.reference_offload import anchor_at
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.atomic_directories import list_checkpoints, step_of
@@ -178,7 +179,7 @@ class Session:
                 },
                 prompts=config.prompts.train,
                 seed=config.seed,
-                dtype=config.policy.dtype,
+                dtype=weights_dtype(config.policy.precision, frozen=config.policy.base_is_frozen),
             )
         )
 
