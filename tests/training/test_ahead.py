@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import small_run
 import torch
 from config_trees import minimal
 from small_run import numbers, policy_weights, save_material, two_words
+from stand_in_engine import StandInEngine
 from training_hooks import before_each_step, interrupt_after
 
 from kleash.config.loading import parse_config
 from kleash.config.schema import Config
-from kleash.errors import ConfigError, NonFiniteError
+from kleash.errors import ConfigError, EngineLostError, NonFiniteError
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.run_directory import read_run
+from kleash.training import assembly
 from kleash.training.callbacks import RolloutEvent
 from kleash.training.loop import train
 from kleash.training.optimization import PolicyUpdater
@@ -193,6 +196,82 @@ def test_a_writer_that_fails_is_an_error_of_the_run(
     monkeypatch.setattr(PolicyCopy, "write", fail)
     with pytest.raises(NonFiniteError, match="no finite logits; step 1 was not made"):
         train(settings(material, tmp_path / "run"))
+
+
+def test_an_engine_of_its_own_writes_ahead_with_the_weights_before(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's stand-in: handed over once a step, and resumed to the same numbers."""
+    engines: list[StandInEngine] = []
+
+    def begin(config: Config, rewards: Any) -> Any:
+        components = assembly.assemble(config, rewards)
+        engines.append(StandInEngine(components.policy))
+        return replace(components, engine=engines[-1])
+
+    monkeypatch.setattr("kleash.training.startup.assemble", begin)
+    watch = Watch()
+    config = settings(material, tmp_path / "run", steps=3)
+    path = train(config, callbacks=[watch])
+    for step, rollout in enumerate(watch.rollouts):
+        assert rollout.sampler_logprobs is not None
+        mask = rollout.response_mask
+        said = rollout.sampler_logprobs[mask]
+        writer = replay(watch.models[max(step - 1, 0)], rollout)[mask]
+        assert float((said - writer).abs().max()) < 1e-4
+    # Once before the first rollout, and before the update of the second step; not after the last.
+    assert len(engines[0].handed_over) == 2
+    cut = settings(material, tmp_path / "cut", steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    require_same(train(cut), path)
+
+
+def test_an_engine_that_is_lost_ahead_ends_the_run_before_the_step(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked again: the weights that were to write are not there any more."""
+
+    class Lost(StandInEngine):
+        def write(self, request: Any) -> Rollout:
+            if self.writes == 2:
+                raise EngineLostError("the connection broke")
+            self.writes += 1
+            return super().write(request)
+
+        writes = 0
+
+    def begin(config: Config, rewards: Any) -> Any:
+        components = assembly.assemble(config, rewards)
+        return replace(components, engine=Lost(components.policy))
+
+    monkeypatch.setattr("kleash.training.startup.assemble", begin)
+    with pytest.raises(EngineLostError, match="the connection broke; step 2 was not made"):
+        train(settings(material, tmp_path / "run", steps=3))
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1]
+
+
+def test_an_engine_that_must_write_alone_is_refused(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alone(StandInEngine):
+        @property
+        def concurrent(self) -> bool:
+            return False
+
+    def begin(config: Config, rewards: Any) -> Any:
+        components = assembly.assemble(config, rewards)
+        return replace(components, engine=Alone(components.policy))
+
+    monkeypatch.setattr("kleash.training.startup.assemble", begin)
+    with pytest.raises(ConfigError, match="got one in the trainer's own process"):
+        train(settings(material, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    own = minimal(rollout={"ahead": 1, "correction": "sequence_truncated", "engine": "vllm"})
+    with pytest.raises(ConfigError, match=r"give `rollout\.vllm\.url` of a server"):
+        parse_config(own, where="here")
 
 
 @pytest.mark.parametrize(

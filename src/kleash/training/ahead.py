@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from kleash.errors import ConfigError
 from kleash.rollout.engine import RolloutEngine, writing_request
+from kleash.rollout.hand_over import hand_over
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.rollout.prompts import batch_prompts
 from kleash.training.components import Components
@@ -77,19 +78,25 @@ def writing_ahead(session: Session) -> Generator[Following]:
 def _engine(session: Session, components: Components) -> RolloutEngine:
     """What writes beside the update, with the weights before it."""
     if components.engine is not None:
-        return components.current_engine()
+        hand_over(components.engine, components.policy)
+        return components.engine
     if session.policy_copy is None:
         session.policy_copy = PolicyCopy(components.policy)
     session.policy_copy.take_weights(components.policy)
     return session.policy_copy
 
 
-def require_one_process(components: Components) -> None:
-    """The loop writes ahead in a thread of one process.
+def require_can_write_ahead(components: Components) -> None:
+    """The loop writes ahead in a thread of one process, by an engine that allows for it.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: there are several processes, or the engine has to write alone.
     """
+    if components.engine is not None and not components.engine.concurrent:
+        raise ConfigError(
+            "expected an engine that may write while the policy learns with rollout.ahead: 1, got "
+            "one in the trainer's own process: take a server, or set rollout.ahead: 0"
+        )
     if components.workers is not None:
         raise ConfigError(
             "expected one process with rollout.ahead: 1, got several: start one, or set "

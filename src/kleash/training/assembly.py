@@ -55,8 +55,12 @@ from kleash.models.reward_model import (
 from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
 from kleash.models.vocabulary import require_known_ids
+from kleash.rollout.engine import SeparateEngine
+from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
+from kleash.rollout.vllm_engine import VLLMSettings, start_vllm
+from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
@@ -78,10 +82,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         ModelError, PromptError, RewardError: what they say.
     """
     device = choose_device(config.device)
-    policy = _policy(config.policy, device)
-    reference = _reference(config.reference, config.policy, policy, device)
-    # Added tokens that the reference lacks have probability 0 for both.
-    policy = replace(policy, words=underlying(reference).words)
+    policy, reference = load_models(config.policy, config.reference, device)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -103,6 +104,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     if critic is not None:
         value = _value(critic, policy, device, start=config.policy, seed=config.seed)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
+    engine = _engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
         policy=policy,
         reference=reference,
@@ -119,7 +121,22 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        engine=engine,
     )
+
+
+def load_models(
+    policy_section: PolicyConfig, reference_section: ReferenceConfig, device: torch.device
+) -> tuple[Policy, FrozenReference]:
+    """The policy of a run at its start, and its reference.
+
+    Raises:
+        ModelError: they cannot be used, or not together.
+    """
+    policy = _policy(policy_section, device)
+    reference = _reference(reference_section, policy_section, policy, device)
+    # Added tokens that the reference lacks have probability 0 for both.
+    return replace(policy, words=underlying(reference).words), reference
 
 
 def choose_device(name: str) -> torch.device:
@@ -255,6 +272,44 @@ def _reference(
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
+
+
+def _engine(
+    rollout: RolloutConfig, policy: Policy, prompts: Sequence[Prompt]
+) -> SeparateEngine | None:
+    """What writes with weights of its own; None: the policy writes by itself.
+
+    Raises:
+        ConfigError: there are several processes.
+        EngineError: it cannot be started or reached, or does not fit.
+    """
+    if rollout.engine == "hf":
+        return None
+    if is_distributed():
+        raise ConfigError(
+            "expected rollout.engine: hf with several processes, got vllm: a server of its own "
+            "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
+        )
+    longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
+    section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
+    engine: SeparateEngine
+    if section.url is not None:
+        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
+    else:
+        settings = VLLMSettings(
+            max_tokens=needed,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            kv_cache_gib=section.kv_cache_gib,
+            enforce_eager=section.enforce_eager,
+        )
+        engine = start_vllm(policy, settings)
+    try:
+        # What it cannot do with this model shows here, before a run directory exists.
+        hand_over(engine, policy)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def _prompts(

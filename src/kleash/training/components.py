@@ -29,7 +29,7 @@ from kleash.rollout.engine import (
     TransformersEngine,
     writing_request,
 )
-from kleash.rollout.hand_over import hand_over
+from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
@@ -110,7 +110,10 @@ class Components:
             batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
             engine = self.current_engine()
             request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
-            rollout = engine.write(request)
+            if self.engine is None:
+                rollout = engine.write(request)
+            else:
+                rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -120,16 +123,16 @@ class Components:
         )
 
     def current_engine(self) -> RolloutEngine:
-        """What writes, with the policy's weights as they are now.
+        """What writes: an engine with weights of its own, or the policy by itself."""
+        if self.engine is not None:
+            return self.engine
+        generate = scoring_pass.generate if self.workers is None else self.workers.generate
+        return TransformersEngine(self.policy, generate)
 
-        Raises:
-            EngineError: the weights did not arrive.
-        """
-        if self.engine is None:
-            generate = scoring_pass.generate if self.workers is None else self.workers.generate
-            return TransformersEngine(self.policy, generate)
-        hand_over(self.engine, self.policy)
-        return self.engine
+    def close(self) -> None:
+        """Give back the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.

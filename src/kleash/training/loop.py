@@ -12,6 +12,7 @@ work (`distributed`).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
-from kleash.errors import ModelError, RefusedError
+from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
@@ -60,6 +61,7 @@ from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
     check_bounds,
+    keep_for_later,
     recover,
     several_updates,
 )
@@ -140,7 +142,8 @@ class Trainer:
                 rewards=self._rewards,
                 callbacks=self.callbacks,
             )
-            with session.run, self._trackers, self._display, catch_signals() as stop:
+            engine = closing(session.components)
+            with engine, session.run, self._trackers, self._display, catch_signals() as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
@@ -152,6 +155,9 @@ class Trainer:
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    except EngineError as error:
+                        keep_for_later(error, pending, session)
+                        raise
                     session.next_rollout = pending.following
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
@@ -329,7 +335,9 @@ class Trainer:
         While the policy is still the one that wrote them.
         """
         components, numbers = self.session.components, dict[str, Number]()
-        if _is_due(self.config.logging.spot_check_every, step):
+        # Of a rollout that a copy of the policy wrote ahead, the law is not there any more.
+        there = components.engine is not None or self.session.next_rollout is None
+        if there and _is_due(self.config.logging.spot_check_every, step):
             numbers = vocabulary_measures(components, scored)
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.leash import TripwiresConfig
-from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError, TripwireError
+from kleash.errors import (
+    EngineError,
+    NonFiniteScoreError,
+    ReferenceChangedError,
+    RefusedError,
+    TripwireError,
+)
 from kleash.kl.control.groups import key_of, raise_betas
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.rollout.scoring_pass import score
@@ -164,6 +170,30 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
     _roll_back(session, good[-1], refused=pending.step)
 
 
+def keep_for_later(error: EngineError, pending: PendingStep, session: Session) -> None:
+    """The engine that writes failed: undo the step, and keep the run as it was before it.
+
+    Nothing of a rollout that is not whole was learnt from. The sentence then says where the run
+    stands and how it goes on.
+    """
+    newest = latest_checkpoint(session.run.checkpoints)
+    if _can_be_undone(pending):
+        put_back(session.components.optimizer, pending.undo)
+        if session.state.step > 0:
+            newest = session.ensure_saved()
+    stands = "at its beginning" if newest is None else f"at {newest}"
+    error.args = (
+        f"{error}; step {pending.step} was not made and the run stands {stands}; go on with: "
+        f"kleash train --resume {session.run.path}",
+    )
+    session.run.append_event(new_event(pending.step, "stopped", str(error)))
+
+
+def _can_be_undone(pending: PendingStep) -> bool:
+    """Whether weights have not moved in this step, or a copy of them was kept."""
+    return not pending.updating or pending.undo.weights is not None
+
+
 def _roll_back(session: Session, step: int, *, refused: int) -> None:
     """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
     config, run, wires = session.config, session.run, session.config.tripwires
@@ -206,7 +236,7 @@ def _stop(error: RefusedError, pending: PendingStep, session: Session, evidence:
     state, run, parameters = session.state, session.run, session.components.parameters()
     newest = latest_checkpoint(run.checkpoints)
     saved = -1 if newest is None else step_of(newest)
-    undone = not pending.updating or pending.undo.weights is not None
+    undone = _can_be_undone(pending)
     if undone and saved < state.step and state.step > 0 and weights_are_finite(parameters):
         # One more than usual, so that no good checkpoint goes for one that may not be.
         session.save(keep=session.config.logging.keep + 1)

@@ -16,7 +16,7 @@ from kleash.config.schema import Config
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
-from kleash.training.ahead import require_one_process
+from kleash.training.ahead import require_can_write_ahead
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -68,7 +68,7 @@ def open_session(
     torch.manual_seed(config.seed)
     components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
     if config.rollout.ahead:
-        require_one_process(components)
+        require_can_write_ahead(components)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
