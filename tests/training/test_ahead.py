@@ -21,6 +21,7 @@ from kleash.errors import ConfigError, EngineLostError, NonFiniteError
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.run_directory import read_run
 from kleash.training import assembly
+from kleash.training.ahead import require_can_write_ahead
 from kleash.training.callbacks import RolloutEvent
 from kleash.training.loop import train
 from kleash.training.optimization import PolicyUpdater
@@ -85,6 +86,18 @@ class Watch:
         self.models.append(deepcopy(event.components.policy.model))
         self.rollouts.append(event.scored.rollout)
         self.flags.append(event.written_ahead)
+
+
+def test_with_an_adapter_the_copy_has_it_too(material: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    adapter = {"lora": {"rank": 2, "targets": ["q_proj"]}}
+    config = settings(material, tmp_path / "run", policy=adapter, optimizer={"lr": 0.05}, steps=3)
+    train(config, callbacks=[watch])
+    rollout, mask = watch.rollouts[2], watch.rollouts[2].response_mask
+    assert rollout.sampler_logprobs is not None
+    said = rollout.sampler_logprobs[mask]
+    assert float((said - replay(watch.models[1], rollout)[mask]).abs().max()) < 1e-4
+    assert float((said - replay(watch.models[2], rollout)[mask]).abs().max()) > 1e-3
 
 
 def test_each_rollout_is_of_the_weights_before_the_last_update(
@@ -269,6 +282,9 @@ def test_an_engine_that_must_write_alone_is_refused(
     with pytest.raises(ConfigError, match="got one in the trainer's own process"):
         train(settings(material, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"expected one process .* got 2"):
+        require_can_write_ahead(None, processes=2)
+    require_can_write_ahead(None, processes=1)
     own = minimal(rollout={"ahead": 1, "correction": "sequence_truncated", "engine": "vllm"})
     with pytest.raises(ConfigError, match=r"give `rollout\.vllm\.url` of a server"):
         parse_config(own, where="here")

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kleash.errors import ConfigError
-from kleash.rollout.engine import RolloutEngine, writing_request
+from kleash.rollout.engine import RolloutEngine, SeparateEngine, writing_request
 from kleash.rollout.hand_over import hand_over
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.rollout.prompts import batch_prompts
-from kleash.training.components import Components
 from kleash.training.evidence import PendingStep
 from kleash.training.session import Session
 from kleash.types import Rollout
@@ -64,7 +63,7 @@ def writing_ahead(session: Session) -> Generator[Following]:
         for number in numbers
         for _ in range(config.rollout.responses_per_prompt)
     ]
-    engine = _engine(session, components)
+    engine = _engine(session)
     request = writing_request(
         engine,
         batch_prompts(rows, pad_id=components.policy.pad_id, device=components.policy.device),
@@ -75,8 +74,9 @@ def writing_ahead(session: Session) -> Generator[Following]:
         yield Following(pool.submit(engine.write, request))
 
 
-def _engine(session: Session, components: Components) -> RolloutEngine:
+def _engine(session: Session) -> RolloutEngine:
     """What writes beside the update, with the weights before it."""
+    components = session.components
     if components.engine is not None:
         hand_over(components.engine, components.policy)
         return components.engine
@@ -86,19 +86,23 @@ def _engine(session: Session, components: Components) -> RolloutEngine:
     return session.policy_copy
 
 
-def require_can_write_ahead(components: Components) -> None:
+def require_can_write_ahead(engine: SeparateEngine | None, *, processes: int) -> None:
     """The loop writes ahead in a thread of one process, by an engine that allows for it.
+
+    Args:
+        engine: what writes with weights of its own; None: a copy of the policy will.
+        processes: of the run.
 
     Raises:
         ConfigError: there are several processes, or the engine has to write alone.
     """
-    if components.engine is not None and not components.engine.concurrent:
+    if engine is not None and not engine.concurrent:
         raise ConfigError(
             "expected an engine that may write while the policy learns with rollout.ahead: 1, got "
             "one in the trainer's own process: take a server, or set rollout.ahead: 0"
         )
-    if components.workers is not None:
+    if processes > 1:
         raise ConfigError(
-            "expected one process with rollout.ahead: 1, got several: start one, or set "
+            f"expected one process with rollout.ahead: 1, got {processes}: start one, or set "
             "rollout.ahead: 0"
         )

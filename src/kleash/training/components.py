@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.models.policy import LanguageModel, Policy
@@ -227,7 +228,8 @@ class Components:
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))
-            weights[chosen] = prefix_weights(logprobs.double(), then.double(), part.mask)
+            start = prefix_start(part.scored, self.settings.correction, self.settings.placement)
+            weights[chosen] = prefix_weights(logprobs.double(), start.double(), part.mask)
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 

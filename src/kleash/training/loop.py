@@ -338,7 +338,12 @@ class Trainer:
         # Of a rollout that a copy of the policy wrote ahead, the law is not there any more.
         there = components.engine is not None or self.session.next_rollout is None
         if there and _is_due(self.config.logging.spot_check_every, step):
-            numbers = vocabulary_measures(components, scored)
+            numbers = vocabulary_measures(
+                scored.rollout,
+                components.policy,
+                temperature=components.sampling.temperature,
+                engine=components.engine,
+            )
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )

@@ -68,7 +68,7 @@ def open_session(
     torch.manual_seed(config.seed)
     components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
     if config.rollout.ahead:
-        require_can_write_ahead(components)
+        require_can_write_ahead(components.engine, processes=1 if group is None else group.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
