@@ -87,9 +87,13 @@ class VLLMServer:
         Raises:
             EngineError: naming what does not fit.
         """
-        require_version(str(self._answer("/version").get("version")))
-        served = self._answer("/v1/models")["data"][0]
-        self._name, length = str(served["id"]), int(served["max_model_len"])
+        try:
+            version = str(self._answer("/version")["version"])
+            served = self._answer("/v1/models")["data"][0]
+            self._name, length = str(served["id"]), int(served["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._nonsense("", error) from error
+        require_version(version)
         if length < max_tokens:
             raise EngineError(
                 f"expected the server at {self._url} to read {max_tokens} tokens, got "

@@ -59,7 +59,7 @@ from kleash.rollout.engine import SeparateEngine
 from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
-from kleash.rollout.vllm_engine import VLLMSettings, start_vllm
+from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_vllm
 from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
@@ -281,7 +281,7 @@ def _engine(
 
     Raises:
         ConfigError: there are several processes.
-        EngineError: it cannot be started or reached, or does not fit.
+        EngineError: it cannot be started or reached, or does not fit the run.
     """
     if rollout.engine == "hf":
         return None
@@ -290,6 +290,7 @@ def _engine(
             "expected rollout.engine: hf with several processes, got vllm: a server of its own "
             "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
         )
+    require_temperature(rollout.temperature)
     longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
     section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
     engine: SeparateEngine
