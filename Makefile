@@ -60,5 +60,14 @@ format: .venv/.installed
 	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
+# verl and what it imports, 300 MB: not part of `make test`, whose test of it skips without.
+VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetiming hydra-core ray \
+	pyvers orjson cloudpickle importlib_metadata zipp msgpack jsonschema referencing rpds-py \
+	jsonschema-specifications
+.venv-verl: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ $(VERL)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-trl112 .venv-vllm runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 .venv-vllm .venv-verl runs site .pytest_cache .ruff_cache .hypothesis \
+		.coverage

@@ -12,6 +12,7 @@
     │   └── TripwireError        the KL went beyond its bound, or the entropy collapsed
     ├── EngineError              what writes the responses failed or is another than expected
     ├── RunError                 a run directory cannot be written, read or resumed
+    │   └── LostProcessError     another process of the run ended, or does not answer
     └── PreflightError           a check before the run failed                   exit 5
 
 Each also inherits the standard exception it stands for, so `except ValueError` keeps working.
@@ -119,6 +120,19 @@ class EngineLostError(EngineError):
 
 class RunError(KleashError, OSError):
     """A run directory cannot be written, read or continued."""
+
+
+class LostProcessError(RunError):
+    """Another process of the run ended, or does not answer; the message says why, if it is known.
+
+    Attributes:
+        ranks: the processes that ended without saying why.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()):
+        """Keep a sentence and the processes it speaks of."""
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class PreflightError(KleashError, ValueError):

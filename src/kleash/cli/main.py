@@ -177,7 +177,8 @@ def train(
     """RLHF on the leash; with no CONFIG, on the embedded world.
 
     Every key of the configuration can be overridden: `--section.key VALUE`; the keys are in
-    `docs/configuration.md`. Started by torchrun, one process leads and the others share the rows.
+    `docs/configuration.md`. Started by torchrun, several processes divide the rows
+    (`docs/distributed.md`).
 
     Parameters
     ----------
@@ -197,34 +198,36 @@ def train(
     from rich.console import Console
 
     from kleash.config.loading import load_config
+    from kleash.mesh import joined, one_voice, speaks
     from kleash.playground.build import with_world
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
     from kleash.training.continuation import config_of_run
     from kleash.training.loop import Trainer
-    from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
-    from kleash.training.worker import serve_requests
 
     quiet_libraries()
-    if not is_leader():
-        return serve_requests()
-    with saying("train", Console()) as say:
-        if resume is None:
-            config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
-        else:
-            config = config_of_run(resume, overrides)
-        say("building the embedded world, where there is one")
-        config = with_world(config)
-    checked = partial(require_sound, status=partial(saying, "check", Console()))
-    trainer = Trainer(
-        config,
-        callbacks=[RuntimeMonitor()],
-        preflight=None if no_check else checked,
-        argv=sys.argv,
-    )
-    directory = trainer.fit()
-    print(f"{directory}: finished. Look at it with: kleash report {directory}")
+    with one_voice():
+        console = Console(quiet=not speaks())
+        with saying("train", console) as say:
+            if resume is None:
+                config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
+            else:
+                config = config_of_run(resume, overrides)
+        with joined(config.distributed.timeout_s) as mesh:
+            with saying("train", console) as say:
+                say("building the embedded world, where there is one")
+                config = mesh.first(partial(with_world, config))
+            checked = partial(require_sound, status=partial(saying, "check", console))
+            trainer = Trainer(
+                config,
+                callbacks=[RuntimeMonitor()],
+                preflight=None if no_check else checked,
+                argv=sys.argv,
+            )
+            directory = trainer.fit()
+        if speaks():
+            print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 
 @app.command(

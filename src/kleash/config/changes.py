@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from kleash.config.schema import Config
 
-_SAFE_SECTIONS = ("logging", "rollout.vllm")
+_SAFE_SECTIONS = ("distributed", "logging", "rollout.vllm")
 _SAFE_KEYS = (
     "algorithm.keep_logits_mib",
     "algorithm.microbatch_size",
@@ -40,8 +40,9 @@ def resumable_change(key: str, *, schedule: str) -> bool:
     rounding and random draws: how many steps follow (`steps`, unless the learning rate falls over
     all of them), what is logged and kept (`logging.*`), when it is evaluated (`heldout.every`),
     where it lies (`output`), what writes (`rollout.engine`, `rollout.vllm.*`), and what changes
-    memory and speed alone (`device`, `rollout.microbatch_size`, `algorithm.microbatch_size`,
-    `algorithm.keep_logits_mib`, `tripwires.undo`, `tripwires.undo_copy_mib`).
+    memory and speed alone (`distributed.*`, `device`, `rollout.microbatch_size`,
+    `algorithm.microbatch_size`, `algorithm.keep_logits_mib`, `tripwires.undo`,
+    `tripwires.undo_copy_mib`).
 
     Args:
         key: a dotted key, as `config_differences` returns it.

@@ -284,6 +284,18 @@ class LoggingConfig(Section):
     """Also send the metrics there, through accelerate."""
 
 
+class DistributedConfig(Section):
+    """Several processes, as `torchrun` or `accelerate launch` starts them."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """`ddp`: each process holds whole models and reads its rows. `fsdp`: weights, gradients and
+    optimizer states are divided as well, for models that one device cannot hold. `none`: one
+    process. `auto`: `ddp` where a launcher started several. Alone, a process divides nothing."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that a process waits for another before the run ends; a reward callable, which the
+    first process asks for all, must answer for a whole batch within them."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -304,6 +316,7 @@ class Config(Section):
     heldout: HeldoutConfig = HeldoutConfig()
     plan: PlanConfig = PlanConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
     steps: PositiveInt = 100
     """Rollouts, each followed by its update."""
     seed: NonNegativeInt = 0

@@ -114,6 +114,7 @@ class ValueModel(nn.Module):
             prompt_mask,
             response_ids,
             response_mask,
+            model=self,
             precision=self.precision,
         )
         return self.layer(states.to(self.layer.weight.dtype)).squeeze(-1)

@@ -332,6 +332,8 @@ def write_piece(
             attention_mask=prompt_mask[rows, first:].long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
+            # A divided model is gathered for writing, and waits for no other process.
+            synced_gpus=False,
         )
     response = ids[:, mine.shape[1] :]
     return Piece(response, sampler.logprobs(response.shape[1]), sampler.draws)

@@ -7,15 +7,18 @@
     5. advantages, clipped updates
     6. β moves, so that the KL spent meets its target
 
-Where a launcher started several processes, this one leads and the others do shares of the heavy
-work (`distributed`).
+Where a launcher started several processes, each runs this loop. Writing, scoring and gradients are
+divided by rows (`data_parallel`); all else is the same function of the same numbers everywhere,
+which is asserted after every step. The first process writes the files.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 
+from rich.console import Console
 from torch import Tensor
 
 from kleash.algorithms import dispatch
@@ -25,7 +28,7 @@ from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
-from kleash.rollout.scoring_pass import score
+from kleash.mesh import joined, speaks
 from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
 from kleash.training.ahead import writing_ahead
@@ -65,13 +68,13 @@ from kleash.training.recovery import (
     recover,
     several_updates,
 )
+from kleash.training.replicas import require_same_step
 from kleash.training.responses import JudgedResponses
 from kleash.training.session import Session
 from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
 from kleash.training.vocabulary import vocabulary_measures
-from kleash.training.worker import leading
 from kleash.types import Experience, ScoredRollout
 
 _SAME_MODEL = 1e-4
@@ -99,17 +102,20 @@ class Trainer:
         preflight: Preflight | None = None,
         argv: Sequence[str] = (),
         rewards: Mapping[str, Reward] | None = None,
+        rows: Mapping[str, Sequence[object]] | None = None,
     ) -> None:
         """Nothing is loaded or written before `fit`.
 
         Args:
             config: the run, written down; `{world}` already replaced.
-            callbacks: objects with methods named in `callbacks`.
+            callbacks: objects with methods named in `callbacks`; each of several processes calls
+                its own, with the same events.
             preflight: looks at the components before anything begins; raises what must stop the
                 run, and returns its warnings, for the record.
             argv: the command line, for the record.
             rewards: reward functions or objects by the names they have in `reward_models`, which
                 take the place of what is named there.
+            rows: prompts given in memory, `train` and `heldout`, in the place of the files.
 
         Raises:
             ConfigError: a callback has none of the methods, or a tracker is not installed.
@@ -118,8 +124,14 @@ class Trainer:
         self._preflight = preflight
         self._argv = argv
         self._rewards = rewards or {}
-        self._trackers = Trackers(config.logging.trackers, Path(config.output))
-        self._display = TrainingDisplay(config.steps, title=Path(config.output).resolve().name)
+        self._rows = rows or {}
+        first = speaks()
+        self._trackers = Trackers(config.logging.trackers if first else (), Path(config.output))
+        self._display = TrainingDisplay(
+            config.steps,
+            title=Path(config.output).resolve().name,
+            console=None if first else Console(quiet=True),
+        )
         self.callbacks = Callbacks([self._trackers, self._display, *callbacks])
 
     def fit(self) -> Path:
@@ -133,24 +145,26 @@ class Trainer:
                 the run directory says "failed" and why if it shows later.
             RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
         """
-        with leading() as group:
+        with joined(self.config.distributed.timeout_s) as mesh:
             self.session = session = open_session(
                 self.config,
                 argv=self._argv,
                 preflight=self._preflight,
-                group=group,
+                mesh=mesh,
                 rewards=self._rewards,
+                rows=self._rows,
                 callbacks=self.callbacks,
             )
+            signals = catch_signals(notice=mesh.is_first, launched=mesh.size > 1)
             engine = closing(session.components)
-            with engine, session.run, self._trackers, self._display, catch_signals() as stop:
+            with engine, session.run, self._trackers, self._display, signals as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
                     self._stop_if_asked(stop)
                     pending = begin_step(session, pending)
                     try:
-                        session.guard.require_checksums()
+                        mesh.agree(session.guard.require_checksums)
                         metrics = self._step(pending)
                     except RefusedError as error:
                         recover(error, pending, session)
@@ -159,6 +173,7 @@ class Trainer:
                         keep_for_later(error, pending, session)
                         raise
                     session.next_rollout = pending.following
+                    require_same_step(metrics, session)
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
@@ -172,14 +187,16 @@ class Trainer:
         Raises:
             RunInterrupted: it did; the message says where the run stands and how to go on.
         """
-        if stop.signal is None:
-            return
         session, step = self.session, self.session.state.step
+        asked = [number for number in session.components.mesh.gather(stop.signal) if number]
+        if not asked:
+            return
+        signal = Signals(asked[0])
         checkpoint = session.ensure_saved()
         raise RunInterrupted(
-            f"stopped by {stop.signal.name} after step {step} of {self.config.steps}; kept in "
+            f"stopped by {signal.name} after step {step} of {self.config.steps}; kept in "
             f"{checkpoint}; go on with: kleash train --resume {session.run.path}",
-            exit_code=128 + stop.signal,
+            exit_code=128 + signal,
         )
 
     def _step(self, pending: PendingStep) -> dict[str, Number]:
@@ -287,12 +304,11 @@ class Trainer:
         components = self.session.components
         if components.reference is components.original:
             return scored.kl
-        return score(
+        return components.score(
             scored.rollout,
-            policy=components.policy,
+            scored.scores,
             reference=components.original,
-            scores=scored.scores,
-            temperature=components.sampling.temperature,
+            critic=False,
             microbatch=self.config.rollout.microbatch_size,
         ).kl
 

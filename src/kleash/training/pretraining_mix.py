@@ -62,13 +62,21 @@ def read_texts(
 
 
 def pretraining_loss(
-    model: LanguageModel, texts: list[list[int]], *, pad_id: int, device: torch.device
+    model: LanguageModel,
+    texts: list[list[int]],
+    *,
+    tokens: int,
+    pad_id: int,
+    device: torch.device,
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per token, in nats; the first token of a text is given.
+    """Negative log-likelihood of some texts per token of all that were drawn, in nats.
+
+    The first token of a text is given. Of all texts it is the mean per token.
 
     Args:
         model: the policy.
         texts: token ids of each text.
+        tokens: predicted tokens of all texts, which the sum is divided by.
         pad_id: any id; it is never looked at.
         device: where the model is.
     """
@@ -81,4 +89,4 @@ def pretraining_loss(
     kept = mask[:, rest]
     scores = token_scores(hidden[:, :-1][kept], model.head, ids[:, rest][kept])
     assert scores.logprobs is not None
-    return -scores.logprobs.mean()
+    return -scores.logprobs.sum() / tokens
