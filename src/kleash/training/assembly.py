@@ -99,7 +99,7 @@ def assemble(
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
     policy, reference = load_models(
-        config.policy, config.reference, device, mesh=mesh, sharding=sharding
+        config.policy, config.reference, device, sharding=sharding, mesh=mesh
     )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
@@ -142,8 +142,8 @@ def assemble(
         settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
-        mesh=mesh,
         engine=engine,
+        mesh=mesh,
     )
 
 
@@ -152,8 +152,8 @@ def load_models(
     reference_section: ReferenceConfig,
     device: torch.device,
     *,
-    mesh: Mesh,
     sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Policy, FrozenReference]:
     """The policy of a run at its start, and its reference.
 
@@ -161,6 +161,7 @@ def load_models(
         ModelError: they cannot be used, or not together.
     """
     policy = _policy(policy_section, device, sharding)
+    mesh = Mesh() if mesh is None else mesh
     reference = _reference(reference_section, policy_section, policy, device, mesh)
     # Added tokens that the reference lacks have probability 0 for both.
     return replace(policy, words=underlying(reference).words), reference

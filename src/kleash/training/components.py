@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
@@ -123,23 +124,30 @@ class Components:
         return self.settings.placement in DIFFERENTIATES_KL
 
     def write(
-        self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        responses_per_prompt: int,
+        microbatch: int,
+        written: Rollout | None = None,
     ) -> Responses:
-        """Sample responses to prompts.
+        """Sample responses to prompts, or take those that were `written` to them already.
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
             EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        engine = self.current_engine()
-        request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
-        with gathered(self.policy.model):
-            if self.engine is None:
-                rollout = engine.write(request)
-            else:
-                rollout = write_with(self.engine, self.policy, request)
+        rollout = written
+        if rollout is None:
+            batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+            engine = self.current_engine()
+            request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
+            with gathered(self.policy.model):
+                if self.engine is None:
+                    rollout = engine.write(request)
+                else:
+                    rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -333,7 +341,8 @@ class Components:
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))
-            weights[chosen] = prefix_weights(logprobs.double(), then.double(), part.mask)
+            start = prefix_start(part.scored, self.settings.correction, self.settings.placement)
+            weights[chosen] = prefix_weights(logprobs.double(), start.double(), part.mask)
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 

@@ -19,6 +19,7 @@ from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
+from kleash.training.ahead import require_can_write_ahead
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -33,6 +34,7 @@ from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
+    restore_next_rollout,
     restore_run_state,
 )
 
@@ -68,6 +70,8 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
+    if config.rollout.ahead:
+        require_can_write_ahead(components.engine, processes=mesh.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
@@ -113,6 +117,9 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
+        next_rollout=None
+        if checkpoint is None
+        else restore_next_rollout(checkpoint, components.policy.device),
     )
 
 
