@@ -29,8 +29,8 @@ def trainer_of(output: Path, args: argparse.Namespace, seed: int, **changes: Any
     from kleash.integrations.trl import KLAudit, KLBudget, exact_kl_loss
     from kleash.playground.vader import compound
 
-    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return compound(prompts, completions)
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        return [*compound(prompts, completions)]
 
     rows = [
         {"prompt": json.loads(line)["prompt"]}

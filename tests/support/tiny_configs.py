@@ -63,7 +63,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": WINDOW,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
-    "granitemoehybrid": MAMBA2,
+    "granitemoehybrid": {**MAMBA2, "layer_types": [LINEAR, FULL]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
     "lfm2": {"full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", FULL], "num_dense_layers": 1},

@@ -57,20 +57,23 @@ class RuntimeMonitor:
 def examine_batch(event: RolloutEvent) -> list[Finding]:
     """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
 
-    The batch and the findings are kept as `doctor/step-000001.*` in the run directory.
+    The batch and the findings are kept as `diagnoses/step-000001.*` in the run directory.
 
     Returns:
         The findings that failed; the log and an event of the run have their causes.
     """
+    if event.written_ahead:
+        # Its words come from the law of one update ago: no number above has to hold for it.
+        return []
     components, scored, step = event.components, event.scored, event.step
     dtype = components.policy.compute_dtype
     symptom = symptom_of(scored, dtype=dtype, sampler_floor=event.sampler_floor)
     if symptom is None:
         return []
     # Earlier ones alone: a run that is resumed comes to the same alarms, each reported once.
-    own, folder = f"step-{step:06d}.json", event.folder / "doctor"
+    own, folder = f"step-{step:06d}.json", event.folder / "diagnoses"
     if sum(file.name < own for file in folder.glob("*.json")) >= _MOST:
-        _raise_alarm(event, symptom, "The first batches like it are in doctor/.")
+        _raise_alarm(event, symptom, "The first batches like it are in diagnoses/.")
         return []
     devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -15,6 +15,7 @@ from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Config,
@@ -57,8 +58,13 @@ from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
 from kleash.models.vocabulary import require_known_ids
+from kleash.rollout.engine import SeparateEngine
+from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
+from kleash.rollout.prompt_files import Source
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
+from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_vllm
+from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
@@ -68,13 +74,18 @@ Reward = Callable[..., Any] | RewardModel
 
 
 def assemble(
-    config: Config, given: Mapping[str, Reward] | None = None, *, mesh: Mesh | None = None
+    config: Config,
+    given: Mapping[str, Reward] | None = None,
+    rows: Mapping[str, Sequence[object]] | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> Components:
     """Load and check everything a run needs.
 
     Args:
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
+        rows: prompts in memory, `train` and `heldout`, which take the place of the files.
         mesh: the processes of the run; by default this one alone.
 
     Raises:
@@ -87,16 +98,16 @@ def assemble(
     sharding = None
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
-    policy = _policy(config.policy, device, sharding)
-    reference = _reference(config.reference, config.policy, policy, device, mesh)
-    # Added tokens that the reference lacks have probability 0 for both.
-    policy = replace(policy, words=underlying(reference).words)
+    policy, reference = load_models(
+        config.policy, config.reference, device, sharding=sharding, mesh=mesh
+    )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    prompts = _prompts(config.prompts.train, policy, sampling, named)
-    held = config.prompts.heldout
+    train = _source(config.prompts.train, "train", rows or {})
+    held = _source(config.prompts.heldout, "heldout", rows or {})
+    prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
@@ -114,6 +125,7 @@ def assemble(
         if sharding is not None and isinstance(value, ValueModel):
             shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
+    engine = _engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
         policy=policy,
         reference=reference,
@@ -130,8 +142,29 @@ def assemble(
         settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        engine=engine,
         mesh=mesh,
     )
+
+
+def load_models(
+    policy_section: PolicyConfig,
+    reference_section: ReferenceConfig,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Policy, FrozenReference]:
+    """The policy of a run at its start, and its reference.
+
+    Raises:
+        ModelError: they cannot be used, or not together.
+    """
+    policy = _policy(policy_section, device, sharding)
+    mesh = Mesh() if mesh is None else mesh
+    reference = _reference(reference_section, policy_section, policy, device, mesh)
+    # Added tokens that the reference lacks have probability 0 for both.
+    return replace(policy, words=underlying(reference).words), reference
 
 
 def _require_fitting(config: Config, mesh: Mesh) -> None:
@@ -298,18 +331,72 @@ def _reference(
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
+def _engine(
+    rollout: RolloutConfig, policy: Policy, prompts: Sequence[Prompt]
+) -> SeparateEngine | None:
+    """What writes with weights of its own; None: the policy writes by itself.
+
+    Raises:
+        ConfigError: there are several processes.
+        EngineError: it cannot be started or reached, or does not fit the run.
+    """
+    if rollout.engine == "hf":
+        return None
+    if is_distributed():
+        raise ConfigError(
+            "expected rollout.engine: hf with several processes, got vllm: a server of its own "
+            "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
+        )
+    require_temperature(rollout.temperature)
+    longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
+    section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
+    engine: SeparateEngine
+    if section.url is not None:
+        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
+    else:
+        settings = VLLMSettings(
+            max_tokens=needed,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            kv_cache_gib=section.kv_cache_gib,
+            enforce_eager=section.enforce_eager,
+        )
+        engine = start_vllm(policy, settings)
+    try:
+        # What it cannot do with this model shows here, before a run directory exists.
+        hand_over(engine, policy)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
+    """Where prompts come from: rows in memory, or a file.
+
+    Raises:
+        PromptError: they were in memory, and are not there now.
+    """
+    if path == IN_MEMORY and name not in rows:
+        raise PromptError(
+            f"expected the rows of `prompts.{name}` in memory, as this run was begun with, got "
+            "none: call kleash.train with the same rows again"
+        )
+    return rows.get(name, path)
+
+
 def _prompts(
-    path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
+    source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
     prompts = read_prompts(
-        path,
+        source,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
         chat_template=chat_template,
     )
     for prompt in prompts:
-        where = f"prompt {prompt.index + 1} of {path!r}"
+        of = repr(source) if isinstance(source, str) else "those in memory"
+        where = f"prompt {prompt.index + 1} of {of}"
         require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
     return prompts
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
@@ -33,7 +34,7 @@ from kleash.rollout.engine import (
     TransformersEngine,
     writing_request,
 )
-from kleash.rollout.hand_over import hand_over
+from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
@@ -123,21 +124,30 @@ class Components:
         return self.settings.placement in DIFFERENTIATES_KL
 
     def write(
-        self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        responses_per_prompt: int,
+        microbatch: int,
+        written: Rollout | None = None,
     ) -> Responses:
-        """Sample responses to prompts.
+        """Sample responses to prompts, or take those that were `written` to them already.
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
             EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        engine = self.current_engine()
-        with gathered(self.policy.model):
-            rollout = engine.write(
-                writing_request(engine, batch, self.sampling, microbatch=microbatch)
-            )
+        rollout = written
+        if rollout is None:
+            batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+            engine = self.current_engine()
+            request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
+            with gathered(self.policy.model):
+                if self.engine is None:
+                    rollout = engine.write(request)
+                else:
+                    rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -147,10 +157,10 @@ class Components:
         )
 
     def current_engine(self) -> RolloutEngine:
-        """What writes, with the policy's weights as they are now.
+        """What writes: an engine with weights of its own, or the policy by itself.
 
         Raises:
-            EngineError: the weights did not arrive.
+            ConfigError: there are several processes beside an engine.
         """
         if self.engine is None:
             alone = self.mesh.size == 1
@@ -162,8 +172,12 @@ class Components:
                 f"expected one process beside an engine that writes by itself, got "
                 f"{self.mesh.size}: leave the engine out, or start one"
             )
-        hand_over(self.engine, self.policy)
         return self.engine
+
+    def close(self) -> None:
+        """Give back the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
 
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.
@@ -339,7 +353,8 @@ class Components:
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))
-            weights[chosen] = prefix_weights(logprobs.double(), then.double(), part.mask)
+            start = prefix_start(part.scored, self.settings.correction, self.settings.placement)
+            weights[chosen] = prefix_weights(logprobs.double(), start.double(), part.mask)
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 
