@@ -135,9 +135,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def apart(ours: Path, theirs: Path) -> tuple[float, float]:
-    """Largest differences of metrics (relative, to at least 1e-3) and of weights."""
+    """Largest differences of metrics (relative; absolute below 1) and of weights."""
     metrics = max(
-        abs(line[key] - value) / max(abs(value), 1e-3)
+        abs(line[key] - value) / max(abs(value), 1.0)
         for line, wanted in zip(numbers(ours), numbers(theirs), strict=True)
         for key, value in wanted.items()
         if value is not None
