@@ -129,7 +129,11 @@ def test_a_run_whose_server_is_gone_ends_in_one_sentence_and_goes_on_later(tmp_p
         stand_in = StandInServer(StandInEngine(policy))
         with serving(stand_in) as url:
             vllm = {"url": url, "timeout_s": 3.0}
-            layer = {"rollout": {"engine": "vllm", "vllm": vllm}, "steps": 3}
+            layer = {
+                "rollout": {"engine": "vllm", "vllm": vllm},
+                "logging": {"checkpoint_every": 0, "checkpoint_minutes": 0.0},
+                "steps": 3,
+            }
             config = small_run.settings(tmp_path, tmp_path / name, layer)
             if name == "whole":
                 Trainer(config).fit()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kleash.config.schema import PolicyConfig, ReferenceConfig, VLLMConfig
+from kleash.mesh import Mesh
 from kleash.rollout.vllm_engine import import_vllm, write_model
 from kleash.training.assembly import choose_device, load_models
 
@@ -47,7 +48,7 @@ def serve(
     """
     import_vllm()
     with tempfile.TemporaryDirectory(prefix="kleash-served-") as folder:
-        opened, _ = load_models(policy, reference, torch.device(device))
+        opened, _ = load_models(policy, reference, torch.device(device), mesh=Mesh())
         write_model(opened, Path(folder))
         dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
         cpu = choose_device("auto").type == "cpu"

@@ -53,19 +53,35 @@ class VLLMSettings:
     """Start at once instead of compiling the model and capturing graphs of it first."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a model as an engine has them."""
+
+    words: int
+    """Token ids below this stand for text."""
+    rows: int
+    """Of the engine's head; those beyond the words are left out of what it says."""
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
 class VLLMEngine:
     """See `engine.SeparateEngine`; made by `start_vllm`."""
 
-    def __init__(self, model: Any, policy: Policy, folder: Any, *, eager: bool) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, *, eager: bool) -> None:
         self.loaded: int | None = None
         self._eager = eager
-        self._model, self._folder = model, folder
-        self._words, self._stop_ids, self._pad_id = policy.words, policy.stop_ids, policy.pad_id
+        self._model, self._vocabulary = model, vocabulary
 
     @property
     def seeded(self) -> bool:
         """Each response has a seed of its own."""
         return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, by its own choice where it was left to it."""
+        return self._open().llm_engine.vllm_config.model_config.dtype
 
     @property
     def concurrent(self) -> bool:
@@ -75,12 +91,17 @@ class VLLMEngine:
     def write(self, request: WritingRequest) -> Rollout:
         """See `RolloutEngine`."""
         require_temperature(request.sampling.temperature)
+        vocabulary = self._vocabulary
+        # Rows of the head beyond the words have probability 0, for the trainer as here.
+        short = vocabulary.words < vocabulary.rows
+        allowed = {"allowed_token_ids": list(range(vocabulary.words))} if short else {}
         settings = [
             {
+                **allowed,
                 "temperature": request.sampling.temperature,
                 "seed": seed,
                 "max_tokens": request.sampling.max_new_tokens,
-                "stop_token_ids": list(self._stop_ids),
+                "stop_token_ids": list(self._vocabulary.stop_ids),
                 "ignore_eos": True,
                 "logprobs": 0,
             }
@@ -96,9 +117,9 @@ class VLLMEngine:
                 for one in self._generate(texts, settings)
             ],
             request,
-            words=self._words,
-            stop_ids=self._stop_ids,
-            pad_id=self._pad_id,
+            words=self._vocabulary.words,
+            stop_ids=self._vocabulary.stop_ids,
+            pad_id=self._vocabulary.pad_id,
         )
 
     def wait_until_back(self) -> None:
@@ -120,11 +141,11 @@ class VLLMEngine:
         """See `SeparateEngine`."""
         laws: list[Tensor] = []
         for text in self._read(texts, -1):
-            law = torch.full((len(text), self._words), torch.nan, dtype=torch.float64)
+            law = torch.full((len(text), self._vocabulary.rows), torch.nan, dtype=torch.float64)
             for place, row in enumerate(text):
                 law[place, torch.tensor(row.ids)] = torch.tensor(row.logprobs).double()
             # What it returns of a text is at temperature 1, and a constant does not matter.
-            laws.append((law / temperature).log_softmax(-1))
+            laws.append((law[:, : self._vocabulary.words] / temperature).log_softmax(-1))
         return laws
 
     def close(self) -> None:
@@ -133,7 +154,6 @@ class VLLMEngine:
         if model is not None:
             with contextlib.suppress(Exception):
                 model.llm_engine.engine_core.shutdown()
-            self._folder.cleanup()
 
     def _read(self, texts: Sequence[Sequence[int]], also: int) -> list[list[EngineResponse]]:
         """What it says of each token of texts but the first: that token, and some or all others."""
@@ -171,28 +191,41 @@ def start_vllm(policy: Policy, settings: VLLMSettings) -> VLLMEngine:
     Raises:
         EngineError: vLLM is not installed or too old, or cannot serve this model here.
     """
-    vllm = import_vllm()
-    folder = tempfile.TemporaryDirectory(prefix="kleash-vllm-")
-    try:
-        write_configuration(policy, Path(folder.name))
+    vocabulary = Vocabulary(policy.words, policy.words, policy.stop_ids, policy.pad_id)
+    dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(prefix="kleash-vllm-") as folder:
+        write_configuration(policy, Path(folder))
         cpu = policy.device.type == "cpu"
-        gib = 1.0 if settings.kv_cache_gib is None and cpu else settings.kv_cache_gib
-        with _engine_errors("start"), _trainers_state_kept(), _compiling(settings.enforce_eager):
-            model = vllm.LLM(
-                model=folder.name,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                dtype=str(next(policy.model.parameters()).dtype).removeprefix("torch."),
-                max_model_len=settings.max_tokens,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if gib is None else int(gib * _GIB),
-                enforce_eager=settings.enforce_eager,
-                **SAMPLER,
-            )
-    except BaseException:
-        folder.cleanup()
-        raise
-    return VLLMEngine(model, policy, folder, eager=settings.enforce_eager)
+        model = _start(folder, settings, cpu=cpu, dtype=dtype, load_format="dummy")
+    return VLLMEngine(model, vocabulary, eager=settings.enforce_eager)
+
+
+def open_vllm(
+    directory: str | Path, vocabulary: Vocabulary, settings: VLLMSettings, *, cpu: bool
+) -> VLLMEngine:
+    """Start vLLM on a model's directory as it is: its own loading, types and quantisation.
+
+    Raises:
+        EngineError: as `start_vllm`.
+    """
+    model = _start(str(directory), settings, cpu=cpu, dtype="auto")
+    return VLLMEngine(model, vocabulary, eager=settings.enforce_eager)
+
+
+def _start(path: str, settings: VLLMSettings, *, cpu: bool, **how: Any) -> Any:
+    vllm = import_vllm()
+    gib = 1.0 if settings.kv_cache_gib is None and cpu else settings.kv_cache_gib
+    with _engine_errors("start"), _trainers_state_kept(), _compiling(settings.enforce_eager):
+        return vllm.LLM(
+            model=path,
+            skip_tokenizer_init=True,
+            max_model_len=settings.max_tokens,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if gib is None else int(gib * _GIB),
+            enforce_eager=settings.enforce_eager,
+            **how,
+            **SAMPLER,
+        )
 
 
 SAMPLER: dict[str, Any] = {

@@ -105,10 +105,8 @@ def assemble(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    train, held = (
-        _source(path, name, rows or {})
-        for name, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
-    )
+    train = _source(config.prompts.train, "train", rows or {})
+    held = _source(config.prompts.heldout, "heldout", rows or {})
     prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)

@@ -157,7 +157,11 @@ class Components:
         )
 
     def current_engine(self) -> RolloutEngine:
-        """What writes: an engine with weights of its own, or the policy by itself."""
+        """What writes: an engine with weights of its own, or the policy by itself.
+
+        Raises:
+            ConfigError: there are several processes beside an engine.
+        """
         if self.engine is None:
             alone = self.mesh.size == 1
             return TransformersEngine(
@@ -230,7 +234,8 @@ class Components:
         )
         if alone:
             return local(rollout, scores=scores)
-        share = strides(rollout, self.mesh.size)[self.mesh.rank]
+        shares = strides(rollout, self.mesh.size)
+        share = shares[self.mesh.rank]
 
         def read() -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
@@ -242,7 +247,7 @@ class Components:
                 # The others may have more to read, and of divided models not without this process.
                 refused = error
             with torch.no_grad():
-                for _ in range(self._idle_passes(len(rollout.response_ids), share, microbatch)):
+                for _ in range(self._idle_passes(shares, microbatch)):
                     self._idle(rollout, against, critic=critic)
             if refused is not None:
                 raise refused
@@ -253,18 +258,17 @@ class Components:
         columns = together(own, share, len(rollout.response_ids), self.mesh)
         return ScoredRollout(rollout=rollout, scores=scores, **columns)
 
-    def _idle_passes(self, count: int, share: Tensor, microbatch: int) -> int:
+    def _idle_passes(self, shares: Sequence[Tensor], microbatch: int) -> int:
         """How many more microbatches the process with the most rows reads; 0 if models are whole.
 
         Args:
-            count: rows of the batch.
-            share: rows of this process.
+            shares: rows of each process.
             microbatch: rows at once.
         """
         if not self.divided:
             return 0
-        most, mine = (-(-rows // microbatch) for rows in (-(-count // self.mesh.size), len(share)))
-        return most - mine
+        passes = [-(-len(share) // microbatch) for share in shares]
+        return max(passes) - passes[self.mesh.rank]
 
     def _idle(self, rollout: Rollout, reference: LanguageModel | None, *, critic: bool) -> Tensor:
         """Read a row for nothing, so that the other processes can read theirs.
@@ -351,7 +355,8 @@ class Components:
         tokens, mesh = int(minibatch.mask.sum()), self.mesh
         if mesh.size == 1:
             return self.backward(minibatch, tokens=tokens, microbatch=microbatch)
-        share = strides(minibatch.scored.rollout, mesh.size)[mesh.rank]
+        shares = strides(minibatch.scored.rollout, mesh.size)
+        share = shares[mesh.rank]
         work = partial(
             self.backward,
             select(minibatch, share),
@@ -363,7 +368,7 @@ class Components:
             own = work()
             rollout = minibatch.scored.rollout
             reference = self.reference if self.differentiates_kl else None
-            for _ in range(self._idle_passes(len(minibatch.mask), share, microbatch)):
+            for _ in range(self._idle_passes(shares, microbatch)):
                 mesh.agree(partial(self._idle, rollout, reference, critic=True)).backward()
             self.release()
         else:

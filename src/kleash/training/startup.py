@@ -59,8 +59,7 @@ def open_session(
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
         mesh: the processes of the run; the first one writes.
-        rewards: given in memory, by their names in `reward_models`.
-        rows: prompts given in memory, `train` and `heldout`.
+        rewards, rows: rewards and prompts given in memory, by their names.
         callbacks: of the run.
 
     Raises:
