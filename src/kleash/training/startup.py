@@ -124,6 +124,7 @@ def _require_alike(config: Config, components: Components, guard: ReferenceGuard
 
     Raises:
         RunError: one does not.
+        ConfigError: the run can only have one.
     """
     if config.rollout.ahead:
         raise ConfigError(
