@@ -15,11 +15,11 @@ import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.errors import ConfigError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
-from kleash.training.ahead import require_can_write_ahead
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -70,8 +70,6 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    if config.rollout.ahead:
-        require_can_write_ahead(components.engine, processes=mesh.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
@@ -117,9 +115,7 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
-        next_rollout=None
-        if checkpoint is None
-        else restore_next_rollout(checkpoint, components.policy.device),
+        next_rollout=restore_next_rollout(checkpoint, components.policy.device),
     )
 
 
@@ -128,7 +124,13 @@ def _require_alike(config: Config, components: Components, guard: ReferenceGuard
 
     Raises:
         RunError: one does not.
+        ConfigError: the run can only have one.
     """
+    if config.rollout.ahead:
+        raise ConfigError(
+            f"expected one process with rollout.ahead: 1, got {components.mesh.size}: start one, "
+            "or set rollout.ahead: 0"
+        )
     prompts = repr([components.prompts, components.heldout])
     code = b"".join(
         file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))
