@@ -11,10 +11,18 @@ from typing import Any, cast
 import torch
 
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.distill import DistillSettings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
-from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.algorithm import (
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    RLOOConfig,
+    TeacherConfig,
+    ValueConfig,
+)
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Attention,
@@ -38,7 +46,14 @@ from kleash.kl.planning.initial_beta import Start
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.lora import AdapterSpec
-from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
+from kleash.models.policy import (
+    Policy,
+    Reference,
+    check_compatible,
+    freeze_copy,
+    load_policy,
+    load_reference,
+)
 from kleash.models.reference_offload import (
     FrozenReference,
     OffloadedReference,
@@ -47,6 +62,7 @@ from kleash.models.reference_offload import (
 )
 from kleash.models.reward_model import (
     ClassifierReward,
+    NoReward,
     RewardModel,
     WeightedSum,
 )
@@ -74,11 +90,19 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         ConfigError: the device or a setting cannot be used.
         ModelError, PromptError, RewardError: what they say.
     """
+    if is_distributed() and isinstance(config.algorithm, DistillConfig):
+        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
     device = choose_device(config.device)
     policy = _policy(config.policy, device)
+    teacher = _teacher(config.teacher, config.policy, policy, device)
+    if teacher is not None:
+        # Tokens that the teacher lacks have probability 0 for all three.
+        policy = replace(policy, words=teacher.words)
     reference = _reference(config.reference, config.policy, policy, device)
     # Added tokens that the reference lacks have probability 0 for both.
     policy = replace(policy, words=underlying(reference).words)
+    if teacher is not None:
+        teacher = replace(teacher, words=policy.words)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -106,7 +130,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         reference=reference,
         original=reference,
         value=value,
-        reward=WeightedSum(rewards),
+        reward=WeightedSum(rewards) if rewards else NoReward(),
         gold=gold,
         prompts=prompts,
         heldout=heldout,
@@ -117,6 +141,7 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         settings=_settings(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        teacher=teacher,
     )
 
 
@@ -250,6 +275,23 @@ def _reference(
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
+def _teacher(
+    wanted: TeacherConfig | None, start: PolicyConfig, policy: Policy, device: torch.device
+) -> Reference | None:
+    """The teacher, where it is another model than the reference."""
+    if wanted is None:
+        return None
+    teacher = load_reference(
+        wanted.path,
+        dtype=start.dtype,
+        device=str(device),
+        attention=start.attention,
+        revision=wanted.revision,
+        merge=wanted.adapter,
+    )
+    return replace(teacher, words=check_compatible(policy, teacher).words)
+
+
 def _prompts(
     path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
@@ -351,8 +393,18 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
 
 
 def _settings(
-    algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
+    algorithm: PPOConfig | GRPOConfig | RLOOConfig | DistillConfig,
+    leash: LeashConfig,
+    rollout: RolloutConfig,
 ) -> Settings:
+    if isinstance(algorithm, DistillConfig):
+        return DistillSettings(
+            divergence=algorithm.divergence,
+            gradient=algorithm.gradient,
+            placement=leash.placement,
+            allow_biased=leash.allow_biased,
+            truncated=rollout.truncated,
+        )
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.distill import DistillSettings
 from kleash.errors import RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.models.policy import LanguageModel, Policy
 from kleash.models.reference_offload import FrozenReference
-from kleash.models.reward_model import RewardModel, WeightedSum
+from kleash.models.reward_model import NoReward, RewardModel, WeightedSum
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
-from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
+from kleash.rollout.scoring_pass import SamplingSpec, distilled, fresh, microbatches
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
@@ -47,7 +48,7 @@ class Components:
     """The reference at the start; another than `reference` once the run has re-anchored."""
     value: ValueFunction | None
     """The critic; None where the algorithm has none."""
-    reward: WeightedSum
+    reward: WeightedSum | NoReward
     gold: RewardModel | None
     """A second opinion on held-out responses, never trained on."""
     prompts: list[Prompt]
@@ -64,6 +65,8 @@ class Components:
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
     """The plan: what the reference's responses show to be possible, where they were drawn."""
+    teacher: FrozenReference | None = None
+    """Whom a student is drawn to, where that is not the reference; see `teacher_of`."""
     workers: Workers | None = None
     """The other processes; None: there are none."""
 
@@ -80,6 +83,13 @@ class Components:
     def differentiates_kl(self) -> bool:
         """Whether the loss differentiates the exact KL."""
         return self.settings.placement in DIFFERENTIATES_KL
+
+    @property
+    def teacher_of(self) -> FrozenReference | None:
+        """Whom the student is drawn to; None where nothing is distilled."""
+        if not isinstance(self.settings, DistillSettings):
+            return None
+        return self.reference if self.teacher is None else self.teacher
 
     def write(
         self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
@@ -135,7 +145,9 @@ class Components:
             NonFiniteError, ScoringError: as `scoring_pass.score`.
         """
         # The workers' shares are put together without hidden states: too much to send.
-        keep = critic and self.differentiates_kl and self.workers is None and reference is None
+        teacher = self.teacher_of if reference is None else None
+        needed = self.differentiates_kl or teacher is not None
+        keep = critic and needed and self.workers is None and reference is None
         local = partial(
             scoring_pass.score,
             policy=self.policy,
@@ -144,6 +156,7 @@ class Components:
             temperature=self.sampling.temperature,
             microbatch=microbatch,
             keep_ref_hidden=keep,
+            teacher=teacher,
             scorer=float64_check.token_scores if spot_check else token_scores,
         )
         if self.workers is None or reference is not None:
@@ -158,7 +171,25 @@ class Components:
             part: the rows.
             tokens: kept tokens of the whole minibatch, which the loss divides by.
         """
-        now = fresh(
+        now = self._read_again(part)
+        return dispatch.algorithm_of(self.settings).loss(
+            part, now, self.settings, tokens=tokens
+        ), now
+
+    def _read_again(self, part: Experience) -> Fresh:
+        """What the models say of some rows now; gradients flow."""
+        if isinstance(self.settings, DistillSettings):
+            assert self.teacher_of is not None
+            return distilled(
+                part,
+                policy=self.policy,
+                teacher=self.teacher_of,
+                divergence=self.settings.divergence,
+                reference=self.reference if self.differentiates_kl else None,
+                temperature=self.sampling.temperature,
+                tiles=self.tiles,
+            )
+        return fresh(
             part,
             policy=self.policy,
             value=self.value,
@@ -167,9 +198,6 @@ class Components:
             want=("logprobs", "kl") if self.differentiates_kl else ("logprobs",),
             scorer=partial(token_scores, tiles=self.tiles),
         )
-        return dispatch.algorithm_of(self.settings).loss(
-            part, now, self.settings, tokens=tokens
-        ), now
 
     def backward(self, rows: Experience, *, tokens: int, microbatch: int) -> BackwardPass:
         """Add the gradients of some rows, a microbatch at a time; any split adds to the same.

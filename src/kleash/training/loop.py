@@ -44,6 +44,7 @@ from kleash.training.metrics import (
     Number,
     account,
     charge_measures,
+    distill_measures,
     next_mixing,
     objective_measures,
     reward_measures,
@@ -220,6 +221,7 @@ class Trainer:
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
+            **distill_measures(experience.scored),
             **self._rollout_numbers(judged, scored, original_kl),
             **updates,
             **charge_measures(settings, experience, betas),

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from kleash import __version__
+from kleash.config.algorithm import DistillConfig
 from kleash.config.schema import Config
 from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
@@ -21,6 +22,8 @@ from kleash.training.state import TrainingState
 def objective_line(config: Config, betas: States) -> str:
     """The objective actually optimised, with its numbers."""
     beta = next(iter(betas.values())).beta
+    if isinstance(config.algorithm, DistillConfig):
+        return _distillation_line(config, config.algorithm, beta)
     score_text = " + ".join(
         name if reward.weight == 1 else f"{reward.weight:g}·{name}"
         for name, reward in config.reward_models.items()
@@ -47,6 +50,26 @@ def objective_line(config: Config, betas: States) -> str:
     else:
         moves = f"β = {beta:.4g} fixed"
     return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
+
+
+_DIVERGENCES = {
+    "reverse_kl": "KL(student‖teacher)",
+    "forward_kl": "KL(teacher‖student)",
+    "jensen_shannon": "JS(student, teacher)",
+}
+_PARTS = {
+    "token": "token-local: the sampled prefixes are held fixed",
+    "sequence": "with what each token does to those that follow",
+}
+
+
+def _distillation_line(config: Config, algorithm: DistillConfig, beta: float) -> str:
+    leash = config.leash
+    said = f"minimise E[Σ {_DIVERGENCES[algorithm.divergence]}]; {_PARTS[algorithm.gradient]}"
+    if leash.placement == "measure" or leash.beta == 0:
+        return said
+    held = "" if leash.target_kl is None else f", moved to hold {leash.target_kl:g} nats"
+    return f"{said}; + β·Σ KL_t to the reference, β from {beta:.4g}{held}, {leash.placement}"
 
 
 def run_meta(

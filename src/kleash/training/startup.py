@@ -4,7 +4,7 @@ Nothing is written before everything that can be wrong at the start has been loo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ import yaml
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.errors import ModelError
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
-from kleash.storage.run_directory import RunWriter
+from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -78,6 +79,7 @@ def open_session(
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     tree = yaml.safe_load(dump_config(config))
     if found is not None:
+        _require_same_teacher(path, components)
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
         if found.changes:
             run.change_config(tree, found.changes, after_step=state.step)
@@ -90,6 +92,8 @@ def open_session(
             state=state,
             undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
         )
+        if components.teacher is not None:
+            meta["teacher"] = asdict(components.teacher.identity())
         run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
     if frontier is not None and checkpoint is None:
         write_frontier(path / PLAN_FILE, frontier)
@@ -106,6 +110,23 @@ def open_session(
         warnings=warnings,
         fresh=checkpoint is None,
     )
+
+
+def _require_same_teacher(path: Path, components: Components) -> None:
+    """A run goes on with the teacher that it began with.
+
+    Raises:
+        ModelError: the weights at its path are others.
+    """
+    if components.teacher is None:
+        return
+    began, now = read_run(path).meta.get("teacher"), components.teacher.identity()
+    then = str(began["sha256"]) if isinstance(began, dict) else "none"
+    if then != now.sha256:
+        raise ModelError(
+            f"expected the teacher that {str(path)!r} began with ({then[:12]}…), got "
+            f"{now.sha256[:12]}… in {now.path!r}: put its weights back, or begin a new run"
+        )
 
 
 def _begin(config: Config, components: Components) -> tuple[Frontier | None, TrainingState]:
