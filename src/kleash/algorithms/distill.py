@@ -71,6 +71,8 @@ class DistillSettings:
     """Permit a placement whose gradient is known to be wrong."""
     truncated: Truncated = "score"
     """`score`: learn from a response that the length limit cut off, or `drop` it."""
+    missing_eos_penalty: None = None
+    """There is no score to take it off."""
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=None, allow_biased=self.allow_biased)

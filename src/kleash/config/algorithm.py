@@ -142,7 +142,8 @@ class TeacherConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub name; none: its main branch."""
     adapter: Annotated[str | None, InputKind.MODEL] = None
-    """Directory of a LoRA adapter that is merged into the model at `path`."""
+    """Directory of a LoRA adapter that is merged into the model at `path`; none: the model as it
+    is."""
 
 
 def _with_name(given: object) -> object:

@@ -295,7 +295,7 @@ class Config(Section):
                 "score_normalisation",
             )
         if isinstance(self.algorithm, DistillConfig):
-            check_distillation(self)
+            self._require_distillation()
             return self
         if self.teacher is not None:
             raise SettingError(
@@ -327,6 +327,71 @@ class Config(Section):
                 "leash.placement",
             )
         return self
+
+    def _require_distillation(self) -> None:
+        """Refuse what distillation has no use for, and what it lacks.
+
+        Raises:
+            SettingError: naming the keys.
+        """
+        rollout, leash, reference = self.rollout, self.leash, self.reference
+        faults: list[tuple[bool, str, tuple[str, ...]]] = [
+            (
+                bool(self.reward_models),
+                "`algorithm: distill` learns from the teacher alone: leave out `reward_models`, or "
+                "take another algorithm, with the teacher as its reference",
+                ("reward_models", "algorithm.name"),
+            ),
+            (
+                self.score_normalisation != "none",
+                "with `algorithm: distill` there are no scores for `score_normalisation`: leave it "
+                "out",
+                ("score_normalisation",),
+            ),
+            (
+                rollout.truncated not in ("score", "drop"),
+                "with `algorithm: distill` a response that the limit cut is learnt from as it "
+                f"stands (`score`) or not at all (`drop`), got `truncated: {rollout.truncated}`",
+                ("rollout.truncated",),
+            ),
+            (
+                self.teacher is None and reference.path is None,
+                "`algorithm: distill` needs a teacher: give it as `reference.path`, or as "
+                "`teacher.path` beside a leash to the reference",
+                ("reference.path", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.placement != "measure",
+                "`algorithm: distill` with the teacher as the reference has no other leash: give "
+                "`leash: {beta: 0, placement: measure}`, or name the teacher in `teacher.path`",
+                ("leash.placement", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.reanchor_every is not None,
+                "`leash.reanchor_every` would replace the teacher by the student: leave it out, or "
+                "name the teacher in `teacher.path`",
+                ("leash.reanchor_every",),
+            ),
+            (
+                leash.target_kl_per_token is not None,
+                "`leash.target_kl_per_token` is counted in the lengths of scored responses, which "
+                "`algorithm: distill` does not draw: give `target_kl`",
+                ("leash.target_kl_per_token",),
+            ),
+            (
+                leash.beta is None and leash.schedule is None and leash.initial_beta == "auto",
+                "with `algorithm: distill` no scores say where a moving β starts: give "
+                "`leash.initial_beta`, in nats of divergence per nat",
+                ("leash.initial_beta",),
+            ),
+        ]
+        for found, sentence, keys in faults:
+            if found:
+                raise SettingError(sentence, *keys)
+        try:
+            check_distillation_leash(leash.placement)
+        except ValueError as error:
+            raise SettingError(f"`leash.placement`: {error}", "leash.placement") from None
 
     @model_validator(mode="after")
     def _reference_fits(self) -> "Config":
@@ -367,68 +432,3 @@ class Config(Section):
     def responses_per_step(self) -> int:
         """Responses of one rollout."""
         return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
-
-
-def check_distillation(config: Config) -> None:
-    """Refuse what distillation has no use for, and what it lacks.
-
-    Raises:
-        SettingError: naming the keys.
-    """
-    rollout, leash, reference = config.rollout, config.leash, config.reference
-    faults: list[tuple[bool, str, tuple[str, ...]]] = [
-        (
-            bool(config.reward_models),
-            "`algorithm: distill` learns from the teacher alone: leave out `reward_models`, or "
-            "take another algorithm, with the teacher as its reference",
-            ("reward_models", "algorithm.name"),
-        ),
-        (
-            config.score_normalisation != "none",
-            "with `algorithm: distill` there are no scores for `score_normalisation`: leave it out",
-            ("score_normalisation",),
-        ),
-        (
-            rollout.truncated not in ("score", "drop"),
-            "with `algorithm: distill` a response that the limit cut is learnt from as it stands "
-            f"(`score`) or not at all (`drop`), got `truncated: {rollout.truncated}`",
-            ("rollout.truncated",),
-        ),
-        (
-            config.teacher is None and reference.path is None,
-            "`algorithm: distill` needs a teacher: give it as `reference.path`, or as "
-            "`teacher.path` beside a leash to the reference",
-            ("reference.path", "teacher"),
-        ),
-        (
-            config.teacher is None and leash.placement != "measure",
-            "`algorithm: distill` with the teacher as the reference has no other leash: give "
-            "`leash: {beta: 0, placement: measure}`, or name the teacher in `teacher.path`",
-            ("leash.placement", "teacher"),
-        ),
-        (
-            config.teacher is None and leash.reanchor_every is not None,
-            "`leash.reanchor_every` would replace the teacher by the student: leave it out, or "
-            "name the teacher in `teacher.path`",
-            ("leash.reanchor_every",),
-        ),
-        (
-            leash.target_kl_per_token is not None,
-            "`leash.target_kl_per_token` is counted in the lengths of scored responses, which "
-            "`algorithm: distill` does not draw: give `target_kl`",
-            ("leash.target_kl_per_token",),
-        ),
-        (
-            leash.beta is None and leash.schedule is None and leash.initial_beta == "auto",
-            "with `algorithm: distill` no scores say where a moving β starts: give "
-            "`leash.initial_beta`, in nats of divergence per nat",
-            ("leash.initial_beta",),
-        ),
-    ]
-    for found, sentence, keys in faults:
-        if found:
-            raise SettingError(sentence, *keys)
-    try:
-        check_distillation_leash(leash.placement)
-    except ValueError as error:
-        raise SettingError(f"`leash.placement`: {error}", "leash.placement") from None

@@ -110,7 +110,7 @@ def token_divergences(
         )
         return TokenDivergences(cast(Tensor, scores.logprobs), (getattr(scores, name),))
     tiles = default_tiles(hidden.device) if tiles is None else tiles
-    request = _Request(
+    request = _DivergenceRequest(
         head=head,
         frozen=tuple(frozen),
         temperature=temperature,
@@ -119,7 +119,7 @@ def token_divergences(
     )
     values = cast(
         tuple[Tensor, ...],
-        _Streamed.apply(hidden, head.weight, head.bias, targets, request),
+        _StreamedDivergences.apply(hidden, head.weight, head.bias, targets, request),
     )
     return TokenDivergences(values[0], values[1:])
 
@@ -159,7 +159,7 @@ def _check(
 
 
 @dataclass(frozen=True)
-class _Request:
+class _DivergenceRequest:
     """What was asked for, but for the tensors that autograd is handed apart."""
 
     head: Head
@@ -188,7 +188,7 @@ class _Request:
         ]
 
 
-class _Streamed(torch.autograd.Function):
+class _StreamedDivergences(torch.autograd.Function):
     """log p of the targets, and a divergence for each frozen model."""
 
     @staticmethod
@@ -198,7 +198,7 @@ class _Streamed(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        request: _Request,
+        request: _DivergenceRequest,
     ) -> tuple[Tensor, ...]:
         # Autocast would round the logits to half precision behind our back.
         with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
@@ -214,7 +214,7 @@ class _Streamed(torch.autograd.Function):
         ctx: Any, *upstream: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        request: _Request = ctx.request
+        request: _DivergenceRequest = ctx.request
         found: Found = ctx.found
         with torch.autocast(targets.device.type, enabled=False):
             gradient = walk_back_all(

@@ -165,7 +165,7 @@ class HeldoutEvaluator:
             for key, value in objective_measures(scored, beta=price).items()
         }
         metrics |= {
-            key.replace("distill/", "heldout/distill_"): value
+            key.replace("distill/", "heldout/"): value
             for key, value in distill_measures(scored).items()
         }
         metrics["heldout/responses"] = len(judged.texts)

@@ -221,7 +221,6 @@ class Trainer:
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
-            **distill_measures(experience.scored),
             **self._rollout_numbers(judged, scored, original_kl),
             **updates,
             **charge_measures(settings, experience, betas),
@@ -347,8 +346,9 @@ class Trainer:
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
         """What was written and its scores; the KL to the original, if the anchor is another."""
-        measures = rollout_measures(scored, judged.texts)
-        measures |= reward_measures(judged.parts, judged.raw_scores)
+        measures = rollout_measures(scored, judged.texts) | distill_measures(scored)
+        if judged.parts:
+            measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
             estimate = clustered_mean(response_kl(original_kl, mask), clusters)

@@ -11,6 +11,7 @@ import transformers
 
 from kleash import __version__
 from kleash.config.algorithm import DistillConfig
+from kleash.config.leash import LeashConfig
 from kleash.config.schema import Config
 from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
@@ -23,7 +24,7 @@ def objective_line(config: Config, betas: States) -> str:
     """The objective actually optimised, with its numbers."""
     beta = next(iter(betas.values())).beta
     if isinstance(config.algorithm, DistillConfig):
-        return _distillation_line(config, config.algorithm, beta)
+        return _distillation_line(config.algorithm, config.leash, beta)
     score_text = " + ".join(
         name if reward.weight == 1 else f"{reward.weight:g}·{name}"
         for name, reward in config.reward_models.items()
@@ -63,8 +64,7 @@ _PARTS = {
 }
 
 
-def _distillation_line(config: Config, algorithm: DistillConfig, beta: float) -> str:
-    leash = config.leash
+def _distillation_line(algorithm: DistillConfig, leash: LeashConfig, beta: float) -> str:
     said = f"minimise E[Σ {_DIVERGENCES[algorithm.divergence]}]; {_PARTS[algorithm.gradient]}"
     if leash.placement == "measure" or leash.beta == 0:
         return said

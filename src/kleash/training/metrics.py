@@ -87,9 +87,9 @@ def distill_measures(scored: ScoredRollout) -> dict[str, Number]:
     forward = response_kl(scored.teacher_forward_kl, mask)
     lengths = mask.sum(-1).double()
     return {
-        **with_error("distill/kl", clustered_mean(reverse, clusters)),
+        **with_error("distill/reverse_kl", clustered_mean(reverse, clusters)),
         **with_error("distill/forward_kl", clustered_mean(forward, clusters)),
-        **with_error("distill/kl_per_token", clustered_ratio(reverse, lengths, clusters)),
+        **with_error("distill/reverse_kl_per_token", clustered_ratio(reverse, lengths, clusters)),
     }
 
 
