@@ -13,7 +13,7 @@ MATHEMATICS := src/kleash/masked.py,src/kleash/kl/*,src/kleash/algorithms/*,src/
 demo: .venv/.installed
 	$(BIN)/kleash demo
 
-test: check
+test: check .venv-trl112
 	$(BIN)/python -m pytest -q -n auto --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='$(MATHEMATICS)' --fail-under=100
 
@@ -38,5 +38,19 @@ format: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The last TRL with PPO, which the integration is tested with beside the newest; its own folder,
+# since an environment holds one version.
+.venv-trl112: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
+	touch $@
+
+# verl and what it imports, 300 MB: not part of `make test`, whose test of it skips without.
+VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetiming hydra-core ray \
+	pyvers orjson cloudpickle importlib_metadata zipp msgpack jsonschema referencing rpds-py \
+	jsonschema-specifications
+.venv-verl: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ $(VERL)
+	touch $@
+
 clean:
-	rm -rf .venv runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 .venv-verl runs site .pytest_cache .ruff_cache .hypothesis .coverage

@@ -93,6 +93,7 @@ def test_the_critics_learning_rate_is_the_policys_unless_given() -> None:
         ({"ppo": {"epochs": 2}}, "`ppo` is now `algorithm`"),
         ({"value": {"kind": "trunk"}}, "`value` is now `algorithm.value`"),
         ({"optimizer": {"value_lr": 1}}, "`optimizer.value_lr` is now `algorithm.value.lr`"),
+        ({"policy": {"dtype": "bfloat16"}}, "`policy.dtype` is now `policy.precision`"),
     ],
 )
 def test_a_key_of_an_earlier_version_is_answered_with_its_new_place(

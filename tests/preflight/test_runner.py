@@ -62,13 +62,23 @@ def test_a_clean_run_passes_every_check(world: fault_types.World) -> None:
     assert report.fails == report.warnings == ()
     rooms = {finding.name.split(".")[0] for finding in report.findings}
     subjects = (
-        "logprobs sampling masks reference reward_model objective precision resources prompts"
+        "logprobs sampling masks reference reward_model objective precision resources prompts "
+        "learning_rate"
     )
     assert rooms == set(subjects.split())
     assert len({finding.name for finding in report.findings}) == len(report.findings)
 
 
-@pytest.mark.parametrize("variant", ["an adapter", "a chat template", "a budget", "bfloat16"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "an adapter",
+        "a chat template",
+        "a budget",
+        "pure bfloat16",
+        "float32 weights, computed in bfloat16",
+    ],
+)
 def test_a_clean_variant_has_no_fails(world: fault_types.World, variant: str) -> None:
     model_variants.VARIANTS[variant](world)
     report = check(world.config(), quick=True)

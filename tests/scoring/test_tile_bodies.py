@@ -20,17 +20,22 @@ from kleash.scoring.tiles import Tiles
 from kleash.types import Head
 
 
-def test_bfloat16_on_a_gpu_is_multiplied_as_it_is_and_summed_in_float32(monkeypatch):
-    """A CPU has no such product; a stand-in for it shows that the walks ask for the right one."""
+@pytest.mark.parametrize("head", [torch.bfloat16, torch.float32])
+def test_bfloat16_on_a_gpu_is_multiplied_as_it_is_and_summed_in_float32(head, monkeypatch):
+    """A CPU has no such product; a stand-in for it shows that the walks ask for the right one.
+
+    A float32 head, whose numbers bfloat16 can hold here, is rounded for it tile by tile.
+    """
     mm, asked = torch.mm, []
 
     def half_mm(left, right, *, out, out_dtype=None):
         asked.append((left.dtype, right.dtype, out_dtype))
         return out.copy_(mm(left.float(), right.float()))
 
-    tensors = [
-        tensor.bfloat16().requires_grad_() for tensor in tensors_of(15, rows=5, words=9, pad=1)
-    ]
+    rounded = [tensor.bfloat16() for tensor in tensors_of(15, rows=5, words=9, pad=1)]
+    hidden, weight, bias, *rest = rounded
+    tensors = [hidden, weight.to(head), bias, *rest]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     upstream = {name: weight.float() for name, weight in weights_for(5).items()}
     case = (tensors, 9, torch.tensor([0, 8, 3, 3, 1]), upstream)
     expected = scored(streaming, *case, tiles=Tiles(2, 4, body="plain"))
@@ -41,6 +46,7 @@ def test_bfloat16_on_a_gpu_is_multiplied_as_it_is_and_summed_in_float32(monkeypa
     assert_same(found[:1], expected[:1], rtol=0, atol=0)
     # The tile of gradients is rounded to bfloat16 before it is multiplied.
     assert_same(found[1:], expected[1:], rtol=2**-5, atol=2**-5)
+    assert [gradient.dtype for gradient in list(found[1].values())[:2]] == [torch.bfloat16, head]
 
 
 def test_the_triton_body_is_taken_from_its_module(monkeypatch):

@@ -37,7 +37,10 @@ VARIANTS: dict[str, Callable[[World], None]] = {
     "a chat template": lambda world: chat(world, "hello"),
     "an adapter": set_key("policy.lora", {"rank": 2}),
     # With a rate whose updates such weights can hold.
-    "bfloat16": several(set_key("policy.dtype", "bfloat16"), set_key("optimizer.lr", 0.05)),
+    "pure bfloat16": several(
+        set_key("policy.precision", "pure_bf16"), set_key("optimizer.lr", 0.05)
+    ),
+    "float32 weights, computed in bfloat16": set_key("policy.precision", "bf16"),
     "a value model of its own": several(
         set_key("algorithm", {"value": {"kind": "model", "path": "{m}/reward"}})
     ),

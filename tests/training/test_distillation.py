@@ -200,6 +200,7 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
         ({"leash": {"beta": 0.1, "placement": "exact"}}, "teacher as the reference has no other"),
         ({"leash": {"reanchor_every": 2}}, "would replace the teacher by the student"),
         ({"rollout": {"truncated": "penalise", "missing_eos_penalty": 1.0}}, "got `truncated: pen"),
+        ({"rollout": {"correction": "token_truncated"}}, "no advantages for `rollout.correction`"),
         ({"score_normalisation": "running"}, "no scores for `score_normalisation`"),
         ({"algorithm": {"name": "distill", "clip_range": 0.2}}, "clip_range"),
         ({"algorithm": {"name": "rloo"}, "teacher": {"path": "t"}}, "is for `algorithm: distill`"),

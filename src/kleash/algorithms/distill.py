@@ -73,6 +73,10 @@ class DistillSettings:
     """`score`: learn from a response that the length limit cut off, or `drop` it."""
     missing_eos_penalty: None = None
     """There is no score to take it off."""
+    correction: Literal["none"] = "none"
+    """Of a sampler with weights of its own: there are no advantages to weigh."""
+    correction_clip: None = None
+    """It goes with a correction."""
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=None, allow_biased=self.allow_biased)

@@ -91,7 +91,7 @@ _TEMPLATE = """\
 
 policy:
   path: {path}
-  dtype: float32    # of the weights
+  precision: float32  # or bf16: float32 weights, products in bfloat16
   # lora: {{rank: 16, alpha: 32}}    # train an adapter only; needs kleash[lora]
 
 # The frozen model that KL is measured to: the policy as it is before the first update.

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from kleash.config.schema import Config
 
-_SAFE_SECTIONS = ("logging",)
+_SAFE_SECTIONS = ("distributed", "logging")
 _SAFE_KEYS = (
     "algorithm.keep_logits_mib",
     "algorithm.microbatch_size",
@@ -38,7 +38,7 @@ def resumable_change(key: str, *, schedule: str) -> bool:
     It may where every step already made would have been made the same under the new value, up to
     rounding and random draws: how many steps follow (`steps`, unless the learning rate falls over
     all of them), what is logged and kept (`logging.*`), when it is evaluated (`heldout.every`),
-    where it lies (`output`), and what changes memory and speed alone (`device`,
+    where it lies (`output`), and what changes memory and speed alone (`distributed.*`, `device`,
     `rollout.microbatch_size`, `algorithm.microbatch_size`, `algorithm.keep_logits_mib`,
     `tripwires.undo`, `tripwires.undo_copy_mib`).
 

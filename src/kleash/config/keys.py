@@ -17,6 +17,7 @@ MOVED = {
     ("ppo",): ("algorithm",),
     ("value",): ("algorithm", "value"),
     ("optimizer", "value_lr"): ("algorithm", "value", "lr"),
+    ("policy", "dtype"): ("policy", "precision"),
 }
 """Keys that had another place in earlier versions."""
 _NAMED_FREELY = {"reward_models": RewardConfig}

@@ -17,6 +17,7 @@ from pydantic import (
 
 from kleash.algorithms.common import Truncated, check_truncated
 from kleash.algorithms.distill import check_distillation_leash
+from kleash.algorithms.sampler_correction import Correction, check_correction
 from kleash.config.algorithm import (
     AlgorithmConfig,
     DistillConfig,
@@ -27,7 +28,7 @@ from kleash.config.algorithm import (
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bf16", "pure_bf16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
@@ -55,12 +56,22 @@ class PolicyConfig(Section):
     adapter: Annotated[str | None, InputKind.MODEL] = None
     """Directory of a trained LoRA adapter that is merged into the weights first. Where supervised
     training left an adapter: policy and reference both begin as base + adapter."""
-    dtype: Dtype = "float32"
-    """Type of the weights."""
+    precision: Precision = "float32"
+    """`bf16` multiplies in bfloat16 and updates float32 weights; `pure_bf16` keeps the weights
+    themselves in bfloat16, where most of a small update is rounded away. For policy, reference and
+    value model alike."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again for its gradient: less memory, a
+    third more time in the update; for policy and value model."""
     attention: Attention = "auto"
     """Attention kernel, `auto` for the model's own choice; policy and reference use the same."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether no weight of the file is trained, nor a copy of one."""
+        return self.lora is not None and not self.lora.modules_to_save
 
 
 class ScorerConfig(Section):
@@ -143,6 +154,20 @@ class RolloutConfig(Section):
     """Subtracted from the score of a truncated response when `truncated: penalise`."""
     microbatch_size: PositiveInt = 64
     """Responses scored at once; changes memory and speed, not results."""
+    correction: Correction = "none"
+    """How the update weighs tokens by r = π_trainer/π_sampler, where the sampler's law is not quite
+    the trainer's: not at all; each token by its own r, cut off at the clip; each response by the
+    product of its r, cut off at the clip; or each token by its r, and tokens with r beyond the clip
+    or its inverse left out. docs/placements.md has the gradient of each."""
+    correction_clip: float | None = 2.0
+    """Largest weight of a correction, above 1; none: no bound, with which `sequence_truncated` is
+    unbiased."""
+
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: the clip, where nothing is weighed."""
+        if self.correction == "none":
+            return {"correction_clip": "does nothing with `correction: none`"}
+        return {}
 
     @model_validator(mode="after")
     def _penalty_belongs(self) -> "RolloutConfig":
@@ -150,6 +175,14 @@ class RolloutConfig(Section):
             check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
         except ValueError as error:
             raise SettingError(str(error), "missing_eos_penalty", "truncated") from None
+        return self
+
+    @model_validator(mode="after")
+    def _clip_belongs(self) -> "RolloutConfig":
+        try:
+            check_correction(self.correction, self.correction_clip)
+        except ValueError as error:
+            raise SettingError(str(error), "correction_clip", "correction") from None
         return self
 
 
@@ -213,9 +246,22 @@ class LoggingConfig(Section):
     """How many checkpoints to keep, beside the one with the best held-out objective."""
     spot_check_every: NonNegativeInt = 0
     """Steps between comparisons of the streamed log-probabilities with an obvious implementation
-    in float64, which for that moment holds both heads a second time; 0: never."""
+    in float64, which for that moment holds both heads a second time, and of sampler and trainer
+    over the whole vocabulary in four responses; 0: never."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Also send the metrics there, through accelerate."""
+
+
+class DistributedConfig(Section):
+    """Several processes, as `torchrun` or `accelerate launch` starts them."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """`ddp`: each process holds whole models and reads its rows. `fsdp`: weights, gradients and
+    optimizer states are divided as well, for models that one device cannot hold. `none`: one
+    process. `auto`: `ddp` where a launcher started several. Alone, a process divides nothing."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that a process waits for another before the run ends; a reward callable, which the
+    first process asks for all, must answer for a whole batch within them."""
 
 
 class Config(Section):
@@ -242,6 +288,7 @@ class Config(Section):
     heldout: HeldoutConfig = HeldoutConfig()
     plan: PlanConfig = PlanConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
     steps: PositiveInt = 100
     """Rollouts, each followed by its update."""
     seed: NonNegativeInt = 0
@@ -353,6 +400,12 @@ class Config(Section):
                 "with `algorithm: distill` a response that the limit cut is learnt from as it "
                 f"stands (`score`) or not at all (`drop`), got `truncated: {rollout.truncated}`",
                 ("rollout.truncated",),
+            ),
+            (
+                rollout.correction != "none",
+                "with `algorithm: distill` there are no advantages for `rollout.correction` to "
+                "weigh: leave it out",
+                ("rollout.correction",),
             ),
             (
                 self.teacher is None and reference.path is None,

@@ -1,22 +1,34 @@
 """Reading a model's head, hidden state → logits, as data, and checking that it was read right.
 
 Architectures differ in what they do after the matrix product: nothing (Llama), a multiplier
-(Cohere, Falcon-H1), a divisor (Granite), a soft cap (Gemma 2). What is known is read from the
-configuration; what is not known is found by comparing with the model's own logits, and refused.
+(Cohere, Falcon-H1), a divisor (Granite), a soft cap (Gemma 2, RecurrentGemma). What is known is
+read from the configuration; what is not known is found by comparing with the model's own logits,
+and refused.
 """
 
+import contextlib
+import math
 import weakref
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
+from kleash.models.precision import Precision, computing
 from kleash.models.trunk import trunk_of
 from kleash.types import Head
+
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names by which configurations keep what is done to the logits. A name that means something else
+in some architecture does no harm: every head is compared with the model's own logits."""
 
 
 def read_head(model: PreTrainedModel, words: int) -> Head:
@@ -40,12 +52,12 @@ def read_head(model: PreTrainedModel, words: int) -> Head:
     weight = cast(Tensor, layer.weight)
     bias = getattr(layer, "bias", None)
     config = model.config.get_text_config()
-    scale = _number(config, "logit_scale", 1.0) * _number(config, "lm_head_multiplier", 1.0)
+    caps = [getattr(config, name, None) for name in _CAPS]
     return Head(
         weight=weight,
         bias=bias if isinstance(bias, Tensor) else None,
-        scale=scale / _number(config, "logits_scaling", 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=_factor(config, _MULTIPLIERS) / _factor(config, _DIVISORS),
+        softcap=next((cap for cap in caps if cap is not None), None),
         vocab_size=-1 if words == weight.shape[0] else words,
     )
 
@@ -121,6 +133,59 @@ def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tenso
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
+@contextlib.contextmanager
+def unrounded_logits(model: PreTrainedModel, precision: Precision) -> Generator[None]:
+    """Within, a model's own `forward` gives the logits that scoring computes, in float32.
+
+    By itself a head in bfloat16 rounds each logit to 8 bits: next to 20 by up to 0.06 nats, and
+    the sampler would write by another law than the one that is scored.
+
+    Args:
+        model: the language model, whose output layer is replaced meanwhile.
+        precision: with `float32` nothing is replaced.
+    """
+    layer = _in_use(model.get_output_embeddings())
+    if precision == "float32" or not isinstance(layer, nn.Module):
+        yield
+        return
+    weight = cast(Tensor, layer.weight).detach()
+    bias = cast("Tensor | None", getattr(layer, "bias", None))
+    # Once, not for every token.
+    weight = weight.bfloat16() if weight.is_cuda else weight.float()
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _product(hidden, weight, None if bias is None else bias.detach().float())
+
+    cast(Any, layer).forward = forward
+    try:
+        yield
+    finally:
+        del cast(Any, layer).forward
+
+
+@contextlib.contextmanager
+def as_scored(model: PreTrainedModel, precision: Precision) -> Generator[None]:
+    """Within, a model's own `forward` and `generate` follow the law that scoring computes."""
+    trunk = trunk_of(model)
+    device = next(trunk.parameters()).device
+    with computing(trunk, device, precision), unrounded_logits(model, precision):
+        yield
+
+
+def _product(
+    hidden: Float[Tensor, "*rows hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+) -> Float[Tensor, "*rows vocab"]:
+    if not hidden.is_cuda:
+        return functional.linear(hidden.float(), weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1]).bfloat16()
+    logits = torch.mm(rows, weight.T, out_dtype=torch.float32)
+    logits = logits if bias is None else logits + bias
+    return logits.view(*hidden.shape[:-1], -1)
+
+
 def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
     """Check on one small batch that head ∘ hidden states are the model's own logits.
 
@@ -137,6 +202,13 @@ def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
     with torch.no_grad():
         hidden = trunk_of(model)(input_ids=ids, use_cache=False)[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ModelError(
+            f"expected a head on the hidden states for {type(model).__name__} in {str(path)!r}, "
+            f"got states of width {hidden.shape[-1]} and a head of width {head.weight.shape[1]}: "
+            "this architecture transforms its states before the head; use another one"
+        )
+    with torch.no_grad():
         ours = apply_head(head, hidden)
     # In half precision the model rounds the logits themselves, to 3 significant digits.
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
@@ -196,6 +268,6 @@ def _in_use(layer: object) -> object:
     return wrapper.original_module if wrapper.disable_adapters else copies["default"]
 
 
-def _number(settings: object, name: str, default: float) -> float:
-    value = getattr(settings, name, None)
-    return default if value is None else float(value)
+def _factor(settings: object, names: Sequence[str]) -> float:
+    values = (getattr(settings, name, None) for name in names)
+    return math.prod((float(value) for value in values if value is not None), start=1.0)

@@ -9,7 +9,6 @@ All give the same log-probabilities. `copy` and `adapter_off` are `models.Refere
 are the other two, and the anchor: a policy of some step, frozen, to which the leash is moved.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import ModelError
+from kleash.models.frozen_weights import frozen_copy
 from kleash.models.policy import Identity, LanguageModel, Policy, Reference
+from kleash.models.sharded_loading import start
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.storage.atomic_files import replace_file
 from kleash.types import Head
@@ -77,7 +78,13 @@ class OffloadedReference:
         lent = {name: tensor.detach().to(self.device) for name, tensor in named}
         with torch.no_grad():
             return trunk_states(
-                trunk, prompt_ids, prompt_mask, response_ids, response_mask, weights=lent
+                trunk,
+                prompt_ids,
+                prompt_mask,
+                response_ids,
+                response_mask,
+                weights=lent,
+                precision=self.inner.precision,
             )
 
     def identity(self) -> Identity:
@@ -150,6 +157,16 @@ class CachedReference:
         """See `FrozenReference`."""
         return self.inner.fingerprint()
 
+    def of_process(self, rank: int, size: int) -> "CachedReference":
+        """The part of the cache that one of several processes keeps: the rows it reads.
+
+        Did they share their files, a text that two of them come to at once would have the numbers
+        of whichever was faster.
+        """
+        folder = self.folder / f"process-{rank}-of-{size}"
+        folder.mkdir(exist_ok=True)
+        return dataclasses.replace(self, folder=folder)
+
 
 def open_cache(reference: Reference, folder: str | Path) -> CachedReference:
     """Keep a reference's hidden states in a directory that is its own.
@@ -190,8 +207,13 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         step: the step, for its identity.
         like: a reference; the anchor lives in main memory if this one does.
     """
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    offloaded = isinstance(like, OffloadedReference)
+    if policy.sharding is not None and policy.structure is not None:
+        model = policy.sharding.frozen_copy(policy.structure, policy.model)
+        start(model, policy.device)
+    else:
+        model = frozen_copy(policy.model, policy.precision)
+    # A divided anchor takes the device one slice, and stays there.
+    offloaded = isinstance(like, OffloadedReference) and policy.sharding is None
     anchor = Reference(
         model.cpu() if offloaded else model,
         policy.tokenizer,
@@ -200,6 +222,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         f"policy after step {step}",
         revision=policy.revision,
         merged=policy.merged,
+        precision=policy.precision,
     )
     return OffloadedReference(anchor, policy.device) if offloaded else anchor
 

@@ -14,6 +14,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
+from kleash.models.precision import Precision, computing, for_head
+from kleash.models.recomputation import recomputing
+from kleash.models.sharding import states_of
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -44,7 +47,9 @@ def trunk_states(
     response_ids: Int[Tensor, "batch token"],
     response_mask: Bool[Tensor, "batch token"],
     *,
+    model: nn.Module | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    precision: Precision = "float32",
 ) -> Float[Tensor, "batch token+1 hidden"]:
     """Hidden states of the response part of [left-padded prompt | right-padded response].
 
@@ -57,7 +62,9 @@ def trunk_states(
         prompt_mask: True on their tokens.
         response_ids: responses, padded on the right.
         response_mask: True on their tokens.
+        model: whose trunk it is; it may be divided among processes.
         weights: parameters and buffers to read with instead of the trunk's own, by name.
+        precision: in which the trunk computes; see `precision`.
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -67,5 +74,9 @@ def trunk_states(
         inputs["attention_mask"] = mask.long()
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    out = trunk(**inputs) if weights is None else functional_call(trunk, dict(weights), (), inputs)
-    return out[0][:, prompt_ids.shape[1] - 1 :]
+    with computing(trunk, ids.device, precision), recomputing(trunk):
+        if weights is None:
+            states = states_of(trunk if model is None else model, trunk, inputs)
+        else:
+            states = functional_call(trunk, dict(weights), (), inputs)[0]
+    return for_head(states[:, prompt_ids.shape[1] - 1 :], precision)

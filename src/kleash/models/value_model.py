@@ -16,13 +16,14 @@ from kleash.errors import ModelError
 from kleash.models.lm_head import check_causal, read_head
 from kleash.models.loading import (
     Attention,
-    Dtype,
     load_causal_lm,
     load_classifier,
     load_config,
     load_tokenizer,
 )
 from kleash.models.policy import Policy, compare_tokenizers
+from kleash.models.precision import Precision, weights_dtype
+from kleash.models.probing import check_padding_of_states, own_code
 from kleash.models.trunk import trunk_of, trunk_states
 
 Features = Literal["trunk_detached", "trunk"]
@@ -91,11 +92,12 @@ class ValueHead(nn.Module):
 class ValueModel(nn.Module):
     """A language model's trunk with one linear output, separate from the policy."""
 
-    def __init__(self, trunk: nn.Module, layer: nn.Linear):
+    def __init__(self, trunk: nn.Module, layer: nn.Linear, *, precision: Precision = "float32"):
         """Put a value layer on a trunk; `load_value_model` makes both."""
         super().__init__()
         self.trunk = trunk
         self.layer = layer
+        self.precision: Precision = precision
 
     def state_values(
         self,
@@ -106,7 +108,15 @@ class ValueModel(nn.Module):
         trunk: Float[Tensor, "batch token+1 hidden"],
     ) -> Float[Tensor, "batch token+1"]:
         """See `ValueFunction`; the policy's states are not used."""
-        states = trunk_states(self.trunk, prompt_ids, prompt_mask, response_ids, response_mask)
+        states = trunk_states(
+            self.trunk,
+            prompt_ids,
+            prompt_mask,
+            response_ids,
+            response_mask,
+            model=self,
+            precision=self.precision,
+        )
         return self.layer(states.to(self.layer.weight.dtype)).squeeze(-1)
 
 
@@ -114,7 +124,7 @@ def load_value_model(
     path: str | Path,
     policy: Policy,
     *,
-    dtype: Dtype = "float32",
+    precision: Precision = "float32",
     device: str = "cpu",
     attention: Attention = "auto",
 ) -> ValueModel:
@@ -127,15 +137,16 @@ def load_value_model(
     Args:
         path: a Hugging Face directory or hub name, with the policy's tokenizer.
         policy: whose responses it will value.
-        dtype: of the trunk; the value layer is always float32.
+        precision: of the trunk; the value layer is always float32.
         device: a torch device.
         attention: implementation of attention; "auto" leaves the choice to the library.
 
     Raises:
-        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, or
-            looks ahead: a value may depend on what is written, not on what will be.
+        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, looks
+            ahead (a value may depend on what is written, not on what will be), or reads padding.
     """
     compare_tokenizers(policy.tokenizer, load_tokenizer(path), "value model", str(path))
+    dtype = weights_dtype(precision, frozen=False)
     names = load_config(path).architectures or [""]
     if names[0].endswith("ForSequenceClassification"):
         model = load_classifier(path, dtype=dtype, device=device, attention=attention)
@@ -145,8 +156,10 @@ def load_value_model(
         layer = nn.Linear(read_head(model, 1).weight.shape[1], 1)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    value = ValueModel(trunk_of(model), layer.to(device=device))
-    check_causal(value.trunk, path)
+    value = ValueModel(trunk_of(model), layer.to(device=device), precision=precision)
+    with own_code(model, path):
+        check_causal(value.trunk, path)
+        check_padding_of_states(value.trunk, policy.words, path)
     return value
 
 

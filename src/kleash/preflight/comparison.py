@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kleash.models.lm_head import as_scored
 from kleash.models.policy import LanguageModel
 from kleash.preflight.probe_batch import Text, Trial, logprobs_at, states_of
 
@@ -56,8 +57,9 @@ def greedy(
     """The likeliest words, one after the other, and their log-probabilities."""
     policy, heat = trial.components.policy, trial.components.sampling.temperature
     ids, tops = prompt, list[Tensor]()
-    for _ in range(_GREEDY_TOKENS):
-        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, -1, : policy.words]
-        top, word = (logits.double() / heat).log_softmax(-1).max(-1)
-        ids, tops = torch.cat([ids, word[None]]), [*tops, top]
+    with as_scored(policy.model, policy.precision):
+        for _ in range(_GREEDY_TOKENS):
+            logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, -1]
+            top, word = (logits[: policy.words].double() / heat).log_softmax(-1).max(-1)
+            ids, tops = torch.cat([ids, word[None]]), [*tops, top]
     return ids[len(prompt) :], torch.stack(tops)

@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kleash.config.schema import Config
-from kleash.models.lm_head import apply_head
-from kleash.models.policy import LanguageModel
+from kleash.models.lm_head import apply_head, as_scored
+from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference, underlying
 from kleash.models.trunk import trunk_of
 from kleash.training.components import Components
@@ -94,11 +93,13 @@ class Trial:
     texts: tuple[Text, ...]
     at_start: bool
     """Whether no update has been made yet."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer before the first update, in nats per token, where known."""
 
     @property
     def tolerance(self) -> float:
         """Nats by which a log-probability may differ by rounding alone."""
-        return _TOLERANCE[self.components.policy.head.weight.dtype]
+        return _TOLERANCE[self.components.policy.compute_dtype]
 
     def score(self, rollout: Rollout, reference: LanguageModel) -> ScoredRollout:
         """Score texts as the loop does, against any reference; their scores do not matter."""
@@ -151,6 +152,7 @@ def examine(
     *,
     texts: int,
     at_start: bool,
+    sampler_floor: float | None = None,
 ) -> Trial:
     """Make a trial of a batch that is there already."""
     tilted = components.score(
@@ -166,10 +168,10 @@ def examine(
         scored=scored,
         tilted=tilted,
         texts=tuple(
-            _text(components.policy.model, written.rollout, row)
-            for row in _rows(written.rollout, texts)
+            _text(components.policy, written.rollout, row) for row in _rows(written.rollout, texts)
         ),
         at_start=at_start,
+        sampler_floor=sampler_floor,
     )
 
 
@@ -217,12 +219,14 @@ def logprobs_at(
 
 @torch.no_grad()
 def own_reading(
-    model: PreTrainedModel, prompt: Int[Tensor, " prompt"], response: Int[Tensor, " token"]
+    owner: Policy | Reference, prompt: Int[Tensor, " prompt"], response: Int[Tensor, " token"]
 ) -> tuple[Float[Tensor, "position hidden"], Float[Tensor, "token vocab"]]:
     """States of a text and logits of its response, as the model computes them by itself."""
+    model, precision = owner.model, owner.precision
     ids = torch.cat([prompt, response])[None]
-    states = trunk_of(model)(input_ids=ids, use_cache=False)[0][0]
-    logits = model(input_ids=ids, use_cache=False).logits[0]
+    with as_scored(model, precision):
+        states = trunk_of(model)(input_ids=ids, use_cache=False)[0][0]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
     return states, logits[len(prompt) - 1 : -1].float()
 
 
@@ -236,7 +240,7 @@ def reference_logits(model: FrozenReference, text: Text) -> Float[Tensor, "token
         else reference.adapter.disable_adapter()
     )
     with off:
-        return own_reading(reference.model, text.prompt, text.response)[1]
+        return own_reading(reference, text.prompt, text.response)[1]
 
 
 def _rows(rollout: Rollout, count: int) -> list[int]:
@@ -248,8 +252,8 @@ def _rows(rollout: Rollout, count: int) -> list[int]:
     return [order[round(step * number)] for number in range(count)]
 
 
-def _text(model: PreTrainedModel, rollout: Rollout, row: int) -> Text:
+def _text(policy: Policy, rollout: Rollout, row: int) -> Text:
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
     response = rollout.response_ids[row][rollout.response_mask[row]]
-    states, logits = own_reading(model, prompt, response)
+    states, logits = own_reading(policy, prompt, response)
     return Text(row=row, prompt=prompt, response=response, states=states, logits=logits)

@@ -7,6 +7,7 @@ the words do come from π, a gain above g has probability of about e^(−g), wha
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -213,7 +214,9 @@ def weigh(trial: Trial) -> Evidence:
         )
         logits = apply_head(policy.head, states[0, : len(response)])[:, :vocabulary].double()
         logprobs = (logits / trial.components.sampling.temperature).log_softmax(-1).cpu()
-        add_evidence(evidence, logprobs, prompt.cpu(), response.cpu(), policy.stop_ids)
+        # An id beyond the head's rows is never written: it ends nothing.
+        stops = [stop for stop in policy.stop_ids if stop < policy.words]
+        add_evidence(evidence, logprobs, prompt.cpu(), response.cpu(), stops)
     return evidence
 
 
@@ -222,7 +225,7 @@ def add_evidence(
     logprobs: Float[Tensor, "token vocab"],
     prompt: Int[Tensor, " prompt"],
     response: Int[Tensor, " token"],
-    stops: tuple[int, ...],
+    stops: Sequence[int],
 ) -> None:
     """What the words of one response say."""
     p = logprobs.exp()

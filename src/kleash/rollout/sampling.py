@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from kleash.errors import ConfigError, NonFiniteError, PromptError
+from kleash.models.lm_head import as_scored
 from kleash.models.policy import Policy
 from kleash.rollout.prompts import PromptBatch
 from kleash.types import Rollout
@@ -307,12 +308,14 @@ def write_piece(
     sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids))
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
-    with _settings(policy.model, settings):
+    with _settings(policy.model, settings), as_scored(policy.model, policy.precision):
         ids = cast(Any, policy.model).generate(
             input_ids=mine,
             attention_mask=prompt_mask[rows, first:].long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
+            # A divided model is gathered for writing, and waits for no other process.
+            synced_gpus=False,
         )
     response = ids[:, mine.shape[1] :]
     return Piece(response, sampler.logprobs(response.shape[1]), sampler.draws)

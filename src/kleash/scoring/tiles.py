@@ -135,8 +135,10 @@ class Side:
     @property
     def half(self) -> bool:
         """Whether products are of bfloat16 with sums in float32, which a GPU has and torch's CPU
-        has not: there the sums would be rounded to bfloat16."""
-        return self.on_gpu and self.hidden.dtype == self.weight.dtype == torch.bfloat16
+        has not: there the sums would be rounded to bfloat16. The hidden states decide: rows of a
+        float32 head are rounded a tile at a time, and their gradient is never rounded."""
+        kinds = (torch.bfloat16, torch.float32)
+        return self.on_gpu and self.hidden.dtype == kinds[0] and self.weight.dtype in kinds
 
     def rows(self, span: slice) -> Float[Tensor, "R D"]:
         """Hidden states of a tile's rows, ready for `product`."""
@@ -144,7 +146,7 @@ class Side:
 
     def columns(self, span: slice) -> Float[Tensor, "C D"]:
         """Head rows of a tile's words, ready for `product`."""
-        return self.weight[span] if self.half else self.weight[span].to(self.dtype)
+        return self.weight[span].to(torch.bfloat16 if self.half else self.dtype)
 
     def product(
         self, left: Float[Tensor, "I K"], right: Float[Tensor, "K J"], out: Float[Tensor, "I J"]

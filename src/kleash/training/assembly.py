@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 
 from kleash.algorithms.dispatch import Settings
-from kleash.algorithms.distill import DistillSettings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
@@ -20,12 +19,11 @@ from kleash.config.algorithm import (
     GRPOConfig,
     PPOConfig,
     RLOOConfig,
-    TeacherConfig,
     ValueConfig,
 )
+from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
-    Attention,
     Config,
     OptimizerConfig,
     PolicyConfig,
@@ -43,17 +41,14 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
+from kleash.mesh import Mesh, is_distributed, own_gpu
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
+from kleash.models.frozen_weights import shrink_frozen
 from kleash.models.lora import AdapterSpec
-from kleash.models.policy import (
-    Policy,
-    Reference,
-    check_compatible,
-    freeze_copy,
-    load_policy,
-    load_reference,
-)
+from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
+from kleash.models.precision import weights_dtype
+from kleash.models.recomputation import enable_recomputation
 from kleash.models.reference_offload import (
     FrozenReference,
     OffloadedReference,
@@ -66,39 +61,53 @@ from kleash.models.reward_model import (
     RewardModel,
     WeightedSum,
 )
-from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
+from kleash.models.trunk import trunk_of
+from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
 from kleash.models.vocabulary import require_known_ids
+from kleash.rollout.prompt_files import Source
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
-from kleash.training.process_group import is_distributed, own_gpu
+from kleash.training.teacher import distill_settings, load_teacher
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
 
 
-def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Components:
+def assemble(
+    config: Config,
+    given: Mapping[str, Reward] | None = None,
+    rows: Mapping[str, Sequence[object]] | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Components:
     """Load and check everything a run needs.
 
     Args:
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
+        rows: prompts in memory, `train` and `heldout`, which take the place of the files.
+        mesh: the processes of the run; by default this one alone.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
         ModelError, PromptError, RewardError: what they say.
     """
-    if is_distributed() and isinstance(config.algorithm, DistillConfig):
-        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
+    mesh = Mesh() if mesh is None else mesh
+    _require_fitting(config, mesh)
     device = choose_device(config.device)
-    policy = _policy(config.policy, device)
-    teacher = _teacher(config.teacher, config.policy, policy, device)
+    sharding = None
+    if config.distributed.strategy == "fsdp" and mesh.size > 1:
+        sharding = Sharding(device_mesh(device, mesh.size), device)
+    policy = _policy(config.policy, device, sharding)
+    teacher = load_teacher(config.teacher, config.policy, policy, device)
     if teacher is not None:
         # Tokens that the teacher lacks have probability 0 for all three.
         policy = replace(policy, words=teacher.words)
-    reference = _reference(config.reference, config.policy, policy, device)
+    reference = _reference(config.reference, config.policy, policy, device, mesh)
     # Added tokens that the reference lacks have probability 0 for both.
     policy = replace(policy, words=underlying(reference).words)
     if teacher is not None:
@@ -107,8 +116,11 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    prompts = _prompts(config.prompts.train, policy, sampling, named)
-    held = config.prompts.heldout
+    train, held = (
+        _source(path, name, rows or {})
+        for name, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
+    )
+    prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
@@ -122,8 +134,9 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
     value = None
     if critic is not None:
-        attention = config.policy.attention
-        value = _value(critic, policy, device, attention=attention, seed=config.seed)
+        value = _value(critic, policy, device, start=config.policy, seed=config.seed)
+        if sharding is not None and isinstance(value, ValueModel):
+            shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     return Components(
         policy=policy,
@@ -138,11 +151,32 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
         pretraining=_pretraining(config.pretraining, policy),
         sampling=sampling,
-        settings=_settings(config.algorithm, config.leash, config.rollout),
+        settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
         teacher=teacher,
+        mesh=mesh,
     )
+
+
+def _require_fitting(config: Config, mesh: Mesh) -> None:
+    """Every process has something to do, and a way to do it.
+
+    Raises:
+        ConfigError: there are several for a strategy of one, or more than responses of a step.
+    """
+    if mesh.size > 1 and config.distributed.strategy == "none":
+        raise ConfigError(
+            f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
+            "fsdp, or start without a launcher"
+        )
+    if mesh.size > 1 and isinstance(config.algorithm, DistillConfig):
+        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
+    if mesh.size > config.responses_per_step:
+        raise ConfigError(
+            f"expected at most as many processes as the {config.responses_per_step} responses of a "
+            f"step, got {mesh.size}: start fewer, or raise rollout.prompts_per_step"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -223,7 +257,7 @@ def make_controller(
             )
 
 
-def _policy(section: PolicyConfig, device: torch.device) -> Policy:
+def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | None) -> Policy:
     lora = section.lora
     adapter = None
     if lora is not None:
@@ -234,19 +268,23 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
             targets=targets,
             modules_to_save=tuple(lora.modules_to_save),
         )
-    return load_policy(
+    policy = load_policy(
         section.path,
-        dtype=section.dtype,
+        dtype=weights_dtype(section.precision, frozen=section.base_is_frozen),
         device=str(device),
         attention=section.attention,
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
+        sharding=sharding,
     )
+    if section.gradient_checkpointing:
+        enable_recomputation(trunk_of(policy.model))
+    return replace(policy, precision=section.precision)
 
 
 def _reference(
-    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device
+    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device, mesh: Mesh
 ) -> FrozenReference:
     """The reference, where the configuration wants it to live."""
     own = wanted.path is None
@@ -257,53 +295,56 @@ def _reference(
     source = start if wanted.path is None else wanted
     reference = load_reference(
         cast(str, source.path),
-        dtype=start.dtype,
+        dtype=weights_dtype(start.precision, frozen=start.base_is_frozen),
         device="cpu" if kind == "cpu_offload" else str(device),
         attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
+        sharding=None if kind == "cpu_offload" else policy.sharding,
     )
-    reference = replace(reference, words=check_compatible(policy, reference).words)
+    if not is_sharded(reference.model):
+        shrink_frozen(reference.model, start.precision)
+    words = check_compatible(policy, reference).words
+    reference = replace(reference, words=words, precision=start.precision)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
         case "cached":
-            return open_cache(reference, cast(str, wanted.cache))
+            opened = mesh.first(lambda: open_cache(reference, cast(str, wanted.cache)))
+            return opened if mesh.size == 1 else opened.of_process(mesh.rank, mesh.size)
         case "copy":
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
-def _teacher(
-    wanted: TeacherConfig | None, start: PolicyConfig, policy: Policy, device: torch.device
-) -> Reference | None:
-    """The teacher, where it is another model than the reference."""
-    if wanted is None:
-        return None
-    teacher = load_reference(
-        wanted.path,
-        dtype=start.dtype,
-        device=str(device),
-        attention=start.attention,
-        revision=wanted.revision,
-        merge=wanted.adapter,
-    )
-    return replace(teacher, words=check_compatible(policy, teacher).words)
+def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
+    """Where prompts come from: rows in memory, or a file.
+
+    Raises:
+        PromptError: they were in memory, and are not there now.
+    """
+    if path == IN_MEMORY and name not in rows:
+        raise PromptError(
+            f"expected the rows of `prompts.{name}` in memory, as this run was begun with, got "
+            "none: call kleash.train with the same rows again"
+        )
+    return rows.get(name, path)
 
 
 def _prompts(
-    path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
+    source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
     prompts = read_prompts(
-        path,
+        source,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
         chat_template=chat_template,
     )
     for prompt in prompts:
-        where = f"prompt {prompt.index + 1} of {path!r}"
+        of = repr(source) if isinstance(source, str) else "those in memory"
+        where = f"prompt {prompt.index + 1} of {of}"
         require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
     return prompts
 
@@ -368,15 +409,19 @@ def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
 
 
 def _value(
-    critic: ValueConfig, policy: Policy, device: torch.device, *, attention: Attention, seed: int
+    critic: ValueConfig, policy: Policy, device: torch.device, *, start: PolicyConfig, seed: int
 ) -> ValueFunction:
     if critic.kind == "model":
-        return load_value_model(
+        value = load_value_model(
             cast(str, critic.path),
             policy,
+            precision=start.precision,
             device=str(device),
-            attention=attention,
+            attention=start.attention,
         )
+        if start.gradient_checkpointing:
+            enable_recomputation(value.trunk)
+        return value
     # The head's random numbers come from the run's seed, whatever was drawn while loading.
     torch.manual_seed(seed)
     return ValueHead(policy.hidden_size, features=critic.kind).to(device)
@@ -392,19 +437,14 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
     )
 
 
-def _settings(
+def settings_of(
     algorithm: PPOConfig | GRPOConfig | RLOOConfig | DistillConfig,
     leash: LeashConfig,
     rollout: RolloutConfig,
 ) -> Settings:
+    """The numbers of the algorithm that a configuration asks for."""
     if isinstance(algorithm, DistillConfig):
-        return DistillSettings(
-            divergence=algorithm.divergence,
-            gradient=algorithm.gradient,
-            placement=leash.placement,
-            allow_biased=leash.allow_biased,
-            truncated=rollout.truncated,
-        )
+        return distill_settings(algorithm, leash, rollout)
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,
@@ -413,6 +453,8 @@ def _settings(
         "allow_biased": leash.allow_biased,
         "truncated": rollout.truncated,
         "missing_eos_penalty": rollout.missing_eos_penalty,
+        "correction": rollout.correction,
+        "correction_clip": None if rollout.correction == "none" else rollout.correction_clip,
     }
     match algorithm:
         case PPOConfig():

@@ -47,6 +47,9 @@ class RolloutEvent:
     """The run directory."""
     append_event: Callable[[Event], None]
     """Adds an event to the run's log."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer in the run's first rollout, in nats per token; None: this is
+    that rollout, or nothing is known of it."""
 
 
 @dataclass(frozen=True)

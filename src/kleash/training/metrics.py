@@ -18,9 +18,11 @@ from kleash.algorithms.advantages import gae
 from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rewards import beta_of_each
+from kleash.algorithms.sampler_correction import correction_numbers
 from kleash.errors import ScoringError
 from kleash.kl.control_variate import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
+from kleash.kl.sampler_gap import sampler_gap
 from kleash.kl.statistics import Estimate, clustered_mean, clustered_ratio, response_kl, variance_of
 from kleash.masked import masked_mean
 from kleash.rollout.text_metrics import distinct_n
@@ -60,17 +62,40 @@ def objective_measures(scored: ScoredRollout, *, beta: Beta | None) -> dict[str,
 
 
 def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[str, Number]:
-    """Length, endings, variety, and the distance between sampler and trainer."""
+    """Length, endings and variety."""
     rollout = scored.rollout
     mask = rollout.response_mask
-    measures: dict[str, Number] = {
+    return {
         "rollout/length": float(mask.sum(-1).double().mean()),
         "rollout/eos_fraction": float(rollout.ended.double().mean()),
         "rollout/distinct_2": distinct_n(responses, 2),
     }
-    if rollout.sampler_logprobs is not None:
-        difference = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
-        measures["rollout/kl_sampler"] = float(difference.mean())
+
+
+def sampler_measures(
+    scored: ScoredRollout, settings: Settings, *, floor: float | None
+) -> dict[str, Number]:
+    """The KL between sampler and trainer both ways, and what its correction has to do.
+
+    Args:
+        scored: the rollout; nothing is measured where its engine gave no log-probabilities.
+        settings: the numbers of the algorithm, the correction among them.
+        floor: the KL per token before the run's first update; None: this is that rollout.
+    """
+    rollout = scored.rollout
+    if rollout.sampler_logprobs is None:
+        return {}
+    laws = (scored.rollout_logprobs, rollout.sampler_logprobs, rollout.response_mask)
+    gap = sampler_gap(*laws, rollout.prompt_index)
+    measures = {
+        **with_error("rollout/kl_sampler", gap.per_response),
+        **with_error("rollout/kl_sampler_per_token", gap.per_token),
+        **with_error("rollout/kl_sampler_reverse_per_token", gap.reverse_per_token),
+        "rollout/kl_sampler_floor": gap.per_token.mean if floor is None else floor,
+    }
+    if settings.correction != "none":
+        numbers = correction_numbers(settings.correction, *laws, clip=settings.correction_clip)
+        measures |= {f"rollout/correction_{name}": x for name, x in numbers.items()}
     return measures
 
 

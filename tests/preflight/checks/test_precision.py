@@ -67,30 +67,35 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_whose_updates_would_be_lost_is_refused(
-    dtype: str, material: Path, tmp_path: Path
-) -> None:
-    policy = {"path": str(material / "policy"), "dtype": dtype}
+def test_a_run_whose_updates_would_be_lost_is_refused(material: Path, tmp_path: Path) -> None:
+    policy = {"path": str(material / "policy"), "precision": "pure_bf16"}
     config = small_run.settings(material, tmp_path / "run", policy=policy, optimizer={"lr": 1e-6})
-    with pytest.raises(PreflightError, match=rf"precision\.survival: With policy\.dtype: {dtype}"):
+    said = r"precision\.survival: With policy\.precision: pure_bf16"
+    with pytest.raises(PreflightError, match=said):
         train(config, preflight=runner.require_sound)
     assert not (tmp_path / "run").exists()
 
 
+LORA = {"rank": 2, "targets": ["q_proj"]}
+
+
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("policy", "rate", "kept_in"),
     [
-        ({"policy": {"dtype": "bfloat16"}, "optimizer": {"lr": 0.5}}, "in bfloat16 at a learning"),
-        (
-            {"policy": {"dtype": "bfloat16", "lora": {"rank": 2, "targets": ["q_proj"]}}},
-            "in float32",
-        ),
-        ({}, "in float32"),
+        ({"precision": "pure_bf16"}, 0.5, "bfloat16"),
+        ({"precision": "pure_bf16", "lora": LORA}, 1e-5, "float32"),
+        ({"precision": "bf16"}, 1e-5, "float32"),
+        ({"precision": "bf16", "lora": {**LORA, "modules_to_save": ["lm_head"]}}, 1e-5, "float32"),
+        ({}, 1e-5, "float32"),
     ],
 )
-def test_what_can_learn_is_let_be(changes: dict, said: str, material: Path, tmp_path: Path) -> None:
+def test_what_can_learn_is_let_be(
+    policy: dict, rate: float, kept_in: str, material: Path, tmp_path: Path
+) -> None:
+    changes = {"policy": policy, "optimizer": {"lr": rate}}
     config = small_run.settings(material, tmp_path / "run", **changes)
     found = next(f for f in runner.check(config, quick=True).findings if "precision" in f.name)
     assert found.verdict == "ok"
-    assert said in found.measured
+    share, said = found.measured.split(" in ", 1)
+    assert 0.99 <= float(share) <= 1
+    assert said == f"{kept_in} at a learning rate of {rate:g}"

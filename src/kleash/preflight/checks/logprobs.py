@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kleash.masked import masked_mean
+from kleash.models.policy import Policy, Reference
 from kleash.models.reference_offload import underlying
 from kleash.preflight.comparison import at, gap, greedy, state_gap, twice
 from kleash.preflight.findings import Check, Finding, skipped, some
@@ -68,7 +69,7 @@ def dropout(trial: Trial) -> Finding:
                 f"The {who} is not deterministic though no dropout is on: "
                 f"{type(model.model).__name__} draws random numbers or runs a kernel that adds in "
                 "no fixed order.",
-                "Set policy.attention: eager, or policy.dtype: float32.",
+                "Set policy.attention: eager, or policy.precision: float32.",
             )
     return check.ok(measured)
 
@@ -149,7 +150,7 @@ def why_apart(trial: Trial) -> tuple[str, str]:
         return (
             f"The policy is in {mine.dtype} and the reference in {theirs.dtype}: the difference is "
             "rounding, not drift.",
-            "Load both in one dtype: policy.dtype is used for both.",
+            "Load both in one dtype: policy.precision is used for both.",
         )
     if mine.sha256 != theirs.sha256:
         return (
@@ -368,7 +369,8 @@ def floor(trial: Trial) -> Finding:
         "both models in one dtype and attention kernel; a floor far below the target",
     )
     per_response = kl_floor(trial)
-    mine, theirs = ways(trial.components.policy), ways(trial.components.reference)
+    reference = underlying(trial.components.reference)
+    mine, theirs = ways(trial.components.policy), ways(reference)
     measured = f"{per_response:.2g} nats per response; policy {mine}, reference {theirs}"
     target = trial.config.leash.target_kl
     if mine != theirs:
@@ -376,7 +378,7 @@ def floor(trial: Trial) -> Finding:
             measured,
             f"Policy and reference are computed differently ({mine} and {theirs}): the KL holds "
             "rounding beside drift.",
-            "Load both with one policy.dtype and one policy.attention.",
+            "Load both with one policy.precision and one policy.attention.",
         )
     if target is not None and target < 3 * per_response:
         return check.fail(
@@ -384,7 +386,7 @@ def floor(trial: Trial) -> Finding:
             f"leash.target_kl = {target:g} is under three times what rounding alone gives: it "
             "cannot be resolved.",
             f"Set leash.target_kl: {10 * per_response:.1g} or more"
-            + ("." if mine.startswith("float32") else ", or policy.dtype: float32."),
+            + ("." if mine.startswith("float32") else ", or policy.precision: float32."),
         )
     return check.ok(measured)
 
@@ -399,12 +401,12 @@ def kl_floor(trial: Trial) -> float:
     return float(gap.sum(-1).abs().mean())
 
 
-def ways(model: object) -> str:
-    """Dtype and attention kernel of a model."""
-    inner = getattr(model, "model", None)
-    kernel = getattr(getattr(inner, "config", None), "_attn_implementation", None)
-    dtype = str(next(iter(inner.parameters())).dtype) if isinstance(inner, nn.Module) else "?"
-    return f"{dtype.removeprefix('torch.')}/{kernel or 'default'}"
+def ways(owner: Policy | Reference) -> str:
+    """Weights, arithmetic and attention kernel of a model."""
+    kernel = getattr(owner.model.config, "_attn_implementation", None)
+    dtype = str(next(owner.model.parameters()).dtype).removeprefix("torch.")
+    computed = "/computed in bf16" if owner.precision == "bf16" else ""
+    return f"{dtype}{computed}/{kernel or 'default'}"
 
 
 def _padding(trial: Trial, name: str, side: str, where: str, remedy: str) -> Finding:

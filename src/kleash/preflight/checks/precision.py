@@ -52,22 +52,22 @@ def surviving_update_share(
 def survival(trial: Trial) -> Finding:
     """Of one AdamW step at the peak learning rate, how much the weights can hold."""
     check = Check("precision.survival", f"at least {LEAST_SHARE:g} of an update survives rounding")
-    components = trial.components
-    group = components.optimizer.param_groups[0]
-    half = [p for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
-    if not half:
-        return check.ok("the weights that learn are in float32")
-    shares = [_trial_share(parameter, group) for parameter in half]
-    sizes = [parameter.numel() for parameter in half]
+    group = trial.components.optimizer.param_groups[0]
+    learning: list[Tensor] = group["params"]
+    sizes = [parameter.numel() for parameter in learning]
+    shares = [_trial_share(parameter, group) for parameter in learning]
     share = sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes)
-    name, rate = str(half[0].dtype).removeprefix("torch."), group["peak_lr"]
+    kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in learning})
+    name, rate = " and ".join(kinds), group["peak_lr"]
     if share >= LEAST_SHARE:
-        return check.ok(f"{share:.3g} in {name} at a learning rate of {rate:g}")
+        return check.ok(f"{share:.4g} in {name} at a learning rate of {rate:g}")
     return check.fail(
         f"{share:.2g} in {name}",
-        f"With policy.dtype: {name} and optimizer.lr: {rate:g}, rounding leaves {share:.2g} of an "
-        "AdamW update in the weights: most of what is learnt would be lost.",
-        "Set policy.dtype: float32, or train an adapter (policy.lora), whose weights are float32.",
+        f"With policy.precision: {trial.config.policy.precision} and optimizer.lr: {rate:g}, "
+        f"rounding leaves {share:.2g} of an AdamW update in the weights: most of what is learnt "
+        "would be lost.",
+        "Set policy.precision: bf16, which updates float32 weights and computes in bfloat16, or "
+        "train an adapter (policy.lora), whose weights are float32.",
     )
 
 
@@ -79,7 +79,8 @@ def _trial_share(parameter: Tensor, group: dict[str, object]) -> float:
     """
     flat = parameter.detach().reshape(-1)
     stride = max(1, flat.numel() // _SAMPLE)
-    before = flat[::stride][:_SAMPLE].float()
+    # In float64, beside which float32 weights round too.
+    before = flat[::stride][:_SAMPLE].double()
     copy = torch.nn.Parameter(before.clone())
     optimizer = torch.optim.AdamW(
         [copy],

@@ -1,0 +1,79 @@
+"""In which numbers a model is kept, and in which it computes.
+
+    float32     weights, optimiser and arithmetic in float32
+    bf16        weights and optimiser in float32, matrix products of the trunk in bfloat16
+    pure_bf16   the weights themselves in bfloat16, and with them the optimiser's moments
+
+An update of AdamW is about as large as the learning rate; next to a weight of 0.1 two neighbouring
+bfloat16 numbers are 0.0005 apart. So `bf16` keeps what is updated in float32 and saves where it
+costs nothing: products, activations, and weights that never move. In all three, log-probabilities,
+KL and sums over the vocabulary are float32 or wider, for policy, reference and sampler alike: one
+law. Left out: float16, whose gradients underflow without a loss scale.
+"""
+
+import contextlib
+from collections.abc import Generator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+Precision = Literal["float32", "bf16", "pure_bf16"]
+
+
+def weights_dtype(precision: Precision, *, frozen: bool) -> Literal["float32", "bfloat16"]:
+    """Type in which a policy's file is loaded.
+
+    Args:
+        precision: of the run.
+        frozen: whether no weight of the file is trained, not even a copy of one: then `bf16` keeps
+            them in bfloat16. An adapter's own matrices are float32 whatever this says.
+
+    Example:
+        >>> weights_dtype("bf16", frozen=False), weights_dtype("bf16", frozen=True)
+        ('float32', 'bfloat16')
+    """
+    half = precision == "pure_bf16" or (precision == "bf16" and frozen)
+    return "bfloat16" if half else "float32"
+
+
+def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
+    """What `fully_shard` is given: gathered weights in bfloat16 for `bf16`, sums in float32.
+
+    The shards keep the type of the weights, so the optimiser updates float32; gradients are added
+    over ranks in float32, whichever type they were computed in.
+    """
+    if precision == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def computing(trunk: nn.Module, device: torch.device, precision: Precision) -> Generator[None]:
+    """Within, a trunk's matrix products are in the precision's type.
+
+    A trunk under FSDP2 is left alone: there `mixed_precision_policy` has said it already.
+
+    Args:
+        trunk: what will read.
+        device: where its inputs are.
+        precision: only `bf16` changes anything; the other two compute in the weights' own type.
+    """
+    if precision != "bf16" or isinstance(trunk, FSDPModule):
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield
+
+
+def for_head(
+    states: Float[Tensor, "*rows hidden"], precision: Precision
+) -> Float[Tensor, "*rows hidden"]:
+    """A trunk's states in the type in which the head multiplies them.
+
+    On a GPU bfloat16, whose products are summed in float32 and not rounded after it; on a CPU,
+    where torch would round every logit to bfloat16, as they are, for a product in float32.
+    """
+    return states.bfloat16() if precision != "float32" and states.is_cuda else states
