@@ -343,6 +343,7 @@ class Config(Section):
             )
         if isinstance(self.algorithm, DistillConfig):
             self._require_distillation()
+            self._require_distillation_leash()
             return self
         if self.teacher is not None:
             raise SettingError(
@@ -441,8 +442,15 @@ class Config(Section):
         for found, sentence, keys in faults:
             if found:
                 raise SettingError(sentence, *keys)
+
+    def _require_distillation_leash(self) -> None:
+        """A leash beside a teacher is a term of the loss.
+
+        Raises:
+            SettingError: it charges rewards.
+        """
         try:
-            check_distillation_leash(leash.placement)
+            check_distillation_leash(self.leash.placement)
         except ValueError as error:
             raise SettingError(f"`leash.placement`: {error}", "leash.placement") from None
 
