@@ -392,8 +392,7 @@ class Config(Section):
             ),
             (
                 self.score_normalisation != "none",
-                "with `algorithm: distill` there are no scores for `score_normalisation`: leave it "
-                "out",
+                "`algorithm: distill` has no scores for `score_normalisation`: leave it out",
                 ("score_normalisation",),
             ),
             (
