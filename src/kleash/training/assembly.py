@@ -14,7 +14,13 @@ from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
-from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.algorithm import (
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    RLOOConfig,
+    ValueConfig,
+)
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Config,
@@ -50,6 +56,7 @@ from kleash.models.reference_offload import (
 )
 from kleash.models.reward_model import (
     ClassifierReward,
+    NoReward,
     RewardModel,
     WeightedSum,
 )
@@ -71,6 +78,7 @@ from kleash.training.prompt_assembly import (
     require_every_group,
     source_of,
 )
+from kleash.training.teacher import distill_settings, load_teacher
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
@@ -101,9 +109,16 @@ def assemble(
     sharding = None
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
-    policy, reference = load_models(
-        config.policy, config.reference, device, sharding=sharding, mesh=mesh
-    )
+    policy = _policy(config.policy, device, sharding)
+    teacher = load_teacher(config.teacher, config.policy, policy, device)
+    if teacher is not None:
+        # Tokens that the teacher lacks have probability 0 for all three.
+        policy = replace(policy, words=teacher.words)
+    reference = _reference(config.reference, config.policy, policy, device, mesh)
+    # Added tokens that the reference lacks have probability 0 for both.
+    policy = replace(policy, words=underlying(reference).words)
+    if teacher is not None:
+        teacher = replace(teacher, words=policy.words)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -134,7 +149,7 @@ def assemble(
         reference=reference,
         original=reference,
         value=value,
-        reward=WeightedSum(rewards),
+        reward=WeightedSum(rewards) if rewards else NoReward(),
         gold=gold,
         prompts=prompts,
         heldout=heldout,
@@ -146,6 +161,7 @@ def assemble(
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
         engine=engine,
+        teacher=teacher,
         mesh=mesh,
     )
 
@@ -194,6 +210,8 @@ def _require_fitting(config: Config, mesh: Mesh) -> None:
             "both, whose checkpoints are whole models: merge the adapter into a model of its own "
             "first, or take ddp"
         )
+    if mesh.size > 1 and isinstance(config.algorithm, DistillConfig):
+        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
     if mesh.size > config.responses_per_step:
         raise ConfigError(
             f"expected at most as many processes as the {config.responses_per_step} responses of a "
@@ -423,9 +441,13 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
 
 
 def settings_of(
-    algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
+    algorithm: PPOConfig | GRPOConfig | RLOOConfig | DistillConfig,
+    leash: LeashConfig,
+    rollout: RolloutConfig,
 ) -> Settings:
     """The numbers of the algorithm that a configuration asks for."""
+    if isinstance(algorithm, DistillConfig):
+        return distill_settings(algorithm, leash, rollout)
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,

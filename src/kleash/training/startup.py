@@ -4,7 +4,7 @@ Nothing is written before everything that can be wrong at the start has been loo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from kleash.errors import ConfigError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
-from kleash.storage.run_directory import RunWriter
+from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -37,6 +37,7 @@ from kleash.training.state import (
     restore_next_rollout,
     restore_run_state,
 )
+from kleash.training.teacher import require_same_teacher
 
 Preflight = Callable[[Config, Components], list[str]]
 """Looks at what was assembled; raises what must stop the run, and returns its warnings."""
@@ -93,6 +94,10 @@ def open_session(
         state=state,
         undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
     )
+    if components.teacher is not None:
+        meta["teacher"] = asdict(components.teacher.identity())
+    if found is not None:
+        require_same_teacher(read_run(path).meta, components.teacher, str(path))
     if not mesh.is_first:
         run = SilentRun(path)
     elif found is not None:
