@@ -59,6 +59,7 @@ from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
+from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.process_group import is_distributed, own_gpu
 
@@ -394,19 +395,20 @@ def _optimizer(
     critic: ValueConfig | None,
     policy: Policy,
     value: ValueFunction | None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": policy.parameters(), "lr": settings.lr, "peak_lr": settings.lr}
     ]
     if critic is not None and value is not None:
         value_lr = cast(float, critic.lr)
         groups.append({"params": list(value.parameters()), "lr": value_lr, "peak_lr": value_lr})
-    return torch.optim.AdamW(
+    return make_optimizer(
         groups,
+        name=settings.name,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,  # one pass over the weights, and no temporaries as large as they are
+        rounding=settings.rounding,
     )
 
 
