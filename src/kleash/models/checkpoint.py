@@ -79,6 +79,7 @@ def save_policy(
             settings = adapter.peft_config["default"]
             settings.base_model_name_or_path = _findable(base)
             adapter.save_pretrained(str(directory), save_embedding_layers=False)
+            cast(Any, model.generation_config).save_pretrained(directory)
         tokenizer.save_pretrained(str(directory))
     verify_policy(directory, model, words=words, adapter=adapter)
 

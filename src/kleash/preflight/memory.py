@@ -331,7 +331,8 @@ def _head_bytes(size: ModelSize, load: Workload, rows: int) -> int:
     learns = load.adapter is None or bool(load.adapter.modules_to_save)
     gradient = 4 * size.vocab * size.hidden if learns else 0
     # Of both models: states, the selected ones, and of the policy's a gradient; two tiles each.
-    return load.keep_logits + 4 * tile + 5 * states + gradient
+    kept = min(load.keep_logits, 8 * rows * size.vocab)
+    return kept + 4 * tile + 5 * states + gradient
 
 
 def _generation_bytes(size: ModelSize, load: Workload) -> int:
