@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import controlled_plants as plants  # pyright: ignore[reportMissingImports]
 import oracles  # pyright: ignore[reportMissingImports]
-import plants  # pyright: ignore[reportMissingImports]
 
 from kleash.kl.control.controllers import (
     AdaptiveBeta,
@@ -95,7 +95,7 @@ def _controller(run: Run, exact: float, model: Any, lane: Any) -> BetaController
     match run.controller:
         case "budget":
             budget = BudgetBeta(run.target, start.beta, plant_gain=start.plant_gain)
-            return plants.Told(budget) if start.source == "given" else budget
+            return plants.GivenBeta(budget) if start.source == "given" else budget
         case "ziegler paper":
             return AdaptiveBeta(run.target, start.beta, gain="paper")
         case _:

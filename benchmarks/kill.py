@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-import kleash.training.distributed
+import kleash.rollout.scoring_pass
 import kleash.training.loop
 import kleash.training.recovery
 from kleash.config.loading import load_config, parse_config
@@ -43,7 +43,7 @@ from kleash.training.state import latest_checkpoint
 
 PHASES = {
     "rollout": (kleash.training.loop, "write_answers"),
-    "scoring": (kleash.training.distributed, "score"),
+    "scoring": (kleash.rollout.scoring_pass, "score"),
     "update": (kleash.training.loop, "update"),
     "saving": (kleash.training.recovery, "save_run_state"),
     "refusing": (kleash.training.loop, "refuse"),
@@ -134,9 +134,6 @@ def what_counts(path: Path) -> dict[str, Any]:
         for file in sorted(newest.rglob("*.safetensors"))
         for name, tensor in load_tensors(file).items()
     }
-    moments = torch.load(newest / "optimizer.pt", weights_only=True)
-    for number, entries in moments["state"].items():
-        tensors |= {f"moments/{number}/{name}": tensor for name, tensor in entries.items()}
     state = json.loads((newest / "state.json").read_text())
     state.pop("seconds")
     clock = ("seconds", "tokens_per_second")

@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import controlled_plants as plants  # pyright: ignore[reportMissingImports]
 import oracles  # pyright: ignore[reportMissingImports]
-import plants  # pyright: ignore[reportMissingImports]
 
 from kleash.kl.control.controllers import BudgetBeta, initial_beta
 from kleash.kl.planning.initial_beta import starting_beta
@@ -86,7 +86,7 @@ def _lines(model: Any, name: str, scale: float, seeds: int, iterations: int) -> 
 
 def _controller(model: Any, scale: float, target: float, start: str, seed: int) -> Any:
     if start == "0.15":
-        return plants.Told(BudgetBeta(target, 0.15))
+        return plants.GivenBeta(BudgetBeta(target, 0.15))
     scores = plants.reference_scores(model, plants.Lane(scale, seed))
     if start == "spread":
         return BudgetBeta(target, initial_beta(target, spread(scores)))

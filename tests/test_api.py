@@ -1,8 +1,10 @@
 """The public functions: a run from Python, looked at from Python."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_run
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kleash
 from kleash.config.loading import dump_config
-from kleash.errors import ConfigError
+from kleash.errors import ConfigError, PromptError
 
 
 class Recorder:
@@ -70,6 +72,36 @@ def test_a_reward_in_memory_is_the_one_that_is_trained_on(material: Path, tmp_pa
     assert "reward/long" in run.metrics[-1]
     written = yaml.safe_load((run.path / "config.yaml").read_text())
     assert written["reward_models"]["long"]["callable"].endswith(":longer")
+
+
+def test_prompts_in_memory_are_the_prompts_of_the_file(material: Path, tmp_path: Path) -> None:
+    theirs = kleash.train(settings(material, tmp_path / "file", steps=2), check=False)
+    rows = {
+        name: [json.loads(line) for line in (material / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("prompts", "heldout")
+    }
+    tree = yaml.safe_load(dump_config(settings(material, tmp_path / "memory", steps=2)))
+    del tree["prompts"]
+    given: dict[str, Any] = {"prompts": rows["prompts"], "heldout": rows["heldout"]}
+    ours = kleash.train(tree, **given, check=False)
+    assert small_run.numbers(ours.path) == small_run.numbers(theirs.path)
+    with pytest.raises(PromptError, match=r"rows of `prompts\.train` in memory, .* got none"):
+        kleash.train(ours.path / "config.yaml", check=False, steps=3)
+    assert kleash.train(tree, **given, check=False, steps=3).metrics[-1]["step"] == 3
+    with pytest.raises(PromptError, match="prompt"):
+        kleash.train(tree, **{**given, "prompts": []}, check=False, output=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_reward_in_memory_leaves_paths_relative_to_the_file(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = yaml.safe_load(dump_config(settings(material, tmp_path / "run", steps=1)))
+    tree["prompts"] = {"train": "prompts.jsonl", "heldout": "heldout.jsonl"}
+    del tree["reward_models"]
+    (material / "beside.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    assert kleash.train(material / "beside.yaml", reward=longer, check=False).status == "finished"
 
 
 def test_a_callback_without_a_method_that_is_called_is_refused(

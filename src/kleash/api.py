@@ -16,6 +16,7 @@ import yaml
 
 from kleash.cli.plan import plan as make_plan
 from kleash.cli.plan import plan_request
+from kleash.config.inputs import IN_MEMORY
 from kleash.config.loading import dump_config, load_config, make_config
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, RunError
@@ -101,6 +102,8 @@ def train(
     config: Configuration,
     *,
     reward: Reward | Mapping[str, Reward] | None = None,
+    prompts: Sequence[object] | None = None,
+    heldout: Sequence[object] | None = None,
     callbacks: Sequence[object] = (),
     check: bool = True,
     **overrides: Any,
@@ -111,6 +114,9 @@ def train(
         config: path of a YAML file, a mapping of plain values, or a `Config`.
         reward: a function `reward(prompts, completions, **columns)`, an object, an async function,
             or several by name; takes the place of `reward_models`. Weights are 1.
+        prompts: texts, conversations or rows with `prompt` or `messages` and columns for the
+            reward, in the place of `prompts.train`.
+        heldout: the same, in the place of `prompts.heldout`.
         callbacks: objects with `on_start`, `on_rollout`, `on_step`, `on_refusal`, `on_checkpoint`.
         check: run the quick part of `kleash check` first.
         overrides: dotted keys, such as `**{"leash.target_kl": 2}`; top-level keys as they are.
@@ -123,22 +129,26 @@ def train(
             begun.
 
     Example:
-        A reward as people write it, and no file but the prompts:
+        A reward as people write it, prompts in memory, and no file:
 
         >>> def shorter(prompts, completions, **columns):
         ...     return [-len(text.split()) for text in completions]
-        >>> tree = {"policy": {"path": "models/sft"}, "prompts": {"train": "prompts.jsonl"}}
-        >>> train(tree, reward=shorter, **{"leash.target_kl": 2, "output": "runs/shorter"})
+        >>> tree = {"policy": {"path": "./models/sft"}, "output": "runs/shorter"}
+        >>> train(tree, reward=shorter, prompts=["Why?"], **{"leash.target_kl": 2})
         Traceback (most recent call last):
-        kleash.errors.ConfigError: ...prompts.jsonl...
+        kleash.errors.ConfigError: ...models/sft...
     """
     rewards = _rewards(reward)
+    given = {"train": prompts, "heldout": heldout}
+    rows = {name: each for name, each in given.items() if each is not None}
+    in_memory = {f"prompts.{name}": IN_MEMORY for name in rows}
     trainer = Trainer(
-        _configuration(config, overrides, rewards),
+        _configuration(config, {**overrides, **in_memory}, rewards),
         callbacks=[RuntimeMonitor(), *callbacks],
         preflight=require_sound if check else None,
         argv=["kleash.train"],
         rewards=rewards,
+        rows=rows,
     )
     return TrainedRun(trainer.fit())
 
@@ -198,21 +208,12 @@ def _configuration(
     texts = {
         key: value if isinstance(value, str) else _text(value) for key, value in overrides.items()
     }
-    if isinstance(config, str | Path) and not rewards:
-        made = load_config(Path(config), texts, base=Path(config))
-    else:
-        tree: dict[str, Any]
-        match config:
-            case Config():
-                tree = yaml.safe_load(dump_config(config))
-            case str() | Path():
-                tree = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-            case _:
-                tree = dict(config)
-        if rewards:
-            tree["reward_models"] = {name: {"callable": _name(r)} for name, r in rewards.items()}
-        made = make_config(tree, texts)
-    return with_world(made)
+    if rewards:
+        texts["reward_models"] = json.dumps({k: {"callable": _name(r)} for k, r in rewards.items()})
+    if isinstance(config, str | Path):
+        return with_world(load_config(Path(config), texts, base=Path(config)))
+    tree = yaml.safe_load(dump_config(config)) if isinstance(config, Config) else dict(config)
+    return with_world(make_config(tree, texts))
 
 
 def _name(reward: Reward) -> str:

@@ -2,7 +2,7 @@
 
     KleashError                  one sentence: what was expected, what came, what to do
     ├── UsageError               the command line itself is wrong            exit 2
-    ├── ConfigError              a setting is unknown, missing, contradictory
+    ├── ConfigError              a setting is unknown, missing, contradictory    exit 2
     ├── PromptError              a prompt file cannot be used
     ├── ModelError               a model or tokenizer cannot be used
     ├── RewardError              a reward model or callable misbehaves
@@ -10,7 +10,9 @@
     │   ├── ScoringError         a log-probability or KL is impossible
     │   ├── NonFiniteError       something became NaN or infinite
     │   └── TripwireError        the KL went beyond its bound, or the entropy collapsed
+    ├── EngineError              what writes the responses failed or is another than expected
     ├── RunError                 a run directory cannot be written, read or resumed
+    │   └── LostProcessError     another process of the run ended, or does not answer
     └── PreflightError           a check before the run failed                   exit 5
 
 Each also inherits the standard exception it stands for, so `except ValueError` keeps working.
@@ -33,7 +35,9 @@ class UsageError(KleashError, ValueError):
 
 
 class ConfigError(KleashError, ValueError):
-    """A setting is unknown, missing or contradicts another."""
+    """A setting is unknown, missing or contradicts another, in whichever place it was given."""
+
+    exit_code = 2
 
 
 class PromptError(KleashError, ValueError):
@@ -106,8 +110,29 @@ class TripwireError(RefusedError):
         self.wire = wire
 
 
+class EngineError(KleashError, RuntimeError):
+    """The engine that writes responses cannot be used, did not answer, or holds other weights."""
+
+
+class EngineLostError(EngineError):
+    """The connection to the engine broke; what was asked may be asked again once it is back."""
+
+
 class RunError(KleashError, OSError):
     """A run directory cannot be written, read or continued."""
+
+
+class LostProcessError(RunError):
+    """Another process of the run ended, or does not answer; the message says why, if it is known.
+
+    Attributes:
+        ranks: the processes that ended without saying why.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()):
+        """Keep a sentence and the processes it speaks of."""
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class PreflightError(KleashError, ValueError):

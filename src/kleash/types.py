@@ -13,6 +13,8 @@ Masks: True = keep. They come from lengths and roles, never from comparing ids w
 """
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -36,6 +38,29 @@ class Head:
     softcap: float | None = None
     vocab_size: int = -1
     """True vocabulary size; -1 means every row of `weight` is a word."""
+
+    @classmethod
+    def of(cls, model: Any) -> "Head":
+        """The head of a transformers causal language model, or of a PEFT model around one.
+
+        Its tensors are the live parameters. The first time a model is seen, its head is compared
+        with the model's own logits.
+
+        Raises:
+            ModelError: if the model has no output matrix, an adapter on it, or transforms its
+                logits in a way that is not known here.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+            >>> config = LlamaConfig(vocab_size=9, num_attention_heads=1, **sizes)
+            >>> Head.of(LlamaForCausalLM(config)).weight.shape
+            torch.Size([9, 8])
+        """
+        # By name: what a model looks like is known to a package above this one alone.
+        reading = import_module("kleash.models.lm_head")
+        head: Head = reading.read_checked_head(reading.unwrapped(model))
+        return head
 
     @property
     def words(self) -> int:

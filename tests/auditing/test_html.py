@@ -24,10 +24,10 @@ from kleash.auditing.result import (
     Precision,
     Share,
     Tail,
-    Wanted,
+    TopTokens,
     WorstToken,
 )
-from kleash.auditing.run_context import Spot, Standing
+from kleash.auditing.run_context import CheckpointInRun, Spot
 from kleash.models.policy import Identity
 from kleash.report.svg_chart import format_number
 from kleash.report.token_heatmap import KL_LEVELS
@@ -46,7 +46,7 @@ def sample(number: int, tokens: int, *, text: str | None = None, by: str = "poli
         return [rng.uniform(low, high) for _ in words]
 
     top = [
-        Wanted([rng.randrange(40) for _ in range(5)], [0.4, 0.2, 0.1, 0.05, 0.01]) for _ in words
+        TopTokens([rng.randrange(40) for _ in range(5)], [0.4, 0.2, 0.1, 0.05, 0.01]) for _ in words
     ]
     return AuditedResponse(
         number=number,
@@ -84,7 +84,7 @@ def part(samples: list[AuditedResponse], *, by: str = "policy", name: str = "wor
     )
     token = WorstToken(
         3, 7, name, f"before {name}", f"{name} after", 4.5, -0.1, -5.0,
-        Wanted([1, 2], [0.9, 0.1]), Wanted([2, 3], [0.6, 0.2]),
+        TopTokens([1, 2], [0.9, 0.1]), TopTokens([2, 3], [0.6, 0.2]),
     )  # fmt: skip
     one = interval(5.0, 0.1, n=200, clusters=100)
     return Part(
@@ -319,10 +319,12 @@ def test_pages_of_texts_of_bytes_and_of_drift(browser, tmp_path) -> None:
     assert [point.at for point in places] == [1.0, 2.0]
 
 
-def standing(step: int, run: str = "leashed") -> Standing:
+def standing(step: int, run: str = "leashed") -> CheckpointInRun:
     trail = [Spot(n / 10, n / 20, 0.05) for n in range(step // 100)]
     frontier = [Spot(n / 5, n / 6, 0.02) for n in range(4)]
-    return Standing(run, step, step / 500, 0.04, "held-out prompts", 1.0, 0.1, trail, frontier)
+    return CheckpointInRun(
+        run, step, step / 500, 0.04, "held-out prompts", 1.0, 0.1, trail, frontier
+    )
 
 
 @pytest.mark.browser

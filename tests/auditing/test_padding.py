@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_architectures
 import torch
-from audit_models import SMALL, write_prompts, write_texts
+from audit_models import SMALL, change, noise, write_prompts, write_texts
 from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, PretrainedConfig, RwkvConfig
 
@@ -18,6 +19,7 @@ from kleash.auditing.padding import require_sampler_agreement
 from kleash.auditing.token_classes import token_classes
 from kleash.auditing.token_records import Record
 from kleash.errors import ModelError
+from kleash.models.policy import load_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """Recurrent models announce which kernels they lack."""
@@ -85,6 +87,29 @@ def test_a_model_that_leaves_padding_alone_is_the_same_at_any_batch_size(tmp_pat
         for size in (1, 100, 8192)
     ]
     assert max(means) - min(means) < 1e-5 and min(means) > 0.1
+
+
+HYBRIDS = ("mamba2", "jamba", "bamba", "granitemoehybrid", "zamba", "minimax", "qwen3_next", "lfm2")
+
+
+@pytest.mark.parametrize("kind", [*HYBRIDS, "recurrent_gemma"])
+def test_a_state_beside_attention_is_read_the_same_or_refused(
+    kind: str, tmp_path: Path, texts: Path
+) -> None:
+    """One text at a time, which no padding can touch, against one large batch."""
+    base = tiny_architectures.save(tmp_path / "base", kind)
+    pair = change(base, tmp_path / "tuned", noise), base
+    alone = audit(*pair, texts=texts, batch_tokens=1, keep=1).kl.per_token.mean
+    assert alone > 0.1
+    if kind in HYBRIDS:
+        together = audit(*pair, texts=texts, batch_tokens=8192, keep=1).kl.per_token.mean
+        assert together == pytest.approx(alone, abs=1e-5)
+        load_policy(base)
+        return
+    with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM reads the padding"):
+        audit(*pair, texts=texts, batch_tokens=8192, keep=1)
+    with pytest.raises(ModelError, match="expected padding to change nothing for RecurrentGemma"):
+        load_policy(base)
 
 
 def record(number: int, length: int) -> Record:

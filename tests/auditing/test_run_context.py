@@ -14,7 +14,7 @@ from tiny_models import save_model
 from kleash.auditing.api import audit
 from kleash.auditing.confidence_intervals import interval
 from kleash.auditing.result import Audit
-from kleash.auditing.run_context import Standing, charts_over_root_kl, standing_of
+from kleash.auditing.run_context import CheckpointInRun, charts_over_root_kl, checkpoint_in_run
 from kleash.errors import PromptError, RunError
 from kleash.models.policy import Identity
 from kleash.report.metric_charts import frontier_points
@@ -37,8 +37,8 @@ def policy(run: Path, step: int) -> Identity:
 
 def stands(
     run: Path, step: int, reference: Identity = REFERENCE, t: float = 1.0
-) -> Standing | None:
-    return standing_of(policy(run, step), reference, temperature=t)
+) -> CheckpointInRun | None:
+    return checkpoint_in_run(policy(run, step), reference, temperature=t)
 
 
 def test_the_score_is_that_of_the_checkpoint(run: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_is_not_the_runs_own_has_no_place_in_it(run: Path, tmp_path: Path) 
     assert stands(run, 6, t=0.7) is None
     for path in (tmp_path / "elsewhere/step-000006/policy", run / "checkpoints/best/policy", run):
         one = Identity(str(path), "loaded", "float32", "aa")
-        assert standing_of(one, REFERENCE, temperature=1.0) is None
+        assert checkpoint_in_run(one, REFERENCE, temperature=1.0) is None
     (run / "metrics.jsonl").write_text("{}\n{}\n")
     with pytest.raises(RunError, match="step"):
         stands(run, 6)

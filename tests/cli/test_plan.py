@@ -103,7 +103,7 @@ def test_a_target_per_token_is_planned_in_nats_per_response(
         f"{length:.1f} tokens as the reference writes them"
     )
     assert re.fullmatch(
-        rf"β starts near \d\.\d+: the plan's for {0.06 * length:.4g} nats per response", start
+        rf"β starts at \d\.\d+: the plan's for {0.06 * length:.4g} nats per response", start
     )
 
 
@@ -155,7 +155,7 @@ def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
     assert "not known, KL 50" in text
     start = starting_point(planned, question)
     assert start is not None
-    assert f"β starts near {start.beta:.4g}: the plan's for leash.target_kl 0.3" in text
+    assert f"β starts at {start.beta:.4g}: the plan's for leash.target_kl 0.3" in text
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_everything_is_said_on_a_narrow_screen(planned: Frontier) -> None:
 def test_a_start_that_is_not_the_plans_is_said_to_be_none(scores: torch.Tensor, words: str) -> None:
     made = make_frontier(scores, prompts=list(range(len(scores))), about={}, budgets=[9.0])
     sentence = plan_sentences(made, PlanRequest(target_kl=9.0))[1]
-    assert sentence.startswith("β starts near ") and words in sentence and "because" in sentence
+    assert sentence.startswith("β starts at ") and words in sentence and "because" in sentence
 
 
 def test_without_a_target_there_is_no_start(planned: Frontier) -> None:

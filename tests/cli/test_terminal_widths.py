@@ -162,7 +162,7 @@ def test_train_in_a_pipe_is_a_line_for_each_step() -> None:
     console = Console(file=stream, width=80)
     with TrainingDisplay(300, title="train", console=console) as display:
         display.target_kl = 5.0
-        start = ["β starts near 0.1811: " + "a reason " * 20]
+        start = ["β starts at 0.1811: " + "a reason " * 20]
         display.on_start(StartEvent(Path("run"), 11, 300, start))
         display.on_step(StepEvent(12, METRICS))
     said, line = stream.getvalue().splitlines()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_architectures
 import tiny_models
 import torch
 from transformers import (
@@ -117,6 +118,14 @@ def test_a_trunk_that_the_class_does_not_name_is_found(tmp_path: Path) -> None:
     check_padding(policy.model, policy.words, tmp_path)
     with pytest.raises(ModelError, match="got LlamaModel, which has no part that gives hidden"):
         trunk_of(trunk)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_of_another_width_than_the_states_is_named(tmp_path: Path) -> None:
+    said = r"states of width 16 and a head of width 128: this architecture transforms its states"
+    with pytest.raises(ModelError, match=said) as caught:
+        load_policy(tiny_architectures.save(tmp_path, "electra"))
+    assert "own code" not in str(caught.value)
 
 
 def test_encoders_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_architectures
 import tiny_models
 import torch
 from torch import nn
@@ -127,6 +128,16 @@ def test_models_that_look_ahead_are_refused(policy: Policy, tmp_path: Path) -> N
         load_value_model(tmp_path, policy)
     with pytest.raises(ModelError, match="states depend on later tokens"):
         load_policy(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_reads_padding_is_refused(policy: Policy, tmp_path: Path) -> None:
+    tiny_architectures.save(tmp_path / "rwkv", "rwkv")
+    said = r"padding to change nothing for RwkvModel in .*, got states .* every value would depend"
+    with pytest.raises(ModelError, match=said):
+        load_value_model(tmp_path / "rwkv", policy)
+    tiny_architectures.save(tmp_path / "mamba", "mamba")
+    load_value_model(tmp_path / "mamba", policy)
 
 
 def test_an_untrained_reward_model_is_refused(policy: Policy, tmp_path: Path) -> None:

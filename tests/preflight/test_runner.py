@@ -62,7 +62,8 @@ def test_a_clean_run_passes_every_check(world: fault_types.World) -> None:
     assert report.fails == report.warnings == ()
     rooms = {finding.name.split(".")[0] for finding in report.findings}
     subjects = (
-        "logprobs sampling masks reference reward_model objective precision resources prompts"
+        "logprobs sampling masks reference reward_model objective precision resources prompts "
+        "learning_rate"
     )
     assert rooms == set(subjects.split())
     assert len({finding.name for finding in report.findings}) == len(report.findings)

@@ -148,9 +148,9 @@ def test_an_ill_batch_gets_its_cause(
         found = runtime_monitor.examine_batch(event)
     assert any(cause in finding.cause for finding in found), found
     assert caplog.messages[0].startswith("step 7: ")
-    record = json.loads((world.folder / "doctor" / "step-000007.json").read_text())
+    record = json.loads((world.folder / "diagnoses" / "step-000007.json").read_text())
     assert record["symptom"] in caplog.messages[0]
-    assert (world.folder / "doctor" / "step-000007.safetensors").is_file()
+    assert (world.folder / "diagnoses" / "step-000007.safetensors").is_file()
 
 
 @pytest.mark.parametrize("freedom", [3, 7, 25, 63, 1000])
@@ -205,18 +205,28 @@ def test_only_the_first_batches_are_examined(
 ) -> None:
     config, components = world.components()
     written, scored = batch(components)
-    (world.folder / "doctor").mkdir()
+    (world.folder / "diagnoses").mkdir()
     for step in range(5):
-        (world.folder / "doctor" / f"step-{step:06d}.json").write_text("{}")
+        (world.folder / "diagnoses" / f"step-{step:06d}.json").write_text("{}")
     event = event_of(world, (config, components), (written, ill(scored)), step=6)
     assert runtime_monitor.examine_batch(event) == []
-    assert "The first batches like it are in doctor/" in caplog.text
-    assert len(list((world.folder / "doctor").iterdir())) == 5
+    assert "The first batches like it are in diagnoses/" in caplog.text
+    assert len(list((world.folder / "diagnoses").iterdir())) == 5
     # A run that goes over an earlier step again tells of it as it did the first time.
     caplog.clear()
     runtime_monitor.examine_batch(replace(event, step=4))
     assert "step 4: " in caplog.text and "The first batches" not in caplog.text
-    assert len(list((world.folder / "doctor").glob("*.json"))) == 5
+    assert len(list((world.folder / "diagnoses").glob("*.json"))) == 5
+
+
+def test_a_batch_of_the_weights_before_is_not_held_to_the_present_ones(
+    world: fault_types.World,
+) -> None:
+    config, components = world.components()
+    written, scored = batch(components)
+    event = event_of(world, (config, components), (written, ill(scored)), step=2)
+    assert runtime_monitor.examine_batch(replace(event, written_ahead=True)) == []
+    assert not (world.folder / "doctor").exists()
 
 
 def test_a_run_that_falls_ill_says_so_and_goes_on(
@@ -235,7 +245,7 @@ def test_a_run_that_falls_ill_says_so_and_goes_on(
     path = train(world.config(), callbacks=[Shifted()])
     assert asked == [1, 2]
     assert "kl_sampler" in caplog.text
-    assert len(list((path / "doctor").glob("*.json"))) == 2
+    assert len(list((path / "diagnoses").glob("*.json"))) == 2
     alarms = read_run(path).events
     assert [(event.step, event.kind) for event in alarms] == [(1, "alarm"), (2, "alarm")]
     assert all("kl_sampler" in event.sentence for event in alarms)

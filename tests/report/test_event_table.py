@@ -75,6 +75,24 @@ def test_events_are_listed_and_a_run_without_any_has_no_list(tmp_path):
     assert 'class="sentence"' not in calm and '<g class="mark' not in calm
 
 
+def test_the_worst_responses_stand_beside_a_warning_sign(tmp_path):
+    worst = [
+        {"step": 7, "prompt": "<i>why</i>", "response": "so \u202e so", "score": 2.5, "kl": 61.25},
+        {"step": 8, "prompt": "p", "response": "r", "score": None, "kl": "Infinity"},
+        "no response",
+    ]
+    event = new_event(9, "alarm", "it collapsed", sign="length", worst=worst)
+    odd = new_event(9, "alarm", "another", sign="length", worst=3)
+    path = write_synthetic_run(tmp_path / "run", steps=9, events=(event, odd))
+    page, twin = write_report([path])
+    text = page.read_text("utf-8")
+    assert "the 2 responses farthest from the reference" in text
+    assert "step 7, 61.25 nats, score 2.5: <bdi>&lt;i&gt;why&lt;/i&gt;</bdi>" in text
+    assert "so [U+202E] so" in text and "<i>why" not in text
+    assert "step 8, Infinity nats, score —" in text
+    assert [len(one["worst"]) for one in json.loads(twin.read_text())["events"]] == [2, 0]
+
+
 def test_a_run_from_before_the_likeliest_words_still_opens(tmp_path):
     path = write_synthetic_run(tmp_path / "run", steps=5)
     file = path / "samples.jsonl"

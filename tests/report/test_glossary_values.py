@@ -31,6 +31,7 @@ from kleash.training.metrics import (
     objective_measures,
     reward_measures,
     rollout_measures,
+    sampler_measures,
 )
 from kleash.types import Experience, Fresh, Loss, Rollout, ScoredRollout
 
@@ -39,6 +40,7 @@ LENGTHS = (1, 2, 4, 7, 3, 5)
 PROMPTS = (0, 0, 0, 1, 1, 2)
 TEXTS = ("a b a b a", "c", "d e f", "", "g g g g", "h i h i")
 SETTINGS = PPOSettings(placement="exact", whiten_advantages=False)
+WEIGHED = PPOSettings(correction="token_truncated", correction_clip=1.02)
 MINIBATCHES = ([0, 3], [1, 2, 4, 5])
 GROWTH = 0.35
 """Half-width of how far a ratio may stand from 1 in log: some tokens are clipped."""
@@ -58,6 +60,8 @@ HELD_ELSEWHERE = {
     "objective/kl_after": "training/test_recovery.py",
     "policy/effective_samples": "training/test_algorithms.py",
     "loss/pretraining": "training/test_loop.py",
+    "rollout/kl_sampler_exact_per_token": "training/test_sampler_correction.py",
+    "rollout/kl_sampler_exact_reverse_per_token": "training/test_sampler_correction.py",
     "samples/kl_by_position": "report/diagnostics/test_kl_by_position.py",
     "<key>/<group>": "training/test_groups.py",
     **{
@@ -125,6 +129,7 @@ def logged(scored: ScoredRollout, experience: Experience) -> dict[str, Any]:
     return {
         **objective_measures(scored, beta=BETA),
         **rollout_measures(scored, TEXTS),
+        **sampler_measures(scored, WEIGHED, floor=None),
         **reward_measures(parts, parts["helpful"] + 3 * parts["polite"]),
         **average(made),
         "policy/ratio_first_error": first_ratio_error(
@@ -162,6 +167,7 @@ def token_quantities(scored: ScoredRollout) -> dict[str, np.ndarray]:
     """What each number per token or response sums, token by token."""
     rollout = scored.rollout
     assert rollout.sampler_logprobs is not None
+    ratio = np.exp(tokens_of(scored.rollout_logprobs - rollout.sampler_logprobs))
     return {
         "objective/kl_ref": tokens_of(scored.kl),
         "objective/kl_ref_k1": tokens_of(scored.rollout_logprobs - scored.ref_logprobs),
@@ -169,13 +175,16 @@ def token_quantities(scored: ScoredRollout) -> dict[str, np.ndarray]:
         "objective/entropy": tokens_of(scored.entropy),
         "objective/entropy_per_token": tokens_of(scored.entropy),
         "rollout/kl_sampler": tokens_of(rollout.sampler_logprobs - scored.rollout_logprobs),
+        "rollout/kl_sampler_per_token": ratio - 1 - np.log(ratio),
+        "rollout/kl_sampler_reverse_per_token": ratio * np.log(ratio) - ratio + 1,
         "rollout/length": mask_of().numpy().astype(float),
     }
 
 
 @pytest.mark.parametrize("key", [
     "objective/kl_ref", "objective/kl_ref_k1", "objective/kl_ref_per_token", "objective/entropy",
-    "objective/entropy_per_token", "rollout/kl_sampler", "rollout/length",
+    "objective/entropy_per_token", "rollout/kl_sampler", "rollout/kl_sampler_per_token",
+    "rollout/kl_sampler_reverse_per_token", "rollout/length",
 ])  # fmt: skip
 def test_a_sum_over_tokens_is_reduced_as_its_unit_says(
     key: str, scored: ScoredRollout, logged: dict[str, Any]
@@ -203,13 +212,44 @@ def test_standard_errors_are_clustered_by_prompt(
 ) -> None:
     sums = {key: x.sum(1) for key, x in token_quantities(scored).items()}
     each = {**sums, "objective/scores": scored.scores.numpy()}
-    for key in ("objective/kl_ref", "objective/kl_ref_k1", "objective/scores"):
+    keys = ("objective/kl_ref", "objective/kl_ref_k1", "objective/scores", "rollout/kl_sampler")
+    for key in keys:
         metric = define(f"{key}_se")
         assert metric is not None and metric.formula == "clustered by prompt"
         expected = clustered_error(each[key])
         assert logged[f"{key}_se"] == pytest.approx(expected, rel=1e-6)
         naive = each[key].std(ddof=1) / math.sqrt(6)
         assert abs(naive / expected - 1) > 0.01
+
+
+def test_standard_errors_per_token_are_those_of_a_ratio(
+    scored: ScoredRollout, logged: dict[str, Any]
+) -> None:
+    lengths = np.array(LENGTHS)
+    for direction in ("", "_reverse"):
+        key = f"rollout/kl_sampler{direction}_per_token"
+        sums = token_quantities(scored)[key].sum(1)
+        residual = sums - sums.sum() / lengths.sum() * lengths
+        each = [residual[np.array(PROMPTS) == p].sum() for p in set(PROMPTS)]
+        expected = math.sqrt(3 / 2 * sum(x**2 for x in each)) / lengths.sum()
+        assert logged[f"{key}_se"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_correction_and_the_floor_of_its_gap(
+    scored: ScoredRollout, logged: dict[str, Any]
+) -> None:
+    assert scored.rollout.sampler_logprobs is not None
+    ratio = np.exp((scored.rollout_logprobs - scored.rollout.sampler_logprobs).numpy())
+    ratio = ratio[mask_of().numpy()]
+    weights = np.minimum(ratio, 1.02)
+    effective = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+    assert logged["rollout/correction_effective_samples"] == pytest.approx(effective)
+    assert logged["rollout/correction_clipped"] == pytest.approx((ratio > 1.02).mean())
+    assert logged["rollout/correction_mean_weight"] == pytest.approx(weights.mean())
+    first = logged["rollout/kl_sampler_per_token"]
+    assert logged["rollout/kl_sampler_floor"] == first
+    assert sampler_measures(scored, WEIGHED, floor=0.5)["rollout/kl_sampler_floor"] == 0.5
+    assert not any("correction" in key for key in sampler_measures(scored, SETTINGS, floor=None))
 
 
 def test_means_over_responses(scored: ScoredRollout, logged: dict[str, Any]) -> None:

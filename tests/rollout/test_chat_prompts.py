@@ -7,10 +7,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny_models
 from chat_families import CALL, FAMILIES, ROWS, TOOLS, byte_tokenizer
 
 from kleash.errors import PromptError
-from kleash.rollout.prompts import Prompt, read_prompts
+from kleash.models.reward_model import ClassifierReward
+from kleash.rollout.prompts import Prompt, columns_of, read_prompts
 
 CHAT = [{"role": "user", "content": "Rain?"}]
 
@@ -54,6 +56,27 @@ def test_ids_are_those_of_the_whole_row(tmp_path: Path, family: str, write: Any)
     texts = [tok.decode(prompt.ids) for prompt in prompts]
     assert "Weather of a city." in texts[0] and "Zürich" in texts[1] and "weather" in texts[1]
     assert [text.count("<s>") for text in texts] == [FAMILIES[family].count("bos_token")] * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_judge_is_handed_the_whole_row_of_a_file(tmp_path: Path, family: str, write: Any) -> None:
+    tok = byte_tokenizer(FAMILIES[family])
+    sizes = {"max_position_embeddings": 2048}
+    judge = ClassifierReward(tiny_models.save_classifier(tmp_path / "judge", tok=tok, **sizes))
+    prompts = read(write(tmp_path, ROWS), tok)
+    asked, columns = [prompt.content for prompt in prompts], columns_of(prompts)
+    seen: list[list[int]] = []
+    encode = judge.encode
+    judge.encode = lambda *given: seen.append(encode(*given)) or seen[-1]  # pyright: ignore
+    judge.score(asked, ["Yes."] * 3, columns)
+    for ids, row in zip(seen, ROWS, strict=True):
+        turns = [*row["messages"], {"role": "assistant", "content": "Yes."}]
+        further = row.get("chat_template_kwargs") or {}
+        expected = tok.apply_chat_template(
+            turns, tools=row.get("tools"), return_dict=False, **further
+        )
+        assert ids == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

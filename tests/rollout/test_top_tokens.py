@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tiny_models import tokenizer
 
-from kleash.rollout.top_tokens import TOP, decode, distributions, likeliest, text_of_id
+from kleash.rollout.top_tokens import TOP, decode, distributions, text_of_id, top_tokens
 from kleash.types import Head
 
 
@@ -12,7 +12,7 @@ def test_the_likeliest_are_the_largest_of_the_softmax() -> None:
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(7, 5), torch.randn(12, 5), torch.randn(12)
     head = Head(weight, bias=bias, scale=0.5, softcap=3.0, vocab_size=10)
-    found = likeliest(distributions(head, hidden, temperature=0.7))
+    found = top_tokens(distributions(head, hidden, temperature=0.7))
     logits = 0.5 * (hidden.double().numpy() @ weight.double().numpy().T + bias.double().numpy())
     logits = (3.0 * np.tanh(logits / 3.0))[:, :10] / 0.7
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -23,7 +23,7 @@ def test_the_likeliest_are_the_largest_of_the_softmax() -> None:
 
 
 def test_a_small_vocabulary_is_named_whole() -> None:
-    (one,) = likeliest(torch.tensor([[0.2, 0.8]]))
+    (one,) = top_tokens(torch.tensor([[0.2, 0.8]]))
     assert (one.ids, one.probabilities) == ([1, 0], [0.8, 0.2])
 
 

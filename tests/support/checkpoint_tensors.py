@@ -13,8 +13,7 @@ def everything(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint."""
     newest = latest_checkpoint(path / "checkpoints")
     assert newest is not None
-    moments = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
-    found = {f"{n}/{k}": t for n, entries in moments.items() for k, t in entries.items()}
+    found: dict[str, torch.Tensor] = {}
     for file in newest.rglob("*.safetensors"):
         found |= {f"{file.name}/{name}": t for name, t in load_tensors(file).items()}
     return found

@@ -264,7 +264,7 @@ def reference_scores(
 
 
 @dataclass(frozen=True)
-class Told:
+class GivenBeta:
     """A budget whose starting β was given: nobody measures the variance of the scores for it."""
 
     budget: BudgetBeta

@@ -9,8 +9,11 @@ from kleash.algorithms.common import select
 from kleash.types import Fresh
 
 
-def all_pairs(scores):
-    """Every ordered pair of strings as two responses to one prompt, and its probability."""
+def all_pairs(scores, *, sampler=None):
+    """Every ordered pair of strings as two responses to one prompt, and its probability.
+
+    With a `sampler`, a table of logits, it wrote them, and says so; else the policy did.
+    """
     models = gradient_models()
     world = models.world
     n = len(world.strings)
@@ -25,14 +28,16 @@ def all_pairs(scores):
     )
     scored = select(scored, rows)
     prompts = torch.arange(len(pairs)).repeat_interleave(2)
-    scored = replace(scored, rollout=replace(scored.rollout, prompt_index=prompts))
-    p = world.probabilities(models.policy)
+    written = None if sampler is None else world.token_logprobs(sampler)[rows]
+    rollout = replace(scored.rollout, prompt_index=prompts, sampler_logprobs=written)
+    scored = replace(scored, rollout=rollout)
+    p = world.probabilities(models.policy if sampler is None else sampler)
     return models, scored, rows, (p[pairs[:, 0]] * p[pairs[:, 1]]).repeat_interleave(2)
 
 
-def expected_gradient(prepare, loss, settings, scores, beta):
+def expected_gradient(prepare, loss, settings, scores, beta, *, sampler=None):
     """Gradient of the mean response over all pairs; the loss is linear in what it is given."""
-    models, scored, rows, probability = all_pairs(scores)
+    models, scored, rows, probability = all_pairs(scores, sampler=sampler)
     batch = prepare(scored, beta, settings)
     w = probability[:, None] / 2
     pathwise = None if batch.pathwise is None else batch.pathwise * w

@@ -136,6 +136,8 @@ def _metrics(
         "rollout/length": 22 + 3 * settle + rng.gauss(0, 0.4),
         "rollout/eos_fraction": 0.93 + 0.03 * settle,
         "rollout/kl_sampler": 1e-6,
+        "rollout/kl_sampler_per_token": 1e-9,
+        "rollout/kl_sampler_floor": 1e-9,
         "rollout/distinct_2": 0.95 - (0.55 if target is None else 0.03) * settle,
         "reward/total": score,
         "reward/helpful": score * 0.8,

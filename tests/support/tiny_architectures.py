@@ -7,7 +7,8 @@ from typing import Any
 import peft
 import tiny_models
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tiny_configs import config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TWELVE = {
     "gpt2": "GPT-2",
@@ -34,32 +35,6 @@ def sum_of_words(prompts: list[str], responses: list[str]) -> list[float]:
 def hash_of(word: str) -> int:
     """A small number for a word, the same in every process."""
     return sum(map(ord, word)) % 7
-
-
-# Every name under which an architecture keeps a size, with a tiny value.
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embed_dim"), 16),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 2),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_query_groups"), 2),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), 24),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("state_size", "time_step_rank", "attention_head_dim"), 8),
-}
-
-
-def config(kind: str, rows: int) -> PretrainedConfig:
-    """An architecture's configuration with every size that it has made tiny."""
-    usual = AutoConfig.for_model(kind)
-    sizes = {name: value for name, value in SIZES.items() if hasattr(usual, name)}
-    # Falcon's head_dim is computed from the others.
-    if hasattr(usual, "head_dim") and not isinstance(
-        getattr(type(usual), "head_dim", None), property
-    ):
-        sizes["head_dim"] = 8
-    ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2}
-    return AutoConfig.for_model(kind, **{"vocab_size": rows, **sizes, **ends})
 
 
 def save(folder: Path, kind: str) -> Path:

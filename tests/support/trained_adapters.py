@@ -16,12 +16,33 @@ KINDS: dict[str, dict[str, Any]] = {
     "trainable tokens": {"trainable_token_indices": [5, 8]},
     "saved": {},
 }
+NEIGHBOURS: dict[str, tuple[type[peft.PeftConfig], dict[str, Any]]] = {
+    "loha": (peft.LoHaConfig, {"r": 2}),
+    "lokr": (peft.LoKrConfig, {"r": 2}),
+    "oft": (peft.OFTConfig, {"r": 0, "oft_block_size": 4}),
+    "boft": (peft.BOFTConfig, {"boft_block_size": 4}),
+    "vera": (peft.VeraConfig, {"r": 2}),
+    "trainable tokens alone": (peft.TrainableTokensConfig, {"token_indices": [5, 8]}),
+}
+"""Kinds that change weights in other ways."""
+PROMPTS: dict[str, type[peft.PeftConfig]] = {
+    "prompt": peft.PromptTuningConfig,
+    "prefix": peft.PrefixTuningConfig,
+    "p": peft.PromptEncoderConfig,
+}
+"""Kinds that change no weights: they add inputs."""
+EMBEDDINGS_ONLY = ("trainable tokens", "trainable tokens alone")
+NOT_ON_EMBEDDINGS = ("ia3", "loha", "lokr", "boft", "vera")
+"""peft has no layers for it."""
 PLACES = {"attention": "q_proj", "head": "lm_head", "embedding": "embed_tokens"}
 
 
 def made(kind: str, place: str) -> peft.PeftConfig:
     target = PLACES[place]
     common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if kind in NEIGHBOURS:
+        settings, own = NEIGHBOURS[kind]
+        return settings(**{"target_modules": [target], **own, **common})
     if kind == "ia3":
         return peft.IA3Config(target_modules=[target], feedforward_modules=[], **common)
     common |= {"r": 3, "lora_alpha": 7, **KINDS[kind]}

@@ -20,7 +20,6 @@ from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.schema import Config
 from kleash.errors import ConfigError
-from kleash.kl.control.controllers import BetaState
 from kleash.kl.control.groups import OTHERS
 from kleash.preflight.runner import check
 from kleash.report.html import write_report
@@ -129,7 +128,7 @@ def test_the_plan_of_grpo_is_in_spreads_of_a_group(material: Path, tmp_path: Pat
     torch.testing.assert_close(
         relative[varied].double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-3
     )
-    assert "group mean)/group sd" in objective_line(grouped, {OTHERS: BetaState(0.1)})
+    assert "group mean)/group sd" in objective_line(grouped, {OTHERS: 0.1})
 
 
 @pytest.mark.parametrize(

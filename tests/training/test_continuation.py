@@ -157,3 +157,27 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(material: Path, tmp_path: Pa
     train(config_of_run(tmp_path / "new", {"steps": "3"}))
     assert len(read_run(tmp_path / "new").metrics) == 4
     assert not (tmp_path / "old").exists()
+
+
+def test_a_resumed_run_says_the_beta_that_is_in_force(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(
+        material,
+        tmp_path / "run",
+        leash={"beta": None, "target_kl": 0.01, "initial_beta": 0.5},
+        optimizer={"lr": 1e-2},
+        heldout={"every": 0},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert "β from 0.5, moved" in capsys.readouterr().out
+    train(config)
+    said = capsys.readouterr().out
+    lines = read_run(tmp_path / "run").metrics
+    (in_force,) = [line["objective/beta"] for line in lines if line["step"] == 3]
+    assert in_force is not None and in_force != 0.5
+    assert f"β {in_force:.4g} after step 2, moved to hold 0.01" in said
+    assert "β from" not in said and "starts at" not in said

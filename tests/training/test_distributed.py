@@ -1,32 +1,24 @@
 """Several processes do what one does: the same responses, the same numbers, the same refusals.
 
-The oracle of a shared run is the same run in one process. This process leads; the others are
-started once and lend a hand to every run.
+The oracle of a run by several processes is the same run in one.
 """
 
 import json
-import os
-import random
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import small_run
 import torch
+from ranks import Ranks
 from small_run import numbers, policy_weights, save_material
-from training_hooks import interrupt_after
 
-from kleash.cli import main
 from kleash.config.schema import Config
-from kleash.errors import ConfigError, ModelError, NonFiniteError, RunError
+from kleash.errors import ConfigError
+from kleash.storage.atomic_directories import load_tensors
 from kleash.storage.run_directory import read_run
-from kleash.training.distributed import runs
 from kleash.training.loop import train
-from kleash.training.process_group import Message, _pack, _unpack, is_distributed, is_leader
 
 LAYER = {
     "rollout": {"prompts_per_step": 7, "microbatch_size": 4},
@@ -37,7 +29,6 @@ LAYER = {
     "steps": 3,
 }
 """Rows that divide evenly among nobody."""
-Together = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -47,199 +38,255 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_material(folder, prompts=longer[:8], heldout=longer[10:])
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Generator[Ranks]:
+    """Processes for the runs of this file."""
+    started = Ranks()
+    yield started
+    started.close()
+
+
 def settings(material: Path, output: Path, **changes: Any) -> Config:
     """A small run whose prompts are all of different lengths."""
     return small_run.settings(material, output, LAYER, **changes)
-
-
-@pytest.fixture(scope="module")
-def hands() -> Generator[list[subprocess.Popen[str]]]:
-    """Two processes that help, and wait between runs."""
-    here = Path(__file__).parents[1] / "support"
-    paths = os.pathsep.join([str(here), *sys.path])
-    helpers = [
-        subprocess.Popen(
-            [sys.executable, str(here / "distributed_worker.py")],
-            stdin=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-        for _ in range(2)
-    ]
-    yield helpers
-    for helper in helpers:
-        helper.stdin.close()
-        assert helper.wait(60) == 0
-
-
-@pytest.fixture
-def together(hands: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch) -> Together:
-    """Do something as the leader of so many processes; the last of them may have a fault."""
-
-    def do(work: Callable[[], Any], *, size: int = 2, fault: str | None = None) -> Any:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(1, size):
-            broken = fault if rank == size - 1 else None
-            given = {"port": port, "rank": rank, "size": size, "fault": broken}
-            stream = cast(Any, hands[rank - 1].stdin)
-            stream.write(json.dumps(given) + "\n")
-            stream.flush()
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-        with monkeypatch.context() as patch:
-            for name, value in {**where, "WORLD_SIZE": str(size), "RANK": "0"}.items():
-                patch.setenv(name, value)
-            assert is_distributed()
-            assert is_leader()
-            return work()
-
-    return do
 
 
 def texts(path: Path) -> list[tuple[int, str]]:
     return sorted((sample.step, sample.response) for sample in read_run(path).samples)
 
 
+def require_same_run(ours: Path, theirs: Path, *, rel: float = 1e-5) -> None:
+    """Responses identical; metrics and weights equal but for rounding."""
+    assert texts(ours) == texts(theirs)
+    for line, wanted in zip(numbers(ours), numbers(theirs), strict=True):
+        known = {key: value for key, value in wanted.items() if value is not None}
+        assert {key for key, value in line.items() if value is None} == set(wanted) - set(known)
+        close = pytest.approx(known, rel=rel, abs=rel, nan_ok=True)
+        assert {key: line[key] for key in known} == close
+    for name, tensor in policy_weights(theirs).items():
+        torch.testing.assert_close(policy_weights(ours)[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+PPO = {"algorithm": {"value": {"kind": "trunk"}}, "leash": {"placement": "mixed"}}
+GRPO = {
+    "algorithm": {"name": "grpo", "minibatches": 2},
+    "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2},
+    "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
+}
+RLOO = {
+    "algorithm": {"name": "rloo", "minibatches": 2},
+    "rollout": {"prompts_per_step": 5, "responses_per_prompt": 2},
+    "leash": {"placement": "exact"},
+}
 CASES = [
-    pytest.param(2, {}, id="two"),
-    pytest.param(
-        3, {"algorithm": {"value": {"kind": "trunk"}}, "leash": {"placement": "mixed"}}, id="three"
-    ),
-    pytest.param(
-        3,
-        {
-            "algorithm": {"name": "grpo", "minibatches": 2},
-            "rollout": {"prompts_per_step": 1, "responses_per_prompt": 2},
-            "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
-        },
-        id="more-than-rows",
-    ),
+    pytest.param(2, {}, ["ddp", "fsdp"], id="ppo-2"),
+    pytest.param(4, PPO, ["fsdp"], id="ppo-mixed-4"),
+    pytest.param(4, GRPO, ["ddp"], id="grpo-adapter-4"),
+    pytest.param(2, GRPO, ["fsdp"], id="grpo-adapter-2"),
+    pytest.param(2, RLOO, ["ddp", "fsdp"], id="rloo-exact-2"),
 ]
 
 
-@pytest.mark.parametrize(("size", "changes"), CASES)
+@pytest.mark.parametrize(("size", "changes", "strategies"), CASES)
 def test_several_processes_are_one(
-    material: Path, tmp_path: Path, together: Together, size: int, changes: dict[str, Any]
+    material: Path,
+    tmp_path: Path,
+    ranks: Ranks,
+    size: int,
+    changes: dict[str, Any],
+    strategies: list[str],
 ) -> None:
     alone = train(settings(material, tmp_path / "alone", **changes))
-    shared = together(lambda: train(settings(material, tmp_path / "many", **changes)), size=size)
-    assert texts(shared) == texts(alone)
-    for ours, theirs in zip(numbers(shared), numbers(alone), strict=True):
-        known = {key: value for key, value in theirs.items() if value is not None}
-        assert {key for key, value in ours.items() if value is None} == set(theirs) - set(known)
-        assert {key: ours[key] for key in known} == pytest.approx(known, rel=2e-3, abs=2e-5)
-    for name, tensor in policy_weights(alone).items():
-        torch.testing.assert_close(policy_weights(shared)[name], tensor, rtol=1e-3, atol=1e-4)
+    for strategy in strategies:
+        divided = {**changes, "distributed": {"strategy": strategy}}
+        together = ranks.train(settings(material, tmp_path / strategy, **divided), size=size)
+        require_same_run(together, alone)
+        assert read_run(together).meta["reference"] == read_run(alone).meta["reference"]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(
-    material: Path, tmp_path: Path, together: Together, monkeypatch: pytest.MonkeyPatch
+def test_a_run_goes_on_with_another_number_of_processes(
+    material: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
-    whole = together(lambda: train(settings(material, tmp_path / "whole")))
-    broken = settings(material, tmp_path / "broken")
+    """Two processes, then four, then one: the numbers of one, to rounding."""
+    # An evaluation after the last step would draw random numbers that a longer run does not.
+    whole: dict[str, Any] = {
+        "algorithm": {"value": {"kind": "model", "path": str(material / "policy")}},
+        "prompts": {"heldout": None},
+    }
+    alone = train(settings(material, tmp_path / "alone", **whole))
+    for steps, size in ((1, 2), (2, 4)):
+        part = {**whole, "steps": steps, "distributed": {"strategy": "fsdp"}}
+        ranks.train(settings(material, tmp_path / "run", **part), size=size)
+    require_same_run(train(settings(material, tmp_path / "run", **whole)), alone)
 
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            together(lambda: train(broken))
-    resumed = together(lambda: train(broken))
+
+def test_one_process_of_a_launcher_exchanges_nothing(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("torch.distributed.init_process_group", None)
+    train(settings(material, tmp_path / "run", steps=1))
+
+
+def test_everything_else_works_in_several_processes_too(
+    material: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """What needs more than the loop: an anchor that moves, groups, a cache, a tracker."""
+    folder = tmp_path / "grouped"
+    folder.mkdir()
+    lines = [{"prompt": f"w{i} w{i + 1}", "group": "ab"[i % 2]} for i in range(8)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = {
+        "prompts": {"train": str(folder / "prompts.jsonl"), "heldout": None},
+        "leash": {"beta": None, "target_kl": None, "groups": {"a": 0.2, "b": 0.4}},
+    }
+    moved = {**changes, "leash": {**changes["leash"], "reanchor_every": 2}}
+    divided = {**moved, "distributed": {"strategy": "fsdp"}, "logging": {"checkpoint_every": 2}}
+    cached = {**changes, "reference": {"kind": "cached", "cache": str(tmp_path / "cache")}}
+    cached["logging"] = {"trackers": ["tensorboard"]}
+    for name, wanted in (("moved", moved), ("divided", divided), ("cached", cached)):
+        alone = train(settings(material, tmp_path / f"{name}-alone", **wanted))
+        many = ranks.train(settings(material, tmp_path / f"{name}-many", **wanted))
+        require_same_run(many, alone)
+    assert list((tmp_path / "cached-many").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    material: Path, tmp_path: Path, ranks: Ranks, strategy: str
+) -> None:
+    divided = {"distributed": {"strategy": strategy}}
+    whole = ranks.train(settings(material, tmp_path / "whole", **divided))
+    broken = settings(material, tmp_path / "broken", **divided)
+    ended = ranks.run(broken, fault={"kind": "asked to stop", "rank": 1, "step": 2})
+    assert [answer and answer["error"] for answer in ended] == ["RunInterrupted"] * 2
+    assert "stopped by SIGTERM after step 2 of 3" in str(ended[0])
+    resumed = ranks.train(broken)
     assert numbers(resumed) == numbers(whole)
     for name, tensor in policy_weights(whole).items():
         torch.testing.assert_close(policy_weights(resumed)[name], tensor, rtol=0, atol=0)
 
 
 def test_a_refusal_elsewhere_names_the_response(
-    material: Path, tmp_path: Path, together: Together
+    material: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
     config = settings(material, tmp_path / "run")
-    with pytest.raises(NonFiniteError, match="got NaN at token 2 of response") as refused:
-        together(lambda: train(config), fault="not finite")
+    ended = ranks.run(config, fault={"kind": "not finite", "rank": 1})
+    assert [answer and answer["error"] for answer in ended] == ["NonFiniteError"] * 2
+    assert str(ended[0]) == str(ended[1])
+    assert "got NaN at token 2 of response" in str(ended[0])
     run = read_run(tmp_path / "run")
     assert run.status == "failed"
     (refusal,) = (event for event in run.events if event.kind == "refused")
-    evidence = json.loads(
-        (tmp_path / "run" / refusal.details["evidence"] / "refusal.json").read_text()
-    )
-    assert evidence["response"] == refused.value.response
+    evidence = json.loads((run.path / refusal.details["evidence"] / "refusal.json").read_text())
+    assert f"response {evidence['response']}" in str(ended[0])
+    # The second process reads every second of the responses in the order of their length.
+    batch = load_tensors(run.path / refusal.details["evidence"] / "batch.safetensors")
+    length = batch["prompt_mask"].sum(1) + batch["response_mask"].sum(1)
+    assert length[evidence["response"]] == length.sort(descending=True).values[1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rollback_is_made_by_all(
+    material: Path, tmp_path: Path, ranks: Ranks, strategy: str
+) -> None:
+    wires = {"then": "rollback", "max_rollbacks": 1}
+    logging = {"checkpoint_every": 1}
+    fixed = {"leash": {"beta": 0.1, "target_kl": None}, "tripwires": wires, "logging": logging}
+    fixed["distributed"] = {"strategy": strategy}
+    config = settings(material, tmp_path / "run", **fixed)
+    ranks.train(settings(material, tmp_path / "first", **{**fixed, "steps": 1}))
+    ended = ranks.run(config, fault={"kind": "not finite", "rank": 1})
+    assert "there is no good checkpoint to go back to yet" in str(ended[0])
+    first = settings(material, tmp_path / "first", **fixed)
+    ended = ranks.run(first, fault={"kind": "not finite", "rank": 1})
+    assert [answer and answer["error"] for answer in ended] == [None, None]
+    (back,) = (e for e in read_run(tmp_path / "first").events if e.kind == "rolled_back")
+    assert back.details["to_step"] == 1
 
 
 @pytest.mark.parametrize(
     ("fault", "error", "sentence"),
     [
-        ("broken", RunError, r"process 2 of 3 failed: RuntimeError: out of memory"),
-        ("other reference", ModelError, "expected the same reference in every process"),
+        ("broken", "LostProcessError", r"process 1 of 2 failed: RuntimeError: out of memory"),
+        ("no file", "LostProcessError", "process 1 of 2 failed: FileNotFoundError: no such file"),
+        ("killed", "LostProcessError", "process 1 of 2 ended without a word"),
+        ("asleep", "LostProcessError", "process 1 of 2 ended without a word or did not answer"),
+        ("other weights", "RunError", "got another in process 1: weights is"),
+        ("other reference", "ReferenceChangedError", "the reference changed while training"),
     ],
 )
 def test_a_failure_elsewhere_ends_the_run_in_a_sentence(
-    material: Path,
-    tmp_path: Path,
-    together: Together,
-    fault: str,
-    error: type[Exception],
-    sentence: str,
+    material: Path, tmp_path: Path, ranks: Ranks, fault: str, error: str, sentence: str
 ) -> None:
-    config = settings(material, tmp_path / "run")
-    with pytest.raises(error, match=sentence):
-        together(lambda: train(config), size=3, fault=fault)
+    config = settings(material, tmp_path / "run", distributed={"timeout_s": 10.0})
+    ended = ranks.run(config, fault={"kind": fault, "rank": 1})[0]
+    assert ended is not None
+    assert ended["error"] == error
+    assert sentence in ended["message"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("given", "changes", "sentence"),
     [
-        ({"leash": {"reanchor_every": 2}}, "leash.reanchor_every"),
-        ({"logging": {"trackers": ["tensorboard"]}}, "logging.trackers"),
-        ({"reference": {"kind": "cached", "cache": "somewhere"}}, "reference.kind: cached"),
+        ({"WORLD_SIZE": "2"}, {}, "got none for RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, {}, "expected numbers in a launcher's WORLD_SIZE"),
+        ({"RANK": "1"}, {}, "got none for WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
+            {"distributed": {"timeout_s": 1.0}},
+            r"expected 2 processes to meet at 127.0.0.1:9 within 1 s, got",
+        ),
     ],
 )
-def test_what_cannot_be_shared_is_refused(
-    material: Path, tmp_path: Path, together: Together, changes: dict[str, Any], key: str
+def test_a_launcher_that_is_not_there(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    changes: dict[str, Any],
+    sentence: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=f"`{key}` does not go with several processes"):
-        together(lambda: train(settings(material, tmp_path / "run", **changes)))
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        train(settings(material, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_device_of_its_own(material: Path, tmp_path: Path, together: Together) -> None:
-    config = settings(material, tmp_path / "run", device="meta")
-    with pytest.raises(ConfigError, match="each takes a GPU of its own, got 'meta'"):
-        together(lambda: train(config))
-
-
-def test_without_the_others_there_is_one_sentence(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"distributed": {"strategy": "none"}}, "expected one process with `distributed.strategy"),
+        ({"rollout": {"prompts_per_step": 1}}, "as many processes as the 1 responses of a step"),
+        ({"device": "meta"}, "each takes a GPU of its own, got 'meta'"),
+    ],
+)
+def test_several_processes_that_do_not_fit(
+    material: Path, tmp_path: Path, ranks: Ranks, changes: dict[str, Any], sentence: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="start them with torchrun, or unset WORLD_SIZE"):
-        train(settings(material, tmp_path / "run"))
+    ended = ranks.run(settings(material, tmp_path / "run", **changes))
+    assert [answer and answer["error"] for answer in ended] == ["ConfigError"] * 2
+    assert sentence in str(ended[0])
+    assert not (tmp_path / "run").exists()
 
 
-def test_another_than_the_leader_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It needs no configuration: the leader sends one."""
-    helped: list[bool] = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("kleash.training.worker.serve_requests", lambda: helped.append(True))
-    main.app(["train", "no-such-file.yaml"])
-    assert helped == [True]
+def test_a_checkpoint_without_a_part(material: Path, tmp_path: Path, ranks: Ranks) -> None:
+    first = {"steps": 1, "distributed": {"strategy": "fsdp"}}
+    run = ranks.train(settings(material, tmp_path / "run", **first))
+    (lost, *_) = sorted((run / "checkpoints").glob("step-000001/optimizer/*.safetensors"))[1:]
+    lost.unlink()
+    ended = ranks.run(settings(material, tmp_path / "run", **{**first, "steps": 2}))
+    assert [answer and answer["error"] for answer in ended] == ["RunError"] * 2
+    assert f"optimizer/{lost.name} is missing" in str(ended[0])
 
 
-def test_messages_arrive_as_they_were_sent() -> None:
-    tensors = {"a": torch.tensor([[True], [False]]), "b": torch.randn(2, 3, dtype=torch.float64)}
-    message = Message("score", {"rows": [1, 2], "text": "β ± \x00"}, tensors)
-    got = _unpack(_pack(message))
-    assert (got.name, got.facts) == (message.name, message.facts)
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(got.tensors[name], tensor, rtol=0, atol=0)
-
-
-def test_rows_are_dealt_out_once_and_evenly() -> None:
-    draw = random.Random(0)
-    for _ in range(200):
-        count, size = draw.randrange(1, 40), draw.randrange(1, 9)
-        shares = runs(count, size)
-        dealt = [row for run in shares for row in range(run.start, run.stop)]
-        assert dealt == list(range(count))
-        sizes = [run.stop - run.start for run in shares]
-        assert max(sizes) - min(sizes) <= 1
-        assert sizes[0] == max(sizes)
+def test_other_files_in_another_process(material: Path, tmp_path: Path, ranks: Ranks) -> None:
+    ended = ranks.run(
+        settings(material, tmp_path / "run"), fault={"kind": "other files", "rank": 1}
+    )
+    assert [answer and answer["error"] for answer in ended] == ["RunError"] * 2
+    assert "expected the same reference in every process" in str(ended[0])

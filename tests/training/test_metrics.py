@@ -18,6 +18,7 @@ from kleash.training.metrics import (
     next_mixing,
     objective_measures,
     rollout_measures,
+    sampler_measures,
     score_variance,
 )
 
@@ -45,7 +46,18 @@ def test_the_rollout_by_hand() -> None:
     assert found["rollout/length"] == pytest.approx(lengths.mean())
     assert found["rollout/eos_fraction"] == 0.5
     assert found["rollout/distinct_2"] == pytest.approx(2 / 3)
+
+
+def test_the_gap_of_the_sampler_by_hand() -> None:
+    """Every log-probability of the sampler is 0.01 too high: r = e^(−0.01)."""
+    data = scored()
+    lengths = data.rollout.response_mask.sum(1).numpy()
+    found = sampler_measures(data, PPOSettings(), floor=None)
     assert found["rollout/kl_sampler"] == pytest.approx(0.01 * lengths.mean(), rel=1e-4)
+    per_token = math.exp(-0.01) - 1 + 0.01
+    assert found["rollout/kl_sampler_per_token"] == pytest.approx(per_token, rel=1e-3)
+    silent = replace(data, rollout=replace(data.rollout, sampler_logprobs=None))
+    assert sampler_measures(silent, PPOSettings(), floor=None) == {}
 
 
 @pytest.mark.parametrize("placement", ["reward_k1", "exact", "measure", "reward_k3"])

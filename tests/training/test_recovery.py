@@ -12,7 +12,6 @@ from training_material import mark_unfinished, settings
 from training_material import material as material  # the fixture
 
 import kleash.algorithms.ppo
-import kleash.training.distributed
 import kleash.training.loop
 import kleash.training.recovery
 from kleash.config.leash import TripwiresConfig

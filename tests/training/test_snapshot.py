@@ -8,7 +8,6 @@ import small_run
 import torch
 from small_run import numbers, save_material, two_words
 
-import kleash.training.distributed
 import kleash.training.loop
 import kleash.training.recovery
 from kleash.config.schema import Config

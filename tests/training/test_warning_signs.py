@@ -82,5 +82,11 @@ def test_a_clean_run_ends_without_and_a_wrecked_one_with_a_warning(
     names = {sign["name"] for sign in run.meta["warning_signs"]}
     assert "entropy_per_token" in names
     assert {event.kind for event in run.events} == {"alarm"}
+    # Beside each sign stand the responses that went farthest since it began.
+    for event, sign in zip(run.events, run.meta["warning_signs"], strict=True):
+        kept = [s for s in run.samples if s.step >= sign["since"] and s.who == "policy"]
+        farthest = sorted((s.kl for s in kept if s.kl is not None), reverse=True)
+        assert [one["kl"] for one in event.details["worst"]] == farthest[:3] != []
+        assert all(one["response"] for one in event.details["worst"])
     lines = " ".join(capsys.readouterr().out.split())
     assert "warning: the entropy per token fell to" in lines

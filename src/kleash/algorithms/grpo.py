@@ -21,6 +21,7 @@ from kleash.algorithms.common import (
     response_experience,
     settle_truncated,
 )
+from kleash.algorithms.sampler_correction import Correction, check_correction, corrected
 from kleash.kl.placements import Placement
 from kleash.masked import masked_sum
 from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
@@ -44,10 +45,15 @@ class GRPOSettings:
     """What becomes of a response that the length limit cut off; there is no critic to bootstrap."""
     missing_eos_penalty: float | None = None
     """Taken off the score of a truncated response when `truncated` is `penalise`."""
+    correction: Correction = "none"
+    """How tokens are weighted that another law than the policy's wrote."""
+    correction_clip: float | None = None
+    """c of the correction, above 1; None: no clip."""
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
         check_truncated(self.truncated, self.missing_eos_penalty, critic=False)
+        check_correction(self.correction, self.correction_clip)
 
 
 def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experience:
@@ -72,6 +78,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experi
         ValueError: if a prompt has a single response, `beta` is negative, a response is empty,
             or no response is left.
         NonFiniteError: if an advantage is not finite.
+        ScoringError: if a correction has no finite weight, or leaves nothing to learn from.
 
     References:
         Shao et al., "DeepSeekMath", 2024, section 4.1, https://arxiv.org/abs/2402.03300
@@ -83,7 +90,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experi
     objective = masked_sum(rewards, scored.rollout.response_mask, dim=-1)
     # Centred apart from the score: leaving a response out keeps the KL's gradient whole.
     advantages = relative + leave_one_out(objective - relative, prompts)
-    return response_experience(
+    experience = response_experience(
         replace(scored, scores=scores),
         mask=mask,
         rewards=rewards,
@@ -91,6 +98,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: GRPOSettings) -> Experi
         objective=objective,
         pathwise=weight,
     )
+    return corrected(experience, settings.correction, settings.correction_clip, settings.placement)
 
 
 def loss(experience: Experience, fresh: Fresh, settings: GRPOSettings, *, tokens: int) -> Loss:

@@ -24,6 +24,7 @@ from kleash.algorithms.common import (
     settle_truncated,
 )
 from kleash.algorithms.losses import clipped_value_loss
+from kleash.algorithms.sampler_correction import Correction, check_correction, corrected
 from kleash.kl.placements import Placement
 from kleash.masked import WHITENING_EPSILON, masked_variance, whiten
 from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
@@ -57,10 +58,15 @@ class PPOSettings:
     """What becomes of a response that the length limit cut off."""
     missing_eos_penalty: float | None = None
     """Taken off the score of a truncated response when `truncated` is `penalise`."""
+    correction: Correction = "none"
+    """How tokens are weighted that another law than the policy's wrote."""
+    correction_clip: float | None = None
+    """c of the correction, above 1; None: no clip."""
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
         check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
+        check_correction(self.correction, self.correction_clip)
 
 
 def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experience:
@@ -85,6 +91,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experie
         ValueError: if there are no values (or no final values to bootstrap with), `beta` is
             negative, a response is empty, or no response is left.
         NonFiniteError: if an advantage is not finite.
+        ScoringError: if a correction has no finite weight, or leaves nothing to learn from.
     """
     if scored.values is None:
         raise ValueError("PPO needs the values of a critic, got values=None: use GRPO or RLOO")
@@ -103,7 +110,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experie
         if weight is not None:
             weight = weight * torch.rsqrt(masked_variance(advantages, mask) + WHITENING_EPSILON)
         advantages = whiten(advantages, mask)
-    return Experience(
+    experience = Experience(
         scored=replace(scored, scores=scores),
         mask=mask,
         rewards=rewards,
@@ -111,6 +118,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: PPOSettings) -> Experie
         returns=_kept(returns, mask),
         pathwise=weight,
     )
+    return corrected(experience, settings.correction, settings.correction_clip, settings.placement)
 
 
 def _continuations(scored: ScoredRollout, truncated: Truncated) -> Float[Tensor, " batch"] | None:

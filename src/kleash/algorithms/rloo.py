@@ -17,6 +17,7 @@ from kleash.algorithms.common import (
     response_experience,
     settle_truncated,
 )
+from kleash.algorithms.sampler_correction import Correction, check_correction, corrected
 from kleash.kl.placements import Placement
 from kleash.masked import masked_sum
 from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
@@ -38,10 +39,15 @@ class RLOOSettings:
     """What becomes of a response that the length limit cut off; there is no critic to bootstrap."""
     missing_eos_penalty: float | None = None
     """Taken off the score of a truncated response when `truncated` is `penalise`."""
+    correction: Correction = "none"
+    """How tokens are weighted that another law than the policy's wrote."""
+    correction_clip: float | None = None
+    """c of the correction, above 1; None: no clip."""
 
     def __post_init__(self) -> None:
         check_leash(self.placement, mixing=self.mixing, allow_biased=self.allow_biased)
         check_truncated(self.truncated, self.missing_eos_penalty, critic=False)
+        check_correction(self.correction, self.correction_clip)
 
 
 def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experience:
@@ -65,6 +71,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experi
         ValueError: if a prompt has a single response, `beta` is negative, a response is empty,
             or no response is left.
         NonFiniteError: if an advantage is not finite.
+        ScoringError: if a correction has no finite weight, or leaves nothing to learn from.
 
     References:
         Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740
@@ -73,7 +80,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experi
     rewards, weight = leash(scored, scores, beta, settings.placement, mixing=settings.mixing)
     objective = masked_sum(rewards, scored.rollout.response_mask, dim=-1)
     advantages = leave_one_out(objective, scored.rollout.prompt_index)
-    return response_experience(
+    experience = response_experience(
         replace(scored, scores=scores),
         mask=mask,
         rewards=rewards,
@@ -81,6 +88,7 @@ def prepare(scored: ScoredRollout, beta: Beta, settings: RLOOSettings) -> Experi
         objective=objective,
         pathwise=weight,
     )
+    return corrected(experience, settings.correction, settings.correction_clip, settings.placement)
 
 
 def loss(experience: Experience, fresh: Fresh, settings: RLOOSettings, *, tokens: int) -> Loss:

@@ -42,7 +42,9 @@ def audit_bytes(pair: ModelPair, source: Source, options: AuditOptions) -> Audit
         PromptError: if the file cannot be used.
         NonFiniteError: if a model gives NaN.
     """
-    options = with_sampling(options, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
+    options = with_sampling(
+        options, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, chat_template=None
+    )
     moments = ClusteredMoments(_NAMES)
     count = 0
     for window in _windows(raw_texts(source.path)):

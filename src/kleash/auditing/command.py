@@ -64,6 +64,8 @@ def _check_bytewise(command: AuditCommand) -> None:
     if command.source.kind != "texts":
         raise UsageError("--bytes compares whole texts: give --texts FILE with it")
     options = command.options
+    if options.chat_template is not None:
+        raise UsageError("--bytes reads texts as they are: leave out --chat-template")
     if options.precision is not None or options.fail_above is not None or options.resume:
         raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from kleash.auditing.confidence_intervals import ConfidenceInterval
 from kleash.auditing.glossary import GLOSSARY
 from kleash.auditing.result import Audit, Measure, Part
-from kleash.auditing.run_context import Standing, charts_over_root_kl
+from kleash.auditing.run_context import CheckpointInRun, charts_over_root_kl
 from kleash.errors import UsageError
 from kleash.report import svg_chart
 from kleash.report.html_template import pointer_data, render_page, short_path
@@ -29,7 +29,7 @@ class DriftPoint:
     at: float
     """The last number in its name if these grow, else its place in the row."""
     kl: Measure
-    standing: Standing | None = None
+    standing: CheckpointInRun | None = None
     """Where it stands in the run that it is a checkpoint of."""
 
 

@@ -49,6 +49,8 @@ class Source:
     path: Path
     max_new_tokens: int = 0
     """Tokens to leave for a response; of prompts alone."""
+    chat_template: str | None = None
+    """Name of the tokenizer's template for messages; None: its default."""
 
     def items(self, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Item]:
         """Read the file from its beginning.
@@ -63,11 +65,18 @@ class Source:
             )
         match self.kind:
             case "prompts":
-                found = _prompts(self.path, tokenizer, context, self.max_new_tokens)
+                prompts = iter_prompts(
+                    self.path,
+                    tokenizer,
+                    context=context,
+                    max_new_tokens=self.max_new_tokens,
+                    chat_template=self.chat_template,
+                )
+                found = (Item(one.index, one.ids, group=one.group) for one in prompts)
             case "texts":
                 found = _texts(self.path, tokenizer, context)
             case "responses":
-                found = _responses(self.path, tokenizer, context)
+                found = _responses(self.path, tokenizer, context, self.chat_template)
         first = next(found, None)
         if first is None:
             raise PromptError(f"expected {self.kind} in {str(self.path)!r}, got an empty file")
@@ -112,13 +121,6 @@ def pack(items: Sequence[T], width: Callable[[T], int], budget: int) -> list[lis
         else:
             batches.append([item])
     return batches
-
-
-def _prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, context: int | None, max_new_tokens: int
-) -> Iterator[Item]:
-    for prompt in iter_prompts(path, tokenizer, context=context, max_new_tokens=max_new_tokens):
-        yield Item(prompt.index, prompt.ids, group=prompt.group)
 
 
 def _texts(path: Path, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Item]:
@@ -167,7 +169,10 @@ def _pieces(
 
 
 def _responses(
-    path: Path, tokenizer: PreTrainedTokenizerBase, context: int | None
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    chat_template: str | None,
 ) -> Iterator[Item]:
     """Rows of prompt and response; rows of the same prompt are one cluster where they adjoin."""
     cluster, before = -1, None
@@ -182,7 +187,13 @@ def _responses(
         if not ids:
             raise PromptError(f"expected a response of at least one token on {where}, got none")
         prompt = encode_prompt(
-            content, tokenizer, where, context, len(ids), columns_of_row(row, where)
+            content,
+            tokenizer,
+            where,
+            context,
+            len(ids),
+            columns=columns_of_row(row, where),
+            chat_template=chat_template,
         )
         if content != before:
             cluster, before = cluster + 1, content

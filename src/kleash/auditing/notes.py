@@ -12,7 +12,7 @@ from kleash.auditing.result import Part
 from kleash.auditing.run_context import RunSampling, sampling_of_run
 from kleash.auditing.token_records import Record
 from kleash.auditing.worst_responses import left_out_mass
-from kleash.errors import RunError
+from kleash.errors import RunError, UsageError
 from kleash.models.policy import Identity
 from kleash.rollout.sampling import SamplingSpec, overridden_settings
 
@@ -41,7 +41,13 @@ def choose_sampling(
 
     Raises:
         ConfigError: a setting cannot be.
+        UsageError: a chat template is named, and there are no messages to write with it.
     """
+    if options.chat_template is not None and kind == "texts":
+        raise UsageError(
+            f"expected prompts or responses for the chat template {options.chat_template!r}, got "
+            "texts, which are read as they are: leave chat_template out"
+        )
     runs: list[RunSampling] = []
     notes: list[str] = []
     for identity in identities if kind == "prompts" else ():
@@ -57,11 +63,12 @@ def choose_sampling(
         options,
         temperature=TEMPERATURE if first.temperature is None else first.temperature,
         max_new_tokens=MAX_NEW_TOKENS if first.max_new_tokens is None else first.max_new_tokens,
+        chat_template=first.chat_template,
     )
     assert chosen.temperature is not None and chosen.max_new_tokens is not None
     spec = SamplingSpec(max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature)
     for run in runs:
-        notes += _differences(run, spec)
+        notes += _differences(run, chosen)
     return AuditSampling(chosen, spec, spec.max_new_tokens if kind == "prompts" else 0, notes)
 
 
@@ -156,16 +163,19 @@ def notes_on_settings(pair: ModelPair, writers: int) -> list[str]:
     return notes
 
 
-def _differences(run: RunSampling, spec: SamplingSpec) -> list[str]:
+def _differences(run: RunSampling, options: AuditOptions) -> list[str]:
     pairs = (
-        ("max_new_tokens", run.max_new_tokens, spec.max_new_tokens),
-        ("temperature", run.temperature, spec.temperature),
+        ("max_new_tokens", run.max_new_tokens, options.max_new_tokens),
+        ("temperature", run.temperature, options.temperature),
     )
     found = [
         f"{name} = {here:g} here and {there:g} in the run"
         for name, there, here in pairs
         if there is not None and there != here
     ]
+    if run.chat_template != options.chat_template:
+        here, there = (name or "the default" for name in (options.chat_template, run.chat_template))
+        found.append(f"chat_template = {here} here and {there} in the run")
     if not found:
         return []
     return [

@@ -40,6 +40,9 @@ class AuditOptions:
     """Responses to each prompt; intervals are clustered by prompt."""
     temperature: float | None = None
     """Of sampling and of both models' distributions; by default that of the run, else 1."""
+    chat_template: str | None = None
+    """Name of one of the policy's chat templates, for prompts that are messages; by default that
+    of the checkpoint's run, else the tokenizer's default."""
     seed: int = 0
     """Of sampling."""
     batch_tokens: int = 8192
@@ -90,6 +93,7 @@ class AuditKeywords(TypedDict, total=False):
     max_new_tokens: int | None
     responses_per_prompt: int
     temperature: float | None
+    chat_template: str | None
     seed: int
     batch_tokens: int
     keep: int
@@ -125,7 +129,7 @@ def make_options(keywords: Mapping[str, Any]) -> AuditOptions:
 
 
 def with_sampling(
-    options: AuditOptions, *, temperature: float, max_new_tokens: int
+    options: AuditOptions, *, temperature: float, max_new_tokens: int, chat_template: str | None
 ) -> AuditOptions:
     """The options with sampling settings where none were given."""
     return dataclasses.replace(
@@ -134,4 +138,5 @@ def with_sampling(
         max_new_tokens=(
             max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
         ),
+        chat_template=chat_template if options.chat_template is None else options.chat_template,
     )

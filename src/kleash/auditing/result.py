@@ -13,12 +13,12 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from kleash.auditing.confidence_intervals import ConfidenceInterval, Decision
 from kleash.auditing.options import Per
-from kleash.auditing.run_context import Standing
+from kleash.auditing.run_context import CheckpointInRun
 from kleash.auditing.token_records import By
 from kleash.errors import RunError
 from kleash.models.policy import Identity
 from kleash.report.svg_chart import format_number
-from kleash.rollout.top_tokens import Wanted
+from kleash.rollout.top_tokens import TopTokens
 from kleash.storage.atomic_files import NON_FINITE, plain_json
 
 SCHEMA = "kleash.audit/1"
@@ -81,8 +81,8 @@ class AuditedResponse:
     ref_logprobs: list[float]
     entropy: list[float]
     ref_entropy: list[float]
-    policy_top: list[Wanted]
-    reference_top: list[Wanted]
+    policy_top: list[TopTokens]
+    reference_top: list[TopTokens]
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class WorstToken:
     kl: float
     logprob: float
     ref_logprob: float
-    policy_top: Wanted
-    reference_top: Wanted
+    policy_top: TopTokens
+    reference_top: TopTokens
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Audit:
     bits_per_byte: BitsPerByte | None = None
     token_texts: dict[str, str] = field(default_factory=dict[str, str])
     """Texts of the ids that are named in the parts."""
-    standing: Standing | None = None
+    standing: CheckpointInRun | None = None
     """Where the policy stands in the run that it is a checkpoint of."""
     schema: str = SCHEMA
 

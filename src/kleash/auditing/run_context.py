@@ -35,7 +35,7 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CheckpointInRun:
     """What a run knows of one of its checkpoints."""
 
     run: str
@@ -58,6 +58,8 @@ class RunSampling:
     run: str
     temperature: float | None
     max_new_tokens: int | None
+    chat_template: str | None = None
+    """Name of the template of its prompts; None: the tokenizer's default."""
 
 
 def run_of(policy: Identity) -> Path | None:
@@ -81,14 +83,18 @@ def sampling_of_run(policy: Identity) -> RunSampling | None:
     run = read_run(folder)
     rollout: Mapping[str, Any] = run.config.get("rollout") or {}
     temperature, length = rollout.get("temperature"), rollout.get("max_new_tokens")
+    template = (run.config.get("prompts") or {}).get("chat_template")
     return RunSampling(
         run.name,
         None if temperature is None else float(temperature),
         None if length is None else int(length),
+        None if template is None else str(template),
     )
 
 
-def standing_of(policy: Identity, reference: Identity, *, temperature: float) -> Standing | None:
+def checkpoint_in_run(
+    policy: Identity, reference: Identity, *, temperature: float
+) -> CheckpointInRun | None:
     """Look the checkpoint up in its run.
 
     Args:
@@ -115,7 +121,7 @@ def standing_of(policy: Identity, reference: Identity, *, temperature: float) ->
     return _standing(run, step_of(step))
 
 
-def _standing(run: Run, step: int) -> Standing | None:
+def _standing(run: Run, step: int) -> CheckpointInRun | None:
     lines = {line["step"]: line for line in run.metrics}
     here, after = lines.get(step, {}), lines.get(step + 1, {})
     # A plan and a trail are in the units of training, which held-out scores are in as well
@@ -132,7 +138,7 @@ def _standing(run: Run, step: int) -> Standing | None:
     trail = over_root_kl(done, "objective/kl_ref", "objective/scores", error="objective/scores_se")
     planned = holds_plan(run.path)
     frontier = known_frontier(read_frontier(run.path / PLAN_FILE)) if planned else []
-    return Standing(
+    return CheckpointInRun(
         run.name, step, *found, measured_on, gold, gold_se, _spots(trail), _spots(frontier)
     )
 
@@ -146,7 +152,9 @@ def _spots(points: list[Point]) -> list[Spot]:
     return [Spot(point.x, point.y, point.error) for point in points]
 
 
-def charts_over_root_kl(placed: Sequence[tuple[ConfidenceInterval, Standing]]) -> list[Chart]:
+def charts_over_root_kl(
+    placed: Sequence[tuple[ConfidenceInterval, CheckpointInRun]],
+) -> list[Chart]:
     """Score against √KL, and gold where several checkpoints have one.
 
     Args:

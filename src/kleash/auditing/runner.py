@@ -39,7 +39,7 @@ from kleash.auditing.padding import (
 )
 from kleash.auditing.partial_results import Key, PartFile
 from kleash.auditing.result import EXIT_CODES, Audit, Gate, Part, Precision
-from kleash.auditing.run_context import Standing, standing_of
+from kleash.auditing.run_context import CheckpointInRun, checkpoint_in_run
 from kleash.auditing.summary import floor_of, part_of, texts_of_ids, with_details
 from kleash.auditing.token_classes import token_classes
 from kleash.auditing.token_records import By, Record, score_items
@@ -118,7 +118,9 @@ class _Run:
         sampling = choose_sampling(self._identities, options, source.kind)
         self.options, self._sampling_notes = sampling.options, sampling.notes
         self._spec = sampling.spec
-        self.source = replace(source, max_new_tokens=sampling.room)
+        self.source = replace(
+            source, max_new_tokens=sampling.room, chat_template=sampling.options.chat_template
+        )
         self._classes = token_classes(pair.policy.tokenizer, pair.policy.words)
         self._accounts: list[AuditAccumulator] = []
         for by, model in self._who_writes():
@@ -336,12 +338,12 @@ class _Run:
             *(notes_on_settings(self.pair, len(parts)) if self.source.kind == "prompts" else ()),
         ]
 
-    def _standing(self) -> tuple[Standing | None, list[str]]:
+    def _standing(self) -> tuple[CheckpointInRun | None, list[str]]:
         """Where the policy stands in its run; a sentence where its run cannot be read."""
         if self.source.kind != "prompts":
             return None, []
         try:
-            return standing_of(*self._identities, temperature=self._spec.temperature), []
+            return checkpoint_in_run(*self._identities, temperature=self._spec.temperature), []
         except RunError as error:
             return None, [f"The run of this checkpoint could not be read: {error}."]
 

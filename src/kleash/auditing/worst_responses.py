@@ -15,15 +15,15 @@ from kleash.auditing.inputs import Item
 from kleash.auditing.model_pair import ModelPair
 from kleash.auditing.token_records import Record, side_by_side
 from kleash.models.policy import Policy
-from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest
+from kleash.rollout.top_tokens import ROWS, TopTokens, distributions, top_tokens
 
 
 @dataclass(frozen=True)
 class ResponseDetails:
     """What both models wanted at each token of a response."""
 
-    policy_top: list[Wanted]
-    reference_top: list[Wanted]
+    policy_top: list[TopTokens]
+    reference_top: list[TopTokens]
 
 
 @torch.no_grad()
@@ -44,13 +44,13 @@ def response_details(
     states = states_of(pair.policy, part, kept)
     ref_states = states_of(pair.reference, part, kept)
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
-    tops: tuple[list[Wanted], list[Wanted]] = ([], [])
+    tops: tuple[list[TopTokens], list[TopTokens]] = ([], [])
     for rows, ref_rows in zip(states.split(ROWS), ref_states.split(ROWS), strict=True):
         p = distributions(pair.policy.head, rows, temperature=temperature)
         q = distributions(pair.reference.head, ref_rows, temperature=temperature)
         moved += (p - q).sum(0).double().cpu()
         for found, these in zip(tops, (p, q), strict=True):
-            found += likeliest(these)
+            found += top_tokens(these)
     return ResponseDetails(*tops), moved
 
 

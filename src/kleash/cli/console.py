@@ -5,6 +5,7 @@ Imports what is heavy when it is called, so that `kleash --help` is quick.
 
 import logging
 import math
+import os
 from pathlib import Path
 
 from kleash.config.recipe_library import configuration_file
@@ -182,10 +183,10 @@ def print_explicit(result: ExplicitKL) -> None:
 
 def quiet_libraries() -> None:
     """Keep loading bars of other libraries out of our display; their errors still reach us."""
-    import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.disable_progress_bar()
+    # `datasets` is imported only where a prompt file needs it, and reads this when it is.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """The command line. Sub-commands import what they need when they run, so that `--help` is quick.
 
-Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 a usage error; 3 and 4 an audit
-with `--fail-above` lies above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by
-SIGTERM.
+Exit codes: 0 done; 1 an error the user can fix, in one sentence; 2 the command line or the
+configuration is wrong, wherever the setting was given; 3 and 4 an audit with `--fail-above` lies
+above, or is undecided; 5 a check failed; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from kleash import __version__
 from kleash.auditing.options import AuditOptions
@@ -27,6 +27,7 @@ from kleash.cli.console import (
     split_overrides,
 )
 from kleash.cli.recipes import init, recipes_app
+from kleash.cli.rollout_server import serve_rollouts
 from kleash.config.recipe_library import FOLDER
 from kleash.errors import ConfigError, KleashError, UsageError
 from kleash.kl.discrete import explicit_kl
@@ -71,6 +72,11 @@ app.command(
     help_epilogue="Examples:\n\n    kleash init models/sft\n\n    kleash init models/sft "
     "--output run.yaml",
 )
+app.command(
+    serve_rollouts,
+    help_epilogue="Examples:\n\n    kleash serve-rollouts run.yaml\n\n    kleash serve-rollouts "
+    "run.yaml --port 8123 --rollout.vllm.kv-cache-gib 4",
+)
 
 _Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]
 
@@ -80,6 +86,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         app(arguments)
+    except UnusedCliTokensError as error:
+        unused = " ".join(error.unused_tokens or ())
+        _fail(f"expected nothing after the command, got {unused!r}: leave it out", 2)
     except CycloptsError as error:
         if "--into" in {argument.split("=")[0] for argument in arguments}:
             _fail("--into is called --output, as in every other command", 2)
@@ -107,8 +116,8 @@ def _fail(message: str, code: int) -> None:
     "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
 )
 def kl_command(
-    p: str,
-    q: str,
+    p: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    q: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
     samples: Annotated[str, Parameter(show_default=False)] = "",
@@ -168,7 +177,8 @@ def train(
     """RLHF on the leash; with no CONFIG, on the embedded world.
 
     Every key of the configuration can be overridden: `--section.key VALUE`; the keys are in
-    `docs/configuration.md`. Started by torchrun, one process leads and the others share the rows.
+    `docs/configuration.md`. Started by torchrun, several processes divide the rows
+    (`docs/distributed.md`).
 
     Parameters
     ----------
@@ -188,34 +198,36 @@ def train(
     from rich.console import Console
 
     from kleash.config.loading import load_config
+    from kleash.mesh import joined, one_voice, speaks
     from kleash.playground.build import with_world
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
     from kleash.training.continuation import config_of_run
     from kleash.training.loop import Trainer
-    from kleash.training.process_group import is_leader
     from kleash.training.progress import saying
-    from kleash.training.worker import serve_requests
 
     quiet_libraries()
-    if not is_leader():
-        return serve_requests()
-    with saying("train", Console()) as say:
-        if resume is None:
-            config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
-        else:
-            config = config_of_run(resume, overrides)
-        say("building the embedded world, where there is one")
-        config = with_world(config)
-    checked = partial(require_sound, status=partial(saying, "check", Console()))
-    trainer = Trainer(
-        config,
-        callbacks=[RuntimeMonitor()],
-        preflight=None if no_check else checked,
-        argv=sys.argv,
-    )
-    directory = trainer.fit()
-    print(f"{directory}: finished. Look at it with: kleash report {directory}")
+    with one_voice():
+        console = Console(quiet=not speaks())
+        with saying("train", console) as say:
+            if resume is None:
+                config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
+            else:
+                config = config_of_run(resume, overrides)
+        with joined(config.distributed.timeout_s) as mesh:
+            with saying("train", console) as say:
+                say("building the embedded world, where there is one")
+                config = mesh.first(partial(with_world, config))
+            checked = partial(require_sound, status=partial(saying, "check", console))
+            trainer = Trainer(
+                config,
+                callbacks=[RuntimeMonitor()],
+                preflight=None if no_check else checked,
+                argv=sys.argv,
+            )
+            directory = trainer.fit()
+        if speaks():
+            print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 
 @app.command(

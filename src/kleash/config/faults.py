@@ -76,6 +76,10 @@ def _sentence(key: Key, faults: list[dict[str, Any]]) -> str:
     if kind == "union_tag_invalid":
         value, context = cast("dict[str, Any]", value)["name"], faults[0]["ctx"]
         return f"`{dotted}`: expected one of {context['expected_tags']}, got {value!r}"
+    if kind in ("model_type", "dict_type", "dataclass_type"):
+        return f"`{dotted}`: expected a section of keys and their values, got {value!r}"
+    if kind == "too_short":
+        return f"`{dotted}`: expected one entry or more, got none"
     got = "" if isinstance(value, dict) else f", got {value!r}"
     return f"`{dotted}`: {' or '.join(said)}{got}"
 

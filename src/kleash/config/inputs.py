@@ -16,6 +16,8 @@ from kleash.config.section import InputKind
 from kleash.config.sources import Key, Sources
 
 _WORLD = "{world}"
+IN_MEMORY = "(in memory)"
+"""What stands in a configuration for rows that were given from Python."""
 
 
 def resolve_inputs(tree: dict[str, Any], sources: Sources) -> list[str]:
@@ -32,7 +34,9 @@ def resolve_inputs(tree: dict[str, Any], sources: Sources) -> list[str]:
     beside, missing = Path(sources.file).parent, list[str]()
     for key, holder, kind in list(_inputs(tree, ())):
         text = holder[key[-1]]
-        if not isinstance(text, str) or not text or _WORLD in text or Path(text).is_absolute():
+        if not isinstance(text, str) or text in ("", IN_MEMORY) or _WORLD in text:
+            continue
+        if Path(text).is_absolute():
             continue
         folders = [Path()] if sources.is_flag(key) else _different(beside)
         module, _, function = text.partition(":")

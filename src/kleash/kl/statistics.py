@@ -127,6 +127,39 @@ def clustered_ratio(
     return Estimate(mean, math.sqrt(variance), n, clusters)
 
 
+def variance_of(
+    scores: Float[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
+) -> float | None:
+    r"""Variance of scores, within prompts where there are several responses to some.
+
+        Var = Σ_g Σ_{i in g} (s_i − mean_g)² / (n − G)
+
+    over G prompts g; with one response to each, the variance of all of them.
+
+    Args:
+        scores: one number per response.
+        prompt_index: which prompt each response answers; equal numbers are one group.
+
+    Returns:
+        The unbiased variance, in score²; None for a single response.
+
+    Example:
+        >>> variance_of(torch.tensor([1.0, 3.0, 8.0, 8.0]), torch.tensor([0, 0, 1, 1]))
+        1.0
+    """
+    prompts, index = prompt_index.unique(return_inverse=True)
+    scores, count = scores.double(), len(scores)
+    within = count > len(prompts)
+    groups = index if within else torch.zeros_like(index)
+    sums = scores.new_zeros(len(prompts)).index_add(0, groups, scores)
+    sizes = scores.new_zeros(len(prompts)).index_add(0, groups, torch.ones_like(scores))
+    freedom = count - (len(prompts) if within else 1)
+    if freedom < 1:
+        return None
+    means = sums / sizes.clamp(min=1)
+    return float((scores - means[groups]).square().sum()) / freedom
+
+
 def best_of_n_kl(n: int) -> float:
     r"""KL spent by taking the best of n samples: log n − (n − 1)/n nats.
 

@@ -30,9 +30,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import ModelError, RunError
+from kleash.mesh import Mesh
 from kleash.models.loading import quiet, switch_off_dropout
 from kleash.models.merging import MERGING_TOLERANCE, is_adapter, require_same
 from kleash.models.probing import first_lines, probe_texts, text_logprobs
+from kleash.models.sharded_loading import fits, plain_names, read_slices, weight_files
+from kleash.models.sharding import is_sharded, own, own_part, release, whole
 
 _STATE = Path("adapter_state") / "adapter.safetensors"
 _SAME, _OTHER_DEVICE, _ROUNDED = 1e-5, 1e-3, 2e-2
@@ -51,6 +54,7 @@ def save_policy(
     adapter: Any = None,
     base: str = "",
     merged: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a policy in Hugging Face format, as safetensors, and verify what was written.
 
@@ -62,6 +66,7 @@ def save_policy(
         adapter: the peft model around it; None: all weights are the policy's own.
         base: path or hub name of the base, where there is an adapter.
         merged: whether another adapter was merged into the base before.
+        tensors: of a divided model, its weights as `gather_weights` put them together.
 
     Raises:
         ModelError: what was written does not open as the policy that is held.
@@ -70,7 +75,7 @@ def save_policy(
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ties and names; what was written is verified
         if adapter is None:
-            model.save_pretrained(directory)
+            model.save_pretrained(directory, state_dict=None if tensors is None else dict(tensors))
         elif merged:
             _merged_copy(model).save_pretrained(directory)
             (directory / _STATE).parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +83,75 @@ def save_policy(
         else:
             settings = adapter.peft_config["default"]
             settings.base_model_name_or_path = _findable(base)
-            adapter.save_pretrained(str(directory), save_embedding_layers=False)
+            adapter.save_pretrained(
+                str(directory),
+                save_embedding_layers=False,
+                state_dict=None if tensors is None else dict(tensors),
+            )
             cast(Any, model.generation_config).save_pretrained(directory)
         tokenizer.save_pretrained(str(directory))
-    verify_policy(directory, model, words=words, adapter=adapter)
+    if tensors is None:
+        verify_policy(directory, model, words=words, adapter=adapter)
+
+
+def gather_weights(model: PreTrainedModel, adapter: Any, *, keep: bool) -> dict[str, Tensor]:
+    """The weights of a divided policy, whole and in main memory; all processes together.
+
+    Each is gathered by itself, so that no device holds more than one of them.
+
+    Args:
+        model: the language model.
+        adapter: the peft model around it, whose base is left out; None: all weights.
+        keep: whether this process keeps them; the others only take part.
+
+    Returns:
+        By the names of the model's own state; nothing where they are not kept.
+    """
+    release(model)
+    held = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if adapter is None or "lora_" in name or ".modules_to_save." in name
+    }
+    found: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, tensor in held.items():
+        if id(tensor) not in copies:
+            full = whole(tensor.detach())
+            copies[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+            del full
+        found[name] = copies[id(tensor)]
+    if not keep:
+        return {}
+    # Names as peft sees them from around the model.
+    inside = "" if adapter is None else "base_model.model."
+    return {f"{inside}{name}": tensor for name, tensor in found.items()}
+
+
+def verify_sharded(
+    directory: Path, model: PreTrainedModel, mesh: Mesh, *, words: int, adapter: Any = None
+) -> None:
+    """As `verify_policy`, of a divided model; only its first checkpoint is opened and compared.
+
+    Raises:
+        ModelError: what was written does not open as the policy that is held, in every process.
+    """
+    if model in _OPENED:
+        return
+    ids = probe_texts(words)
+    device, dtype = next(model.parameters()).device, _dtype(model)
+    ours = text_logprobs(model, ids.to(device), words)
+    release(model)
+
+    def compare() -> None:
+        theirs = text_logprobs(_open(directory, model), ids, words)
+        half = dtype in (torch.bfloat16, torch.float16)
+        tolerance = _SAME if device.type == "cpu" else _ROUNDED if half else _OTHER_DEVICE
+        what = f"the checkpoint in {str(directory)!r}, opened with plain transformers,"
+        require_same(ours, theirs, tolerance, what)
+
+    mesh.agree(lambda: compare() if mesh.is_first else None)
+    _OPENED.add(model)
 
 
 def verify_policy(
@@ -108,6 +178,9 @@ def restore_policy(directory: Path, model: PreTrainedModel, *, adapter: Any = No
     Raises:
         RunError: the directory holds another model, or cannot be read.
     """
+    if is_sharded(model):
+        _restore_sharded(directory, model, adapter)
+        return
     source = directory / _STATE if (directory / _STATE).is_file() else None
     files = sorted(directory.glob("*.safetensors")) if source is None else [source]
     device = str(next(model.parameters()).device)
@@ -131,6 +204,46 @@ def restore_policy(directory: Path, model: PreTrainedModel, *, adapter: Any = No
     missing = {name for name, tensor in known.items() if tensor.data_ptr() not in stored}
     _require_names(directory, missing, tensors.keys() - known.keys())
     model.load_state_dict(tensors, strict=False)
+
+
+def _restore_sharded(directory: Path, model: PreTrainedModel, adapter: Any) -> None:
+    """Each process reads its slices of what `save_policy` wrote."""
+    release(model)
+    state = directory / _STATE
+    try:
+        if adapter is not None:
+            file = state if state.is_file() else directory / "adapter_model.safetensors"
+            with safe_open(file, framework="pt") as opened:
+                files = dict.fromkeys(opened.keys(), file)
+            wanted = {name: [t] for name, t in adapter_parameters(adapter).items()}
+        else:
+            files, wanted = weight_files(directory) or {}, plain_names(model)
+            if not fits(model, files):
+                _copy_slices(model, _open(directory, model))
+                return
+        _require_names(directory, wanted.keys() - files.keys(), files.keys() - wanted.keys())
+        read_slices(model, files, wanted)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{directory} cannot be read: {first_lines(error)}") from error
+
+
+@torch.no_grad()
+def _copy_slices(model: PreTrainedModel, opened: PreTrainedModel) -> None:
+    """For architectures whose files have names that opening translates."""
+    known, theirs = model.state_dict(keep_vars=True), opened.state_dict()
+    for name, tensor in known.items():
+        own(tensor).copy_(own_part(tensor, theirs[name]))
+
+
+def adapter_parameters(adapter: Any) -> dict[str, Tensor]:
+    """An adapter's own parameters by the names in its file."""
+    return dict(
+        importlib.import_module("peft").get_peft_model_state_dict(
+            adapter,
+            state_dict=adapter.state_dict(keep_vars=True),
+            save_embedding_layers=False,
+        )
+    )
 
 
 def _require_names(directory: Path, missing: set[str], unknown: set[str]) -> None:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kleash.models.sharding import own, total_of, whole
+
 _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,9 +25,10 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def weights_sha256(weights: Named) -> str:
     """Hash of named weights: names, dtypes, shapes and bytes, whatever their order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(weights):
+    for name, divided in sorted(weights):
+        parameter = whole(divided.detach())
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        raw = parameter.cpu().contiguous().reshape(-1).view(torch.uint8)
         # No copy: the largest matrix may be half a gigabyte.
         digest.update(cast(Any, raw.numpy()))
     return digest.hexdigest()
@@ -38,8 +41,11 @@ def weights_sum(weights: Named) -> int:
     forward pass over a batch. Any one weight that changes changes it, by however little; only
     changes that cancel each other to the last bit do not. The hash sees those too.
     """
-    sums = [_sum_of_bits(parameter.detach()) for _, parameter in weights]
-    return int(torch.stack(sums).sum())
+    parameters = [parameter for _, parameter in weights]
+    if not parameters:
+        return 0
+    sums = [_sum_of_bits(own(parameter.detach())) for parameter in parameters]
+    return int(total_of(torch.stack(sums).sum(), parameters))
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Reading a model's head, hidden state → logits, as data, and checking that it was read right.
 
 Architectures differ in what they do after the matrix product: nothing (Llama), a multiplier
-(Cohere, Falcon-H1), a divisor (Granite), a soft cap (Gemma 2). What is known is read from the
-configuration; what is not known is found by comparing with the model's own logits, and refused.
+(Cohere, Falcon-H1), a divisor (Granite), a soft cap (Gemma 2, RecurrentGemma). What is known is
+read from the configuration; what is not known is found by comparing with the model's own logits,
+and refused.
 """
 
 import contextlib
-from collections.abc import Generator
+import math
+import weakref
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +23,12 @@ from kleash.errors import ModelError
 from kleash.models.precision import Precision, computing
 from kleash.models.trunk import trunk_of
 from kleash.types import Head
+
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names by which configurations keep what is done to the logits. A name that means something else
+in some architecture does no harm: every head is compared with the model's own logits."""
 
 
 def read_head(model: PreTrainedModel, words: int) -> Head:
@@ -43,14 +52,73 @@ def read_head(model: PreTrainedModel, words: int) -> Head:
     weight = cast(Tensor, layer.weight)
     bias = getattr(layer, "bias", None)
     config = model.config.get_text_config()
-    scale = _number(config, "logit_scale", 1.0) * _number(config, "lm_head_multiplier", 1.0)
+    caps = [getattr(config, name, None) for name in _CAPS]
     return Head(
         weight=weight,
         bias=bias if isinstance(bias, Tensor) else None,
-        scale=scale / _number(config, "logits_scaling", 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=_factor(config, _MULTIPLIERS) / _factor(config, _DIVISORS),
+        softcap=next((cap for cap in caps if cap is not None), None),
         vocab_size=-1 if words == weight.shape[0] else words,
     )
+
+
+_checked: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+"""Models whose head was compared with their own logits."""
+
+
+def unwrapped(model: nn.Module, role: str = "model") -> PreTrainedModel:
+    """The transformers model itself, without the PEFT model around it.
+
+    Raises:
+        ModelError: if it is neither of the two, or a prompt-learning adapter.
+    """
+    adapters = cast("dict[str, Any]", getattr(model, "peft_config", None) or {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ModelError(
+            f"expected an adapter of weights on the {role}, got {type(model).__name__} that puts "
+            "learnt states before the text, which cannot be scored here: use a LoRA-like adapter"
+        )
+    inner = cast(Any, model).get_base_model() if adapters else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"expected a transformers or PEFT model as the {role}, got {type(inner).__name__}: "
+            "give the model that it wraps"
+        )
+    return inner
+
+
+def read_checked_head(model: PreTrainedModel, *, words: int | None = None) -> Head:
+    """Read the head; the first time a model is seen, compare it with the model's own logits.
+
+    The comparison is made in evaluation mode, and the modules' modes are given back.
+
+    Args:
+        model: the language model.
+        words: number of rows that stand for text; None: all of them.
+
+    Raises:
+        ModelError: if the model has no output matrix, an adapter on it, or transforms its logits
+            in a way that is not known here.
+    """
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ModelError(
+            f"expected a head that is one matrix, got one with an adapter on it in "
+            f"{type(model).__name__}: leave the output matrix out of the adapter's modules"
+        )
+    rows = read_head(model, 1).weight.shape[0]
+    if words is not None and not 0 < words <= rows:
+        raise ModelError(f"expected words in 1…{rows}, the rows of the head, got {words}")
+    head = read_head(model, rows if words is None else words)
+    if model not in _checked:
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            check_head(model, head, model.config.name_or_path or type(model).__name__)
+        finally:
+            for module in training:
+                module.training = True
+        _checked.add(model)
+    return head
 
 
 def apply_head(head: Head, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
@@ -134,6 +202,13 @@ def check_head(model: PreTrainedModel, head: Head, path: str | Path) -> None:
     with torch.no_grad():
         hidden = trunk_of(model)(input_ids=ids, use_cache=False)[0]
         own = model(input_ids=ids, use_cache=False).logits.float()
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ModelError(
+            f"expected a head on the hidden states for {type(model).__name__} in {str(path)!r}, "
+            f"got states of width {hidden.shape[-1]} and a head of width {head.weight.shape[1]}: "
+            "this architecture transforms its states before the head; use another one"
+        )
+    with torch.no_grad():
         ours = apply_head(head, hidden)
     # In half precision the model rounds the logits themselves, to 3 significant digits.
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
@@ -193,6 +268,6 @@ def _in_use(layer: object) -> object:
     return wrapper.original_module if wrapper.disable_adapters else copies["default"]
 
 
-def _number(settings: object, name: str, default: float) -> float:
-    value = getattr(settings, name, None)
-    return default if value is None else float(value)
+def _factor(settings: object, names: Sequence[str]) -> float:
+    values = (getattr(settings, name, None) for name in names)
+    return math.prod((float(value) for value in values if value is not None), start=1.0)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,14 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from kleash.errors import ModelError
 from kleash.models.hub import require_source
+from kleash.models.probing import first_lines
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
-# What `from_pretrained` raises for a file that is missing, corrupt, or of another kind.
-_LOADING_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 _OF_FILES = (OSError, ValueError, ImportError, SafetensorError)
-"""Of these, the ones that speak of files and settings; others come from the model's own code."""
+"""What `from_pretrained` raises of files and settings; other errors come from the model's code."""
 
 
 def load_causal_lm(
@@ -121,7 +121,8 @@ def load_config(path: str | Path, *, revision: str | None = None) -> PretrainedC
             config = AutoConfig.from_pretrained(
                 str(path), revision=revision or "main", trust_remote_code=False
             )
-    except _LOADING_FAILURES as error:
+    # Each of several hundred configurations checks itself, and raises whatever it likes.
+    except Exception as error:
         raise ModelError(_cannot_load("a model", path, error)) from error
     _zero_dropout_settings(config)
     return config
@@ -160,7 +161,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
             if file.is_file() and _kind(tokenizer) != _saved_kind(file):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
             return tokenizer
-    except _LOADING_FAILURES as error:
+    # Its files come from others, and the library raises bare `Exception` among the rest.
+    except Exception as error:
         raise ModelError(_cannot_load("a tokenizer", path, error)) from error
 
 
@@ -215,11 +217,26 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     """Ids that end a response: the tokenizer's end token and those of the model's own settings.
 
     Chat models often have several (end of turn, end of text), listed in `generation_config`.
+
+    Raises:
+        ModelError: what is listed are no token ids.
     """
+    return ending_ids(model.generation_config, tokenizer)
+
+
+def ending_ids(
+    settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokenizer's end token and those of a model's own settings, which may be missing."""
     found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        if ids is not None:
-            found.update(cast(list[int], ids if isinstance(ids, list | tuple) else [ids]))
+    for ids in (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
+        some = cast(list[object], [] if ids is None else ids if isinstance(ids, list) else [ids])
+        if not all(isinstance(one, int) for one in some):
+            raise ModelError(
+                "expected token ids as eos_token_id of the model (generation_config.json), got "
+                f"{ids!r}: list the ids that end a text"
+            )
+        found.update(cast(list[int], some))
     return tuple(sorted(found))
 
 
@@ -265,6 +282,7 @@ def _load(
     """Open a model; return it with the names of the weights that its files lack."""
     config = load_config(path, revision=revision)
     _refuse_pickles(path)
+    _require_generation_settings(Path(path))
     try:
         with quiet():
             model, info = auto.from_pretrained(
@@ -318,6 +336,27 @@ def _refuse_pickles(path: str | Path) -> None:
         )
 
 
+def _require_generation_settings(folder: Path) -> None:
+    """Refuse a file that the library would leave out without a word, and with it what ends a text.
+
+    Raises:
+        ModelError: `generation_config.json` is there and no JSON object.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        reason = f"a {type(found).__name__}"
+    except (ValueError, OSError, RecursionError) as error:
+        found, reason = None, _reason(error)
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"expected a JSON object in {str(file)!r}, which says what ends a text, got: {reason}; "
+            "copy it from where the model began, or remove it"
+        )
+
+
 def _zero_dropout_settings(settings: PretrainedConfig) -> None:
     for name, value in settings.to_dict().items():
         if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
@@ -325,9 +364,15 @@ def _zero_dropout_settings(settings: PretrainedConfig) -> None:
 
 
 def _cannot_load(what: str, path: str | Path, error: Exception) -> str:
-    reason = _mistaken(what, Path(path)) or str(error).strip() or type(error).__name__
-    reason = reason.splitlines()[0]
+    reason = _mistaken(what, Path(path)) or _reason(error)
     return f"expected {what} at {str(path)!r} (a Hugging Face directory or hub name), got: {reason}"
+
+
+def _reason(error: Exception) -> str:
+    """An error's message on one line; with its kind where that is no error of files."""
+    if isinstance(error, _OF_FILES) and str(error).strip():
+        return str(error).strip().splitlines()[0]
+    return f"{type(error).__name__}: {first_lines(error)}" if str(error) else type(error).__name__
 
 
 def _mistaken(what: str, path: Path) -> str | None:

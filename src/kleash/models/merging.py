@@ -89,8 +89,7 @@ def merge_adapter(
     device = next(model.parameters()).device
     include = _trained_tokens(loaded)
     ids = probe_texts(min(words or rows, rows), include=include, device=device)
-    with own_code(model, directory):
-        before = text_logprobs(model, ids, rows)
+    before = _unmerged(loaded, ids, rows, directory)
     _separate(model)
     merged = _merged(loaded, directory)
     _share_again(merged, tied)
@@ -240,6 +239,27 @@ def _trained_tokens(loaded: Any) -> list[int]:
     return [int(i) for i in (*found, *more)][:256]
 
 
+def _unmerged(loaded: Any, ids: torch.Tensor, rows: int, directory: str | Path) -> torch.Tensor:
+    """What base + adapter, as it was trained, says of the texts.
+
+    Raises:
+        ModelError: it cannot read a text by itself (it waits for the number of a task, say).
+    """
+    try:
+        return text_logprobs(loaded.get_base_model(), ids, rows)
+    # Dozens of tuners, each with errors of its own.
+    except Exception as error:
+        raise ModelError(
+            f"expected an adapter that reads a text by itself in {str(directory)!r}, got "
+            f"{_kind_of(loaded)}: {type(error).__name__}: {first_lines(error)}"
+        ) from error
+
+
+def _kind_of(loaded: Any) -> str:
+    kind = loaded.peft_config["default"].peft_type
+    return str(getattr(kind, "value", kind))
+
+
 def _separate(model: nn.Module) -> None:
     """Give every module parameters of its own."""
     seen: set[int] = set()
@@ -257,10 +277,9 @@ def _merged(loaded: Any, directory: str | Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # of ties; see `_share_again`
             return cast(PreTrainedModel, loaded.merge_and_unload(safe_merge=True))
     except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError) as error:
-        kind = loaded.peft_config["default"].peft_type
         raise ModelError(
             f"expected an adapter that can be merged into weights in {str(directory)!r}, got "
-            f"{getattr(kind, 'value', kind)}: {first_lines(error) or type(error).__name__}"
+            f"{_kind_of(loaded)}: {first_lines(error) or type(error).__name__}"
         ) from error
 
 

@@ -3,10 +3,11 @@
 A model is used in one way only: `hidden_states` of [left-padded prompt | right-padded response],
 with explicit positions, so that a response gets the same numbers alone, padded or in a batch.
 What becomes of hidden states is the business of `scoring`.
+A model may be divided among processes (`sharding`); every one of them then has to read as often.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -17,24 +18,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.errors import ModelError
-from kleash.models.checkpoint import restore_policy, save_policy
+from kleash.mesh import Mesh
+from kleash.models.checkpoint import (
+    gather_weights,
+    restore_policy,
+    save_policy,
+    verify_sharded,
+)
 from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
 from kleash.models.frozen_weights import frozen_copy
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
     Attention,
     Dtype,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
     number_of_words,
     require_special_tokens,
     stop_ids,
 )
 from kleash.models.lora import AdapterSpec, add_adapter
-from kleash.models.merging import merge_adapter
+from kleash.models.merged_loading import load_merged, open_divided, tokenizer_of
 from kleash.models.precision import Precision
 from kleash.models.probing import check_padding, own_code
+from kleash.models.sharded_loading import start
+from kleash.models.sharding import Sharding, gather_ends, own, release
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.models.vocabulary import (
     SharedVocabulary,
@@ -96,28 +102,34 @@ class Policy:
     revision: str | None = None
     merged: str | None = None
     """Directory of the adapter that was merged into the weights when they were loaded."""
+    sharding: Sharding | None = None
+    """How the model is divided among processes; None: it is whole in each."""
+    structure: nn.Module | None = None
+    """The `blueprint` of a divided model."""
     precision: Precision = "float32"
     """In which it computes; see `precision`."""
 
     @property
     def head(self) -> Head:
-        """The head, with the live parameters."""
+        """The head, with the live parameters; of a divided model it is whole until `release`."""
+        gather_ends(self.model)
         return read_head(self.model, self.words)
 
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
-        return self.head.weight.shape[1]
+        return read_head(self.model, self.words).weight.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.head.weight.device
+        return read_head(self.model, self.words).weight.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of the trunk's products: what rounding errors are to be expected of."""
-        return torch.bfloat16 if self.precision == "bf16" else self.head.weight.dtype
+        own = read_head(self.model, self.words).weight.dtype
+        return torch.bfloat16 if self.precision == "bf16" else own
 
     @property
     def context(self) -> int | None:
@@ -152,17 +164,38 @@ class Policy:
             prompt_mask,
             response_ids,
             response_mask,
+            model=self.model,
             precision=self.precision,
         )
 
     def identity(self) -> Identity:
         """Which model this is now."""
+        release(self.model)
         return _identity(self, "loaded", base_weights(self.model))
 
-    def save(self, path: str | Path) -> None:
+    def gather_weights(self, *, keep: bool) -> dict[str, Tensor] | None:
+        """The weights of a divided policy for `save`; all processes together. None: it is whole.
+
+        Args:
+            keep: whether this process is the one that saves them.
+        """
+        if self.sharding is None:
+            return None
+        if self.merged is not None and self.adapter is not None:
+            raise ModelError(
+                "a divided policy with an adapter on a merged adapter cannot be saved: merge the "
+                "first one into a model of its own (kleash merge), and train on that"
+            )
+        return gather_weights(self.model, self.adapter, keep=keep)
+
+    def save(self, path: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write model (or adapter) and tokenizer in Hugging Face format, as safetensors.
 
         What was written is verified; see `checkpoint`.
+
+        Args:
+            path: the directory.
+            tensors: what `gather_weights` gave, of a divided policy; `verify` is then to follow.
 
         Raises:
             ModelError: it does not open as this policy.
@@ -175,7 +208,17 @@ class Policy:
             adapter=self.adapter,
             base=self.path,
             merged=self.merged is not None,
+            tensors=tensors,
         )
+
+    def verify(self, path: str | Path, mesh: Mesh) -> None:
+        """Of a divided policy: the first of its checkpoints opens as this policy.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if self.sharding is not None:
+            verify_sharded(Path(path), self.model, mesh, words=self.words, adapter=self.adapter)
 
     def restore(self, path: str | Path) -> None:
         """Take the weights that `save` wrote.
@@ -207,6 +250,7 @@ class Reference:
     def head(self) -> Head:
         """The head; where it is the policy's own, as it was before it was trained."""
         off = contextlib.nullcontext() if self.adapter is None else self.adapter.disable_adapter()
+        gather_ends(self.model)
         with off:
             return read_head(self.model, self.words)
 
@@ -226,6 +270,7 @@ class Reference:
                 prompt_mask,
                 response_ids,
                 response_mask,
+                model=self.model,
                 precision=self.precision,
             )
 
@@ -239,6 +284,7 @@ class Reference:
 
     def _weights(self) -> Iterable[tuple[str, Tensor]]:
         """The weights it reads with."""
+        release(self.model)
         return self.model.named_parameters() if self.adapter is None else base_weights(self.model)
 
 
@@ -252,6 +298,7 @@ def load_policy(
     revision: str | None = None,
     merge: str | None = None,
     padded: bool = True,
+    sharding: Sharding | None = None,
 ) -> Policy:
     """Open the model that will learn.
 
@@ -265,6 +312,8 @@ def load_policy(
         merge: directory of an adapter to merge into the weights first: where supervised training
             left an adapter, the policy begins as base + that adapter, and so does the reference.
             Its own tokenizer, chat template and added rows are used, where it has them.
+        sharding: divide the model among processes; it is never whole in one of them, unless its
+            files have to be opened as a whole (`sharded_loading`).
         padded: whether texts will be read padded: then padding must change nothing, which is
             measured.
 
@@ -272,11 +321,18 @@ def load_policy(
         ModelError: if the model or tokenizer cannot be used; see `loading`, `merging`, `lm_head`
             and `probing`.
     """
-    model = _load_merged(path, merge, dtype, device, attention, revision)
-    tokenizer = _load_tokenizer(path, merge, revision)
-    require_special_tokens(tokenizer, path)
-    words = _checked_words(model, tokenizer, path, padded=padded)
-    wrapped = None if adapter is None else add_adapter(model, adapter, revision=revision)
+    tokenizer = tokenizer_of(path, merge, revision)
+    structure = None
+    if sharding is None:
+        model = load_merged(path, merge, dtype, device, attention, revision)
+        require_special_tokens(tokenizer, path)
+        words = _checked_words(model, tokenizer, path, padded=padded)
+        wrapped = None if adapter is None else add_adapter(model, adapter, revision=revision)
+    else:
+        opened = open_divided(path, merge, dtype, attention, revision, sharding, adapter)
+        model, wrapped, structure = opened.model, opened.adapter, opened.structure
+        require_special_tokens(tokenizer, path)
+        words = _checked_words(model, tokenizer, path, padded=padded)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -286,6 +342,8 @@ def load_policy(
         adapter=wrapped,
         revision=revision,
         merged=merge,
+        sharding=sharding,
+        structure=structure,
     )
 
 
@@ -297,14 +355,18 @@ def load_reference(
     attention: Attention = "auto",
     revision: str | None = None,
     merge: str | None = None,
+    sharding: Sharding | None = None,
 ) -> Reference:
     """Open a frozen reference of its own; the arguments are those of `load_policy`.
 
     Raises:
         ModelError: if the model or tokenizer cannot be used.
     """
-    model = _load_merged(path, merge, dtype, device, attention, revision)
-    tokenizer = _load_tokenizer(path, merge, revision)
+    if sharding is None:
+        model = load_merged(path, merge, dtype, device, attention, revision)
+    else:
+        model = open_divided(path, merge, dtype, attention, revision, sharding).model
+    tokenizer = tokenizer_of(path, merge, revision)
     words = _checked_words(model, tokenizer, path, padded=True)
     model.requires_grad_(False)
     return Reference(model, tokenizer, str(path), words, "loaded", revision=revision, merged=merge)
@@ -317,6 +379,12 @@ def freeze_copy(policy: Policy) -> Reference:
     """
     if policy.adapter is not None:
         model, how = policy.model, "policy with its adapter off"
+    elif policy.sharding is not None and policy.structure is not None:
+        model, how = (
+            policy.sharding.frozen_copy(policy.structure, policy.model),
+            "copy of the policy",
+        )
+        start(model, policy.device)
     else:
         model, how = frozen_copy(policy.model, policy.precision), "copy of the policy"
     return Reference(
@@ -350,9 +418,12 @@ def check_compatible(policy: Policy, reference: Reference) -> SharedVocabulary:
     require_shared_ending(policy.tokenizer, policy.stop_ids, shared, policy.path)
     if reference.adapter is not None:
         return shared
-    learning = {p.data_ptr() for p in policy.model.parameters()}
+    for model in (policy.model, reference.model):
+        release(model)
+    # A slice of a divided weight may be empty, and has no address then.
+    learning = {own(p).data_ptr() for p in policy.model.parameters() if own(p).numel()}
     for name, parameter in reference.model.named_parameters():
-        if parameter.requires_grad or parameter.data_ptr() in learning:
+        if parameter.requires_grad or own(parameter).data_ptr() in learning:
             raise ModelError(
                 f"expected a frozen reference of its own, got {name!r} that learns or is shared "
                 "with the policy: make the reference with freeze_copy or load_reference"
@@ -397,11 +468,13 @@ def _checked_words(
 ) -> int:
     rows = read_head(model, 1).weight.shape[0]
     words = number_of_words(tokenizer, rows, path)
+    gather_ends(model)
     with own_code(model, path):
         check_causal(trunk_of(model), path)
         check_head(model, read_head(model, words), path)
         if padded:
             check_padding(model, words, path)
+    release(model)
     return words
 
 
@@ -416,60 +489,3 @@ def _identity(
         revision=owner.revision,
         merged=owner.merged,
     )
-
-
-def _load_merged(
-    path: str | Path,
-    merge: str | None,
-    dtype: Dtype,
-    device: str,
-    attention: Attention,
-    revision: str | None,
-) -> PreTrainedModel:
-    if merge is None:
-        return load_causal_lm(
-            path, dtype=dtype, device=device, attention=attention, revision=revision
-        )
-    wanted = load_config(path, revision=revision).dtype if dtype == "auto" else _DTYPES[dtype]
-    half = wanted in (torch.bfloat16, torch.float16)
-    model = load_causal_lm(
-        path,
-        dtype="float32",
-        # In main memory, which is the larger one, while it takes twice its memory.
-        device="cpu" if half else device,
-        attention=attention,
-        revision=revision,
-    )
-    model = merge_adapter(model, merge)
-    return cast(Any, _rounded(model, wanted)).to(device) if half else model
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model with its parameters in half precision, but for those it keeps in float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        if not kept & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def _load_tokenizer(
-    path: str | Path, merge: str | None, revision: str | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; that of the adapter merged into it, where there is one."""
-    if merge is None:
-        return load_tokenizer(path, revision=revision)
-    own = Path(merge)
-    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return load_tokenizer(own)
-    tokenizer = load_tokenizer(path, revision=revision)
-    template = own / "chat_template.jinja"
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer

@@ -111,22 +111,54 @@ def check_padding(model: PreTrainedModel, words: int, path: str | Path) -> None:
                 f"expected padding to change nothing for {type(model).__name__} in {str(path)!r}, "
                 f"got log-probabilities that differ by {found:.3g} nats when {doing} a text alone "
                 "and padded beside a longer one: the model does not leave padding out (it carries "
-                "a state through it), so every number would depend on the batch; take another "
-                "architecture"
+                "a state through it, or counts it in its positions), so every number would depend "
+                "on the batch; take another architecture"
             )
+
+
+def check_padding_of_states(trunk: nn.Module, words: int, path: str | Path) -> None:
+    """The same for a trunk that is read without a head of words: that of a value model.
+
+    Compared are the states themselves, relative to the largest.
+
+    Raises:
+        ModelError: naming the class, padding as the cause, and the largest difference.
+    """
+    worst = 0.0
+    for alone, together in _states_alone_and_together(trunk, words):
+        apart = (alone - together).float().abs().max() / alone.float().abs().max()
+        worst = max(worst, float(apart))
+    if not worst <= _PADDING[next(trunk.parameters()).dtype in _HALF]:
+        raise ModelError(
+            f"expected padding to change nothing for {type(trunk).__name__} in {str(path)!r}, got "
+            f"states that differ by {worst:.3g} of the largest when reading a text alone and "
+            "padded beside a longer one: the model does not leave padding out (it carries a state "
+            "through it, or counts it in its positions), so every value would depend on the "
+            "batch; take another architecture, or a head on the policy's own states"
+        )
 
 
 @torch.no_grad()
 def _padding_in_reading(model: PreTrainedModel, words: int) -> float:
     """Largest distance between a short text alone and beside a longer one, in nats."""
-    short, long = _two_texts(words, next(model.parameters()).device)
-    trunk, head = trunk_of(model), cast(nn.Module, model.get_output_embeddings())
+    head = cast(nn.Module, model.get_output_embeddings())
+    worst = 0.0
+    for both in _states_alone_and_together(trunk_of(model), words):
+        pair = [_rows(head, states, words) for states in both]
+        worst = max(worst, float(distance(*pair).max()))
+    return worst
+
+
+@torch.no_grad()
+def _states_alone_and_together(trunk: nn.Module, words: int) -> list[tuple[Tensor, Tensor]]:
+    """States of two texts, each read alone and padded beside the other."""
+    short, long = _two_texts(words, next(trunk.parameters()).device)
     (p, r), (q, s) = (3, 4), (7, 9)
     ids, mask = _padded_left([short[:p], long[:q]])
     answers = torch.stack([torch.cat([short[p : p + r], long[: s - r]]), long[q : q + s]])
     written = torch.arange(s, device=ids.device) < torch.tensor([[r], [s]], device=ids.device)
     together = trunk_states(trunk, ids, mask, answers, written)
-    worst = 0.0
+    found: list[tuple[Tensor, Tensor]] = []
     for row, (given, length) in enumerate(((p, r), (q, s))):
         text = (short, long)[row]
         whole = torch.ones(1, given + length, dtype=torch.bool, device=ids.device)
@@ -134,9 +166,8 @@ def _padding_in_reading(model: PreTrainedModel, words: int) -> float:
         alone = trunk_states(
             trunk, part[:, :given], whole[:, :given], part[:, given:], whole[:, given:]
         )
-        pair = [_rows(head, states[: length + 1], words) for states in (alone[0], together[row])]
-        worst = max(worst, float(distance(*pair).max()))
-    return worst
+        found.append((alone[0, : length + 1], together[row, : length + 1]))
+    return found
 
 
 @torch.no_grad()

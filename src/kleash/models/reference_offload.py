@@ -25,6 +25,7 @@ from torch import Tensor
 from kleash.errors import ModelError
 from kleash.models.frozen_weights import frozen_copy
 from kleash.models.policy import Identity, LanguageModel, Policy, Reference
+from kleash.models.sharded_loading import start
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.storage.atomic_files import replace_file
 from kleash.types import Head
@@ -156,6 +157,16 @@ class CachedReference:
         """See `FrozenReference`."""
         return self.inner.fingerprint()
 
+    def of_process(self, rank: int, size: int) -> "CachedReference":
+        """The part of the cache that one of several processes keeps: the rows it reads.
+
+        Did they share their files, a text that two of them come to at once would have the numbers
+        of whichever was faster.
+        """
+        folder = self.folder / f"process-{rank}-of-{size}"
+        folder.mkdir(exist_ok=True)
+        return dataclasses.replace(self, folder=folder)
+
 
 def open_cache(reference: Reference, folder: str | Path) -> CachedReference:
     """Keep a reference's hidden states in a directory that is its own.
@@ -196,8 +207,13 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         step: the step, for its identity.
         like: a reference; the anchor lives in main memory if this one does.
     """
-    model = frozen_copy(policy.model, policy.precision)
-    offloaded = isinstance(like, OffloadedReference)
+    if policy.sharding is not None and policy.structure is not None:
+        model = policy.sharding.frozen_copy(policy.structure, policy.model)
+        start(model, policy.device)
+    else:
+        model = frozen_copy(policy.model, policy.precision)
+    # A divided anchor takes the device one slice, and stays there.
+    offloaded = isinstance(like, OffloadedReference) and policy.sharding is None
     anchor = Reference(
         model.cpu() if offloaded else model,
         policy.tokenizer,

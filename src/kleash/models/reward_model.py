@@ -29,6 +29,7 @@ from kleash.models.chat_templates import (
 )
 from kleash.models.judge_loading import load_judge, most_tokens, padding_changes
 from kleash.models.loading import Attention, Dtype
+from kleash.models.probing import own_code
 
 Content = str | Sequence[Mapping[str, Any]]
 """A prompt as its author wrote it: text, or messages of `role`, `content` and what they carry."""
@@ -118,7 +119,8 @@ class ClassifierReward:
         self._adapter = None if adapter is None else str(adapter)
         self._chat_template = chat_template
         self._limit = most_tokens(self._model)
-        self._unpadded = padding_changes(self._model, self._limit)
+        with own_code(self._model, path):
+            self._unpadded = padding_changes(self._model, self._limit)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kleash.errors import ModelError
 from kleash.models.precision import Precision, computing, for_head
 from kleash.models.recomputation import recomputing
+from kleash.models.sharding import states_of
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -46,6 +47,7 @@ def trunk_states(
     response_ids: Int[Tensor, "batch token"],
     response_mask: Bool[Tensor, "batch token"],
     *,
+    model: nn.Module | None = None,
     weights: Mapping[str, Tensor] | None = None,
     precision: Precision = "float32",
 ) -> Float[Tensor, "batch token+1 hidden"]:
@@ -60,6 +62,7 @@ def trunk_states(
         prompt_mask: True on their tokens.
         response_ids: responses, padded on the right.
         response_mask: True on their tokens.
+        model: whose trunk it is; it may be divided among processes.
         weights: parameters and buffers to read with instead of the trunk's own, by name.
         precision: in which the trunk computes; see `precision`.
     """
@@ -73,7 +76,7 @@ def trunk_states(
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     with computing(trunk, ids.device, precision), recomputing(trunk):
         if weights is None:
-            out = trunk(**inputs)
+            states = states_of(trunk if model is None else model, trunk, inputs)
         else:
-            out = functional_call(trunk, dict(weights), (), inputs)
-    return for_head(out[0][:, prompt_ids.shape[1] - 1 :], precision)
+            states = functional_call(trunk, dict(weights), (), inputs)[0]
+    return for_head(states[:, prompt_ids.shape[1] - 1 :], precision)

@@ -23,6 +23,7 @@ from kleash.models.loading import (
 )
 from kleash.models.policy import Policy, compare_tokenizers
 from kleash.models.precision import Precision, weights_dtype
+from kleash.models.probing import check_padding_of_states, own_code
 from kleash.models.trunk import trunk_of, trunk_states
 
 Features = Literal["trunk_detached", "trunk"]
@@ -113,6 +114,7 @@ class ValueModel(nn.Module):
             prompt_mask,
             response_ids,
             response_mask,
+            model=self,
             precision=self.precision,
         )
         return self.layer(states.to(self.layer.weight.dtype)).squeeze(-1)
@@ -140,8 +142,8 @@ def load_value_model(
         attention: implementation of attention; "auto" leaves the choice to the library.
 
     Raises:
-        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, or
-            looks ahead: a value may depend on what is written, not on what will be.
+        ModelError: if the checkpoint cannot be used, has another vocabulary than the policy, looks
+            ahead (a value may depend on what is written, not on what will be), or reads padding.
     """
     compare_tokenizers(policy.tokenizer, load_tokenizer(path), "value model", str(path))
     dtype = weights_dtype(precision, frozen=False)
@@ -155,7 +157,9 @@ def load_value_model(
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     value = ValueModel(trunk_of(model), layer.to(device=device), precision=precision)
-    check_causal(value.trunk, path)
+    with own_code(model, path):
+        check_causal(value.trunk, path)
+        check_padding_of_states(value.trunk, policy.words, path)
     return value
 
 

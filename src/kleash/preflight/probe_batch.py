@@ -93,6 +93,8 @@ class Trial:
     texts: tuple[Text, ...]
     at_start: bool
     """Whether no update has been made yet."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer before the first update, in nats per token, where known."""
 
     @property
     def tolerance(self) -> float:
@@ -150,6 +152,7 @@ def examine(
     *,
     texts: int,
     at_start: bool,
+    sampler_floor: float | None = None,
 ) -> Trial:
     """Make a trial of a batch that is there already."""
     tilted = components.score(
@@ -168,6 +171,7 @@ def examine(
             _text(components.policy, written.rollout, row) for row in _rows(written.rollout, texts)
         ),
         at_start=at_start,
+        sampler_floor=sampler_floor,
     )
 
 

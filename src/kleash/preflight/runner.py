@@ -11,6 +11,7 @@ import torch
 from kleash.config.schema import Config
 from kleash.errors import KleashError, PreflightError
 from kleash.preflight.checks import (
+    learning_rate,
     logprobs,
     masks,
     objective,
@@ -102,6 +103,7 @@ QUICK_CHECKS = (
     *LEASH,
     *READING,
     precision.survival,
+    learning_rate.one_update,
     resources.undo,
 )
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)

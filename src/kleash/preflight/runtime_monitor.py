@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kleash.errors import KleashError
+from kleash.kl.sampler_gap import SamplerGap, sampler_gap
 from kleash.kl.statistics import Estimate, clustered_mean, response_kl
 from kleash.preflight.findings import Finding
 from kleash.preflight.probe_batch import examine
@@ -35,6 +36,8 @@ _NOISE = 5.0
 """Standard errors if there were endless prompts: a false alarm in some million batches."""
 _FLOOR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Nats per token that rounding alone may put between sampler and trainer."""
+_GROWTH = 4.0
+"""Times its floor before the first update that the KL of the sampler may grow."""
 _SHARP = 0.5
 """Nats of entropy below which the next word is nearly certain."""
 _TEXTS = 4
@@ -54,19 +57,23 @@ class RuntimeMonitor:
 def examine_batch(event: RolloutEvent) -> list[Finding]:
     """Examine a batch if its numbers cannot be; say nothing and return nothing if they can.
 
-    The batch and the findings are kept as `doctor/step-000001.*` in the run directory.
+    The batch and the findings are kept as `diagnoses/step-000001.*` in the run directory.
 
     Returns:
         The findings that failed; the log and an event of the run have their causes.
     """
+    if event.written_ahead:
+        # Its words come from the law of one update ago: no number above has to hold for it.
+        return []
     components, scored, step = event.components, event.scored, event.step
-    symptom = symptom_of(scored, dtype=components.policy.compute_dtype)
+    dtype = components.policy.compute_dtype
+    symptom = symptom_of(scored, dtype=dtype, sampler_floor=event.sampler_floor)
     if symptom is None:
         return []
     # Earlier ones alone: a run that is resumed comes to the same alarms, each reported once.
-    own, folder = f"step-{step:06d}.json", event.folder / "doctor"
+    own, folder = f"step-{step:06d}.json", event.folder / "diagnoses"
     if sum(file.name < own for file in folder.glob("*.json")) >= _MOST:
-        _raise_alarm(event, symptom, "The first batches like it are in doctor/.")
+        _raise_alarm(event, symptom, "The first batches like it are in diagnoses/.")
         return []
     devices = [components.policy.device] if components.policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -85,21 +92,27 @@ def _raise_alarm(event: RolloutEvent, symptom: str, cause: str) -> None:
     event.append_event(new_event(event.step, "alarm", f"{symptom} {cause}"))
 
 
-def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
-    """The first number of a batch that cannot be; None if all can."""
+def symptom_of(
+    scored: ScoredRollout, *, dtype: torch.dtype, sampler_floor: float | None = None
+) -> str | None:
+    """The first number of a batch that cannot be; None if all can.
+
+    Args:
+        scored: the batch.
+        dtype: in which the policy computes.
+        sampler_floor: KL of sampler against trainer before the first update, in nats per token;
+            None: not known, and rounding alone is allowed for.
+    """
     rollout = scored.rollout
     mask, clusters = rollout.response_mask, rollout.prompt_index
     floor = _FLOOR[dtype] * float(mask.sum(-1).double().mean())
     k1 = response_kl(scored.rollout_logprobs - scored.ref_logprobs, mask)
     exact = response_kl(scored.kl, mask)
     if rollout.sampler_logprobs is not None:
-        gap = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
-        found = clustered_mean(gap, clusters)
-        if abs(found.mean) > floor:
-            return (
-                f"kl_sampler is {found.mean:+.3g} nats per response, beyond the {floor:.2g} that "
-                "rounding explains."
-            )
+        found = sampler_gap(scored.rollout_logprobs, rollout.sampler_logprobs, mask, clusters)
+        said = _beyond_floor(found, _FLOOR[dtype], sampler_floor, length=floor / _FLOOR[dtype])
+        if said is not None:
+            return said
     mean = clustered_mean(k1, clusters)
     if mean.mean < -_noise(mean, floor):
         return (
@@ -121,6 +134,31 @@ def symptom_of(scored: ScoredRollout, *, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _beyond_floor(
+    gap: SamplerGap, rounding: float, measured: float | None, *, length: float
+) -> str | None:
+    """What is wrong with the sampler's KL; None if rounding or the floor of this run explains it.
+
+    Where the sampler's floor was above rounding from the first, that was said then; what counts
+    afterwards is whether it grows.
+    """
+    allowed = rounding if measured is None else max(rounding, _GROWTH * measured)
+    per_response, noise = gap.per_response, 0.0
+    if allowed > rounding:
+        noise = _NOISE * (per_response.standard_error or 0.0)
+    if abs(per_response.mean) > allowed * length + noise:
+        return (
+            f"kl_sampler is {per_response.mean:+.3g} nats per response, beyond the "
+            f"{allowed * length + noise:.2g} that rounding explains."
+        )
+    if gap.per_token.mean > allowed:
+        return (
+            f"kl_sampler is {gap.per_token.mean:.3g} nats per token, beyond the {allowed:.2g} that "
+            "rounding explains."
+        )
+    return None
+
+
 def diagnose(event: RolloutEvent) -> list[Finding]:
     """The preflight's checks of policy, reference and sampler, on this batch."""
     try:
@@ -130,7 +168,8 @@ def diagnose(event: RolloutEvent) -> list[Finding]:
             event.judged,
             event.scored,
             texts=_TEXTS,
-            at_start=False,
+            at_start=event.step == 1,
+            sampler_floor=event.sampler_floor,
         )
     except (KleashError, ValueError) as error:
         return [refused("batch", error)]

@@ -1,10 +1,12 @@
 """What every number of a run means: one table for the report, the documentation and the tests.
 
-`docs/metrics.md` is this table, written by `python -m kleash.report.glossary > docs/metrics.md`.
+`docs/metrics.md` is this table, written by
+`python -m kleash.report.glossary_page > docs/metrics.md`.
 """
 
 from kleash.report.controller_glossary import CONTROLLER
 from kleash.report.metric_definition import Metric
+from kleash.report.sampler_glossary import SAMPLER
 
 GLOSSARY: tuple[Metric, ...] = (
     Metric(
@@ -227,7 +229,8 @@ GLOSSARY: tuple[Metric, ...] = (
         "Effective samples",
         "Share of a minibatch's tokens that is left effective by how much likelier the policy has "
         "become to come to them; the least of the step.",
-        "(Σ w)² / (n · Σ w²), w_t = Π_{s<t} π(y_s) / π_rollout(y_s)",
+        "(Σ w)² / (n · Σ w²), w_t = Π_{s<t} π(y_s) / π_rollout(y_s); π_sampler for π_rollout where "
+        "exact_weighted is corrected",
         "fraction of tokens",
         "0.5 to 1",
     ),
@@ -323,14 +326,7 @@ GLOSSARY: tuple[Metric, ...] = (
         "fraction of responses",
         "near 1 where responses should end",
     ),
-    Metric(
-        "rollout/kl_sampler",
-        "KL of the sampler",
-        "Disagreement between the engine that sampled and the model that scored.",
-        "mean_y Σ_t (log π_sampler(y_t) − log π_rollout(y_t)), y ~ π_sampler",
-        "nats per response",
-        "within 1e-3 of 0; beyond, the policy learns from another policy's tokens",
-    ),
+    *SAMPLER,
     Metric(
         "rollout/distinct_2",
         "Distinct-2",

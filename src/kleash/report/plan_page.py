@@ -50,7 +50,7 @@ def start_sentence(asked: str, start: Start) -> str:
 
     Example:
         >>> start_sentence("leash.target_kl 5", Start(0.18114, "plan"))
-        "β starts near 0.1811: the plan's for leash.target_kl 5"
+        "β starts at 0.1811: the plan's for leash.target_kl 5"
     """
     match start.source:
         case "given":
@@ -64,7 +64,7 @@ def start_sentence(asked: str, start: Start) -> str:
             )
         case _:
             how = f"from the spread of the reference's scores, for {asked}, because {start.reason}"
-    return f"β starts near {start.beta:.4g}: {how}"
+    return f"β starts at {start.beta:.4g}: {how}"
 
 
 def frontier_chart(frontier: Frontier) -> Chart | None:

@@ -19,7 +19,7 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TopTokens:
     """What a model found likeliest, by id, with probabilities; the likeliest first."""
 
     ids: list[int]
@@ -39,18 +39,20 @@ def distributions(
     return (apply_head(head, hidden)[:, : head.words] / temperature).softmax(-1)
 
 
-def likeliest(probabilities: Float[Tensor, "N vocab"]) -> list[Wanted]:
+def top_tokens(probabilities: Float[Tensor, "N vocab"]) -> list[TopTokens]:
     """The `TOP` likeliest words of each row; all of them where there are fewer.
 
     Example:
         >>> import torch
-        >>> likeliest(torch.tensor([[0.1, 0.7, 0.2]]))
-        [Wanted(ids=[1, 2, 0], probabilities=[0.7, 0.2, 0.1])]
+        >>> top_tokens(torch.tensor([[0.1, 0.7, 0.2]]))
+        [TopTokens(ids=[1, 2, 0], probabilities=[0.7, 0.2, 0.1])]
     """
     values, ids = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     # Four digits are more than is shown.
-    return [Wanted(words, [float(f"{value:.4g}") for value in masses]) for words, masses in pairs]
+    return [
+        TopTokens(words, [float(f"{value:.4g}") for value in masses]) for words, masses in pairs
+    ]
 
 
 def text_of_id(tokenizer: PreTrainedTokenizerBase, number: int) -> str:

@@ -127,7 +127,7 @@ def walk_back(
     remake = _Remake(sides, needed, tiles, summed)
     hits = _hits(sides, summed, upstream)
     outs = [Buffer(side, tiles) for side in sides]
-    rows_of = _rows(sides, summed, upstream, wanted)
+    rows_of = gradient_rows(sides, summed, upstream, wanted)
     words = sides[0].weight.shape[0]
     body = _body(tiles, sides[0])
     for cols in spans(words, tiles.columns):
@@ -142,7 +142,7 @@ def walk_back(
             for tile, gradient, hit in zip(made, gradients, hits, strict=True):
                 if tile is not None:
                     if hit is not None:
-                        _add_at_targets(tile, targets[span], cols, hit[span])
+                        add_at_targets(tile, targets[span], cols, hit[span])
                     gradient.add(tile, span)
         for gradient in gradients:
             gradient.close()
@@ -184,7 +184,10 @@ class _Remake:
         return made
 
 
-def _rows(sides: Sides, summed: Summed, upstream: Upstream, wanted: list[NeededGradients]) -> Rows:
+def gradient_rows(
+    sides: Sides, summed: Summed, upstream: Upstream, wanted: list[NeededGradients]
+) -> Rows:
+    """Coefficients of every row's gradient, in the working dtype."""
     of, dtype = summed.moments, sides[0].dtype
     gains = [side.gain for side in sides]
 
@@ -218,9 +221,10 @@ def _hits(sides: Sides, summed: Summed, upstream: Upstream) -> list[Float[Tensor
     return hits
 
 
-def _add_at_targets(
+def add_at_targets(
     tile: Float[Tensor, "R C"], targets: Int[Tensor, " R"], cols: slice, hit: Float[Tensor, " R"]
 ) -> None:
+    """Add `hit` to the logits' gradient at the targets that lie in this tile."""
     at = targets.long() - cols.start
     here = (at >= 0) & (at < tile.shape[1])
     tile.scatter_add_(1, torch.where(here, at, 0)[:, None], torch.where(here, hit, 0.0)[:, None])

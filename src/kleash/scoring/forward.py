@@ -75,7 +75,7 @@ def sum_up(
     for span in spans(rows, tiles.rows):
         hidden = [side.rows(span) for side in sides]
         tally.start(span.stop - span.start)
-        aim = _Aim(sides, targets[span])
+        aim = Aim(sides, targets[span])
         top = None if top_k is None else TopK(sides, span.stop - span.start, top_k)
         for cols in spans(words, tiles.columns):
             bare = products.tile(hidden, span, cols)
@@ -176,7 +176,7 @@ class _Products:
         ]
 
 
-class _Aim:
+class Aim:
     """Picks the logit of each row's target when its tile comes by."""
 
     def __init__(self, sides: Sides, targets: Int[Tensor, " R"]) -> None:
@@ -185,6 +185,7 @@ class _Aim:
         self._found = [torch.zeros_like(side.new_empty(*targets.shape)) for side in sides]
 
     def look(self, bare: list[Bare], cols: slice) -> None:
+        """Pick the targets' products out of a tile."""
         at = self._targets - cols.start
         here = (at >= 0) & (at < cols.stop - cols.start)
         index = torch.where(here, at, 0)[:, None]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import RunError
+from kleash.mesh import ALONE, Mesh
 
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
@@ -35,15 +36,19 @@ def write_checkpoint(
     *,
     keep: int,
     spare: Collection[int] = (),
+    together: Callable[[Path], None] | None = None,
+    mesh: Mesh = ALONE,
 ) -> Path:
     """Write a checkpoint atomically, then drop the oldest beyond `keep`.
 
     Args:
         parent: the run's `checkpoints/`; made if missing.
         step: number of the step it follows.
-        write: called with an empty directory to fill.
+        write: called with an empty directory to fill, by the first process.
         keep: how many checkpoints remain.
         spare: steps whose checkpoints remain beside those.
+        together: called after it by every process, for what all of them write.
+        mesh: the processes.
 
     Returns:
         The finished directory, `parent/step-NNNNNN`.
@@ -52,38 +57,78 @@ def write_checkpoint(
         RunError: it cannot be written; nothing of it remains and the older ones are untouched.
     """
     final = parent / f"{_PREFIX}{step:06d}"
-    write_directory(final, write, what="the checkpoint")
-    for old in list_checkpoints(parent)[:-keep]:
-        if step_of(old) not in spare:
-            drop_directory(old)
+    write_directory(final, write, what="the checkpoint", together=together, mesh=mesh)
+
+    def drop() -> None:
+        for old in list_checkpoints(parent)[:-keep]:
+            if step_of(old) not in spare:
+                drop_directory(old)
+
+    mesh.agree(drop if mesh.is_first else _nothing)
     return final
 
 
-def write_directory(final: Path, write: Callable[[Path], None], *, what: str) -> None:
+def _nothing() -> None:
+    """What the other processes do while the first one writes."""
+
+
+def write_directory(
+    final: Path,
+    write: Callable[[Path], None],
+    *,
+    what: str,
+    together: Callable[[Path], None] | None = None,
+    mesh: Mesh = ALONE,
+) -> None:
     """Write a directory with its manifest, so that it is there whole or, after a failure, not.
 
     Args:
         final: its name; one that is there is replaced, and there until it is.
         write: called with an empty directory to fill.
         what: what it is, for the error.
+        together: called after `write` by every process, for what all of them write.
+        mesh: the processes; the first one does the rest, while the others wait.
 
     Raises:
         RunError: it cannot be written; what was there before is still there.
     """
     parent = final.parent
-    temporary = parent / f".{final.name}.{os.getpid()}.tmp"
+    temporary = parent / mesh.told(lambda: f".{final.name}.{os.getpid()}.tmp")
+
+    def begin() -> None:
+        with _undoing(final, temporary, what):
+            parent.mkdir(parents=True, exist_ok=True)
+            recover(parent)
+            temporary.mkdir()
+            write(temporary)
+
+    def commit() -> None:
+        with _undoing(final, temporary, what):
+            _write_manifest(temporary)
+            if final.exists():
+                # Two renames: killed between them, `recover` undoes the first.
+                final.rename(parent / f".{final.name}{_ASIDE}")
+            temporary.rename(final)
+            _flush(parent)
+            recover(parent)
+
+    mesh.agree(begin if mesh.is_first else _nothing)
+    if together is not None:
+        with _undoing(final, temporary, what):
+            together(temporary)
+    mesh.agree(commit if mesh.is_first else _nothing)
+
+
+@contextlib.contextmanager
+def _undoing(final: Path, temporary: Path, what: str) -> Generator[None]:
+    """Nothing remains of a directory that could not be written.
+
+    Raises:
+        RunError: a part of it could not.
+    """
+    parent = final.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        recover(parent)
-        temporary.mkdir()
-        write(temporary)
-        _write_manifest(temporary)
-        if final.exists():
-            # Two renames: killed between them, `recover` undoes the first.
-            final.rename(parent / f".{final.name}{_ASIDE}")
-        temporary.rename(final)
-        _flush(parent)
-        recover(parent)
+        yield
     # Rust and C++ say in their own ways that a write failed.
     except (OSError, SafetensorError, RuntimeError) as error:
         _undo(parent, temporary)

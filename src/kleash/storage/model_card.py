@@ -37,6 +37,8 @@ class ModelCardFacts:
     """95 % interval of that KL."""
     kl_responses: int | None = None
     """How many responses the KL is a mean of."""
+    kl_of: str | None = None
+    """Whose responses: to which prompts, and of which policy where it is not this very one."""
     target_kl: float | None = None
     score: float | None = None
     score_error: float | None = None
@@ -116,7 +118,8 @@ def _kl(facts: ModelCardFacts) -> str:
     text = f"{facts.kl:.4g} nats per response"
     if facts.kl_interval is not None:
         text += ", 95 % interval {:.4g} to {:.4g}".format(*facts.kl_interval)
-    return text + ("" if facts.kl_responses is None else f", {facts.kl_responses:,} responses")
+    text += "" if facts.kl_responses is None else f", {facts.kl_responses:,} responses"
+    return text + ("" if facts.kl_of is None else f" {facts.kl_of}")
 
 
 def _score(facts: ModelCardFacts) -> str | None:

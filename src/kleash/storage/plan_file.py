@@ -159,6 +159,11 @@ def read_frontier(file: Path) -> Frontier:
         return _frontier(tree)
     except RunError:
         raise
+    except FileNotFoundError:
+        raise RunError(
+            f"expected a plan at {str(file)!r}, got nothing there: check the path, or make one "
+            "with `kleash plan CONFIG --output DIRECTORY`"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"expected a plan in {str(file)!r}, got a file that cannot be read as one "

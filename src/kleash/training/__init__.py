@@ -5,7 +5,7 @@ assembly, components     models, prompts and rewards from a configuration
 startup, session, state, snapshot, recovery    starting, continuing and undoing
 optimization, kl_control, tripwires, reference_guard, calibration    parts of a step
 evaluation, metrics, evidence, progress, trackers, callbacks    what is measured and reported
-distributed, process_group, worker    data parallelism
+data_parallel, replicas, record    several processes: rows divided, steps compared, one that writes
 
 May import report, config and everything below them; never preflight, auditing or cli.
 """

@@ -15,6 +15,7 @@ from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Config,
@@ -34,6 +35,7 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import OTHERS, Leash, group_of
 from kleash.kl.planning.initial_beta import Start
+from kleash.mesh import Mesh, is_distributed, own_gpu
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.frozen_weights import shrink_frozen
@@ -52,43 +54,61 @@ from kleash.models.reward_model import (
     RewardModel,
     WeightedSum,
 )
+from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
-from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
+from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
 from kleash.models.vocabulary import require_known_ids
+from kleash.rollout.engine import SeparateEngine
+from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
+from kleash.rollout.prompt_files import Source
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
+from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_vllm
+from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
-from kleash.training.process_group import is_distributed, own_gpu
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
 
 
-def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Components:
+def assemble(
+    config: Config,
+    given: Mapping[str, Reward] | None = None,
+    rows: Mapping[str, Sequence[object]] | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Components:
     """Load and check everything a run needs.
 
     Args:
         config: the run.
         given: rewards in memory, which take the place of what `reward_models` names.
+        rows: prompts in memory, `train` and `heldout`, which take the place of the files.
+        mesh: the processes of the run; by default this one alone.
 
     Raises:
         ConfigError: the device or a setting cannot be used.
         ModelError, PromptError, RewardError: what they say.
     """
+    mesh = Mesh() if mesh is None else mesh
+    _require_fitting(config, mesh)
     device = choose_device(config.device)
-    policy = _policy(config.policy, device)
-    reference = _reference(config.reference, config.policy, policy, device)
-    # Added tokens that the reference lacks have probability 0 for both.
-    policy = replace(policy, words=underlying(reference).words)
+    sharding = None
+    if config.distributed.strategy == "fsdp" and mesh.size > 1:
+        sharding = Sharding(device_mesh(device, mesh.size), device)
+    policy, reference = load_models(
+        config.policy, config.reference, device, sharding=sharding, mesh=mesh
+    )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    prompts = _prompts(config.prompts.train, policy, sampling, named)
-    held = config.prompts.heldout
+    train = _source(config.prompts.train, "train", rows or {})
+    held = _source(config.prompts.heldout, "heldout", rows or {})
+    prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
@@ -103,7 +123,10 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
     value = None
     if critic is not None:
         value = _value(critic, policy, device, start=config.policy, seed=config.seed)
+        if sharding is not None and isinstance(value, ValueModel):
+            shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
+    engine = _engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
         policy=policy,
         reference=reference,
@@ -117,10 +140,50 @@ def assemble(config: Config, given: Mapping[str, Reward] | None = None) -> Compo
         heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
         pretraining=_pretraining(config.pretraining, policy),
         sampling=sampling,
-        settings=_settings(config.algorithm, config.leash, config.rollout),
+        settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
+        engine=engine,
+        mesh=mesh,
     )
+
+
+def load_models(
+    policy_section: PolicyConfig,
+    reference_section: ReferenceConfig,
+    device: torch.device,
+    *,
+    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Policy, FrozenReference]:
+    """The policy of a run at its start, and its reference.
+
+    Raises:
+        ModelError: they cannot be used, or not together.
+    """
+    policy = _policy(policy_section, device, sharding)
+    mesh = Mesh() if mesh is None else mesh
+    reference = _reference(reference_section, policy_section, policy, device, mesh)
+    # Added tokens that the reference lacks have probability 0 for both.
+    return replace(policy, words=underlying(reference).words), reference
+
+
+def _require_fitting(config: Config, mesh: Mesh) -> None:
+    """Every process has something to do, and a way to do it.
+
+    Raises:
+        ConfigError: there are several for a strategy of one, or more than responses of a step.
+    """
+    if mesh.size > 1 and config.distributed.strategy == "none":
+        raise ConfigError(
+            f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
+            "fsdp, or start without a launcher"
+        )
+    if mesh.size > config.responses_per_step:
+        raise ConfigError(
+            f"expected at most as many processes as the {config.responses_per_step} responses of a "
+            f"step, got {mesh.size}: start fewer, or raise rollout.prompts_per_step"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -201,7 +264,7 @@ def make_controller(
             )
 
 
-def _policy(section: PolicyConfig, device: torch.device) -> Policy:
+def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | None) -> Policy:
     lora = section.lora
     adapter = None
     if lora is not None:
@@ -220,6 +283,7 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
         adapter=adapter,
         revision=section.revision,
         merge=section.adapter,
+        sharding=sharding,
     )
     if section.gradient_checkpointing:
         enable_recomputation(trunk_of(policy.model))
@@ -227,7 +291,7 @@ def _policy(section: PolicyConfig, device: torch.device) -> Policy:
 
 
 def _reference(
-    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device
+    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device, mesh: Mesh
 ) -> FrozenReference:
     """The reference, where the configuration wants it to live."""
     own = wanted.path is None
@@ -243,33 +307,90 @@ def _reference(
         attention=start.attention,
         revision=source.revision,
         merge=source.adapter,
+        sharding=None if kind == "cpu_offload" else policy.sharding,
     )
-    shrink_frozen(reference.model, start.precision)
+    if not is_sharded(reference.model):
+        shrink_frozen(reference.model, start.precision)
     words = check_compatible(policy, reference).words
     reference = replace(reference, words=words, precision=start.precision)
     match kind:
         case "cpu_offload":
             return OffloadedReference(reference, device)
         case "cached":
-            return open_cache(reference, cast(str, wanted.cache))
+            opened = mesh.first(lambda: open_cache(reference, cast(str, wanted.cache)))
+            return opened if mesh.size == 1 else opened.of_process(mesh.rank, mesh.size)
         case "copy":
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
+def _engine(
+    rollout: RolloutConfig, policy: Policy, prompts: Sequence[Prompt]
+) -> SeparateEngine | None:
+    """What writes with weights of its own; None: the policy writes by itself.
+
+    Raises:
+        ConfigError: there are several processes.
+        EngineError: it cannot be started or reached, or does not fit the run.
+    """
+    if rollout.engine == "hf":
+        return None
+    if is_distributed():
+        raise ConfigError(
+            "expected rollout.engine: hf with several processes, got vllm: a server of its own "
+            "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
+        )
+    require_temperature(rollout.temperature)
+    longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
+    section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
+    engine: SeparateEngine
+    if section.url is not None:
+        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
+    else:
+        settings = VLLMSettings(
+            max_tokens=needed,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            kv_cache_gib=section.kv_cache_gib,
+            enforce_eager=section.enforce_eager,
+        )
+        engine = start_vllm(policy, settings)
+    try:
+        # What it cannot do with this model shows here, before a run directory exists.
+        hand_over(engine, policy)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
+    """Where prompts come from: rows in memory, or a file.
+
+    Raises:
+        PromptError: they were in memory, and are not there now.
+    """
+    if path == IN_MEMORY and name not in rows:
+        raise PromptError(
+            f"expected the rows of `prompts.{name}` in memory, as this run was begun with, got "
+            "none: call kleash.train with the same rows again"
+        )
+    return rows.get(name, path)
+
+
 def _prompts(
-    path: str, policy: Policy, sampling: SamplingSpec, chat_template: str | None
+    source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
     prompts = read_prompts(
-        path,
+        source,
         policy.tokenizer,
         context=policy.context,
         max_new_tokens=sampling.max_new_tokens,
         chat_template=chat_template,
     )
     for prompt in prompts:
-        where = f"prompt {prompt.index + 1} of {path!r}"
+        of = repr(source) if isinstance(source, str) else "those in memory"
+        where = f"prompt {prompt.index + 1} of {of}"
         require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
     return prompts
 
@@ -362,9 +483,10 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
     )
 
 
-def _settings(
+def settings_of(
     algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
 ) -> Settings:
+    """The numbers of the algorithm that a configuration asks for."""
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,
@@ -373,6 +495,8 @@ def _settings(
         "allow_biased": leash.allow_biased,
         "truncated": rollout.truncated,
         "missing_eos_penalty": rollout.missing_eos_penalty,
+        "correction": rollout.correction,
+        "correction_clip": None if rollout.correction == "none" else rollout.correction_clip,
     }
     match algorithm:
         case PPOConfig():

@@ -1,7 +1,8 @@
 """The models, prompts and optimiser of a run, and what they do together.
 
 `assembly.assemble` makes the object from a configuration. With several processes the heavy work
-(writing, scoring, gradients) is shared out by `workers`; the numbers are the same but for rounding.
+(writing, scoring, gradients) is divided by rows, and every process has the numbers of all of them;
+they are those of one process but for rounding.
 """
 
 from collections.abc import Sequence
@@ -12,28 +13,51 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
-from kleash.errors import RefusedError
+from kleash.algorithms.sampler_correction import prefix_start
+from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
+from kleash.mesh import ALONE, Mesh
 from kleash.models.policy import LanguageModel, Policy
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import RewardModel, WeightedSum
+from kleash.models.sharding import gathered, release
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
+from kleash.rollout.engine import (
+    RolloutEngine,
+    SeparateEngine,
+    TransformersEngine,
+    writing_request,
+)
+from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
 from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
-from kleash.training.distributed import BackwardPass, Workers
+from kleash.training.data_parallel import SharedReward, generate, scored_columns, strides, together
 from kleash.training.metrics import first_ratio_error
 from kleash.training.pretraining_mix import PretrainingMix
 from kleash.training.responses import JudgedResponses, Responses
 from kleash.types import Experience, Fresh, Loss, Rollout, ScoredRollout
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardPass:
+    """What the backward passes of some rows say."""
+
+    metrics: list[dict[str, float]]
+    """Of each microbatch's loss; they combine to those of the minibatch."""
+    ratio_error: float
+    """How far a ratio was from 1."""
+    weights: Float[Tensor, "batch token"]
+    """Prefix weights Π π/π_rollout, in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +88,30 @@ class Components:
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
     """The plan: what the reference's responses show to be possible, where they were drawn."""
-    workers: Workers | None = None
-    """The other processes; None: there are none."""
+    mesh: Mesh = ALONE
+    """The processes of the run."""
+    engine: SeparateEngine | None = None
+    """What writes responses with weights of its own; None: the policy writes by itself."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained, in the optimiser's order."""
         return trained_parameters(self.optimizer)
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """What is trained and lies whole in every process."""
+        return [p for p in self.parameters() if not isinstance(p, DTensor)]
+
+    @property
+    def divided(self) -> bool:
+        """Whether models are divided among the processes, which then have to read as often."""
+        return self.policy.sharding is not None
+
+    def release(self) -> None:
+        """Give up what was gathered of divided models."""
+        for model in (self.policy, self.reference, self.original, self.value):
+            held = getattr(getattr(model, "inner", model), "model", model)
+            if isinstance(held, nn.Module):
+                release(held)
 
     def groups_of(self, rollout: Rollout) -> list[str]:
         """The leash group of each response to training prompts."""
@@ -82,17 +124,30 @@ class Components:
         return self.settings.placement in DIFFERENTIATES_KL
 
     def write(
-        self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        responses_per_prompt: int,
+        microbatch: int,
+        written: Rollout | None = None,
     ) -> Responses:
-        """Sample responses to prompts.
+        """Sample responses to prompts, or take those that were `written` to them already.
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
+            EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        write = scoring_pass.generate if self.workers is None else self.workers.generate
-        rollout = write(self.policy, batch, self.sampling, microbatch=microbatch)
+        rollout = written
+        if rollout is None:
+            batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+            engine = self.current_engine()
+            request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
+            with gathered(self.policy.model):
+                if self.engine is None:
+                    rollout = engine.write(request)
+                else:
+                    rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -101,13 +156,43 @@ class Components:
             columns=columns_of(rows) | response_columns(tokenizer, rollout),
         )
 
+    def current_engine(self) -> RolloutEngine:
+        """What writes: an engine with weights of its own, or the policy by itself.
+
+        Raises:
+            ConfigError: there are several processes beside an engine.
+        """
+        if self.engine is None:
+            alone = self.mesh.size == 1
+            return TransformersEngine(
+                self.policy, scoring_pass.generate if alone else partial(generate, mesh=self.mesh)
+            )
+        if self.mesh.size > 1:
+            raise ConfigError(
+                f"expected one process beside an engine that writes by itself, got "
+                f"{self.mesh.size}: leave the engine out, or start one"
+            )
+        return self.engine
+
+    def close(self) -> None:
+        """Give back the engine, if there is one."""
+        if self.engine is not None:
+            self.engine.close()
+
     def judge(self, responses: Responses) -> JudgedResponses:
         """Score responses by the reward models.
 
         Raises:
             RewardError: a reward model did not keep its contract.
         """
-        judged = self.reward.score_each(responses.prompts, responses.texts, responses.columns)
+        reward = self.reward
+        if self.mesh.size > 1:
+            shared = {
+                name: (SharedReward(model, self.mesh), weight)
+                for name, (model, weight) in reward.rewards.items()
+            }
+            reward = WeightedSum(shared)
+        judged = reward.score_each(responses.prompts, responses.texts, responses.columns)
         total = judged.total.to(self.policy.device)
         return JudgedResponses(responses, total, dict(judged.parts))
 
@@ -129,27 +214,80 @@ class Components:
             microbatch: responses read at once.
             critic: whether the value model reads them too.
             spot_check: compare a few numbers with an obvious implementation in float64.
-            reference: another model to measure the KL to, by this process alone.
+            reference: another model to measure the KL to.
 
         Raises:
             NonFiniteError, ScoringError: as `scoring_pass.score`.
         """
-        # The workers' shares are put together without hidden states: too much to send.
-        keep = critic and self.differentiates_kl and self.workers is None and reference is None
+        # A process updates on other rows than it scored: hidden states are too much to send.
+        alone = self.mesh.size == 1
+        against = self.reference if reference is None else reference
         local = partial(
             scoring_pass.score,
             policy=self.policy,
-            reference=self.reference if reference is None else reference,
+            reference=against,
             value=self.value if critic else None,
             temperature=self.sampling.temperature,
             microbatch=microbatch,
-            keep_ref_hidden=keep,
+            keep_ref_hidden=critic and self.differentiates_kl and alone and reference is None,
             scorer=float64_check.token_scores if spot_check else token_scores,
         )
-        if self.workers is None or reference is not None:
+        if alone:
             return local(rollout, scores=scores)
-        facts = {"microbatch": microbatch, "critic": critic, "spot_check": spot_check}
-        return self.workers.score(local, rollout, scores, facts)
+        shares = strides(rollout, self.mesh.size)
+        share = shares[self.mesh.rank]
+
+        def read() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            refused: RefusedError | None = None
+            try:
+                if len(share):
+                    found = scored_columns(local(select(rollout, share), scores=scores[share]))
+            except RefusedError as error:
+                # The others may have more to read, and of divided models not without this process.
+                refused = error
+            with torch.no_grad():
+                for _ in range(self._idle_passes(shares, microbatch)):
+                    self._idle(rollout, against, critic=critic)
+            if refused is not None:
+                raise refused
+            return found
+
+        own = self.mesh.agree(read, rows=share.tolist())
+        self.release()
+        columns = together(own, share, len(rollout.response_ids), self.mesh)
+        return ScoredRollout(rollout=rollout, scores=scores, **columns)
+
+    def _idle_passes(self, shares: Sequence[Tensor], microbatch: int) -> int:
+        """How many more microbatches the process with the most rows reads; 0 if models are whole.
+
+        Args:
+            shares: rows of each process.
+            microbatch: rows at once.
+        """
+        if not self.divided:
+            return 0
+        passes = [-(-len(share) // microbatch) for share in shares]
+        return max(passes) - passes[self.mesh.rank]
+
+    def _idle(self, rollout: Rollout, reference: LanguageModel | None, *, critic: bool) -> Tensor:
+        """Read a row for nothing, so that the other processes can read theirs.
+
+        Returns:
+            A number that all trained weights have a gradient of 0 in.
+        """
+        row = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
+        part = (row[0][:1], row[1][:1], row[2][:1], row[3][:1])
+        hidden = self.policy.hidden_states(*part)
+        if reference is not None:
+            with torch.no_grad():
+                reference.hidden_states(*part)
+        total = hidden.sum() + self.policy.head.weight.sum()
+        if reference is not None:
+            total = total + 0 * reference.head.weight.detach().sum().to(total.device)
+        if critic and self.value is not None:
+            total = total + self.value.state_values(*part, hidden).sum()
+        return 0 * total
 
     def loss(self, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
         """The loss of one microbatch and what the models say of it now; gradients flow.
@@ -171,45 +309,91 @@ class Components:
             part, now, self.settings, tokens=tokens
         ), now
 
-    def backward(self, rows: Experience, *, tokens: int, microbatch: int) -> BackwardPass:
+    def backward(
+        self,
+        rows: Experience,
+        *,
+        tokens: int,
+        microbatch: int,
+        numbers: Sequence[int] | None = None,
+    ) -> BackwardPass:
         """Add the gradients of some rows, a microbatch at a time; any split adds to the same.
 
         Args:
             rows: a minibatch, or some responses of it.
             tokens: kept tokens of the whole minibatch.
             microbatch: responses at once.
+            numbers: which responses of the minibatch the rows are; all of them by default.
 
         Raises:
-            RefusedError: a number is not finite; it names the response among these rows.
+            RefusedError: a number is not finite; it names the response among the minibatch.
         """
         metrics: list[dict[str, float]] = []
         error, weights = 0.0, torch.zeros_like(rows.mask, dtype=torch.float64)
-        for chosen in microbatches(rows.scored.rollout, microbatch):
+        named = range(len(rows.mask)) if numbers is None else numbers
+        # Where models are divided all processes go backwards together, or none does.
+        mesh = self.mesh if self.divided else ALONE
+        for chosen in microbatches(rows.scored.rollout, microbatch) if len(rows.mask) else ():
             part = select(rows, chosen)
-            try:
-                loss, now = self.loss(part, tokens=tokens)
-            except RefusedError as refused:
-                refused.among(chosen.tolist())
-                raise
+            loss, now = mesh.agree(
+                partial(self.loss, part, tokens=tokens), rows=[named[i] for i in chosen.tolist()]
+            )
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))
-            weights[chosen] = prefix_weights(logprobs.double(), then.double(), part.mask)
+            start = prefix_start(part.scored, self.settings.correction, self.settings.placement)
+            weights[chosen] = prefix_weights(logprobs.double(), start.double(), part.mask)
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 
     def backward_of_minibatch(self, minibatch: Experience, *, microbatch: int) -> BackwardPass:
-        """`backward` of a whole minibatch, by this process alone or shared out.
+        """`backward` of a whole minibatch; of several processes each has gradients of its rows.
 
         Raises:
             RefusedError: as it does.
         """
-        tokens = int(minibatch.mask.sum())
-        if self.workers is None:
+        tokens, mesh = int(minibatch.mask.sum()), self.mesh
+        if mesh.size == 1:
             return self.backward(minibatch, tokens=tokens, microbatch=microbatch)
-        local = partial(self.backward, tokens=tokens, microbatch=microbatch)
-        facts = {"microbatch": microbatch, "tokens": tokens}
-        return self.workers.backward(local, minibatch, facts)
+        shares = strides(minibatch.scored.rollout, mesh.size)
+        share = shares[mesh.rank]
+        work = partial(
+            self.backward,
+            select(minibatch, share),
+            tokens=tokens,
+            microbatch=microbatch,
+            numbers=share.tolist(),
+        )
+        if self.divided:
+            own = work()
+            rollout = minibatch.scored.rollout
+            reference = self.reference if self.differentiates_kl else None
+            for _ in range(self._idle_passes(shares, microbatch)):
+                mesh.agree(partial(self._idle, rollout, reference, critic=True)).backward()
+            self.release()
+        else:
+            own = mesh.agree(work)
+        said = mesh.gather([own.metrics, own.ratio_error])
+        return BackwardPass(
+            metrics=[metrics for some, _ in said for metrics in some],
+            ratio_error=max(error for _, error in said),
+            weights=together({"weights": own.weights}, share, len(minibatch.mask), mesh)["weights"],
+        )
+
+    def add_gradients(self) -> None:
+        """The gradients of all processes' rows, summed in each of them.
+
+        The losses divide by the tokens of the whole minibatch, so that a sum is right and a mean
+        would be too small by the number of processes.
+        """
+        if self.mesh.size == 1:
+            return
+        # Those of divided weights were summed when they were made.
+        parameters = self.replicated_parameters()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.mesh.add([cast(Tensor, parameter.grad) for parameter in parameters])
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

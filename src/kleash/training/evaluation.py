@@ -20,7 +20,7 @@ from kleash.models.policy import Policy
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import text_of
 from kleash.rollout.text_metrics import distinct_n
-from kleash.rollout.top_tokens import ROWS, Wanted, distributions, likeliest, text_of_id
+from kleash.rollout.top_tokens import ROWS, TopTokens, distributions, text_of_id, top_tokens
 from kleash.storage.samples import Kind, Likely, Sample, Who
 from kleash.training.components import Components
 from kleash.training.metrics import Number, objective_measures
@@ -105,14 +105,14 @@ class SampleReader:
         found: list[list[Likely | None]] = []
         for model in (self.policy, self.reference):
             states = model.hidden_states(*part)[0, :-1][chosen]
-            wanted: list[Wanted] = []
+            wanted: list[TopTokens] = []
             for some in states.split(ROWS):
-                wanted += likeliest(distributions(model.head, some, temperature=self.temperature))
+                wanted += top_tokens(distributions(model.head, some, temperature=self.temperature))
             named = iter(wanted)
             found.append([self._named(next(named)) if here else None for here in chosen.tolist()])
         return found[0], found[1]
 
-    def _named(self, wanted: Wanted) -> Likely:
+    def _named(self, wanted: TopTokens) -> Likely:
         words = [text_of_id(self.policy.tokenizer, number) for number in wanted.ids]
         return Likely(words, wanted.probabilities)
 

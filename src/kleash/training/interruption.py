@@ -10,9 +10,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import current_thread, main_thread
+from time import monotonic
 from types import FrameType
 from typing import Any
 
+_ECHO = 3.0
+"""Seconds in which a launcher passes a signal on."""
 SIGNALS = (signals.SIGINT, signals.SIGTERM)
 NOTICE = "kleash: {name}: finishing this step and saving; once more ends at once"
 
@@ -31,16 +34,20 @@ class StopRequest:
     """Which signal asked the run to stop; None: none so far."""
 
     signal: signals.Signals | None = None
+    at: float = 0.0
+    """When it came, on this process's clock in seconds."""
 
 
 @contextmanager
-def catch_signals(*, notice: bool = True) -> Generator[StopRequest]:
+def catch_signals(*, notice: bool = True, launched: bool = False) -> Generator[StopRequest]:
     """Note the first SIGINT or SIGTERM; a second one raises `KeyboardInterrupt` where it comes.
 
     Outside the main thread Python cannot handle signals, and nothing is caught.
 
     Args:
         notice: whether the first one is answered on standard error.
+        launched: a launcher started this process. It passes on what it gets, so that one Ctrl-C
+            comes twice: what follows within a few seconds is still the first.
     """
     request = StopRequest()
     if current_thread() is not main_thread():
@@ -49,8 +56,10 @@ def catch_signals(*, notice: bool = True) -> Generator[StopRequest]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
+            if launched and monotonic() - request.at < _ECHO:
+                return
             raise KeyboardInterrupt
-        request.signal = signals.Signals(number)
+        request.signal, request.at = signals.Signals(number), monotonic()
         if notice:
             # A handler may come in the middle of a write to sys.stderr: the descriptor itself.
             os.write(2, f"\n{NOTICE.format(name=request.signal.name)}\n".encode())

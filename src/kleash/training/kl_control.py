@@ -6,20 +6,21 @@ groups, each has its own reading from the responses to its own prompts, under `k
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, sqrt
 
 from jaxtyping import Float
 from torch import Tensor
 
 from kleash.config.leash import LeashConfig
-from kleash.kl.control.controllers import FixedBeta, Measurement, ScheduledBeta
+from kleash.kl.control.controllers import BudgetBeta, FixedBeta, Measurement, ScheduledBeta
 from kleash.kl.control.groups import Leash, States, is_grouped, key_of, rows_by_group
+from kleash.kl.control.shortfall import explain_shortfall
 from kleash.kl.control.state import BetaState
 from kleash.kl.planning.initial_beta import Start
-from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl, variance_of
 from kleash.storage.plan_file import Frontier
 from kleash.training.assembly import target_per_response
-from kleash.training.metrics import Number, variance_of, with_error
+from kleash.training.metrics import Number, with_error
 from kleash.types import ScoredRollout
 
 
@@ -157,6 +158,20 @@ def controller_measures(
         own = {**_measured(measurement), **_decided(before[group], after[group])}
         measures |= {key_of(f"controller/{key}", group, after): own[key] for key in own}
     return measures
+
+
+def shortfall_lines(leash: Leash, after: States, readings: Mapping[str, Reading]) -> list[str]:
+    """Why budgets are not spent, of each group whose KL has been under its target for long."""
+    lines: list[str] = []
+    for group, reading in readings.items():
+        controller = leash.controllers[group]
+        if not isinstance(controller, BudgetBeta):
+            continue
+        sd = None if reading.variance is None else sqrt(reading.variance)
+        line = explain_shortfall(after[group], controller.target_kl, sd)
+        if line is not None:
+            lines.append(f"{group}: {line}" if is_grouped(after) else line)
+    return lines
 
 
 def _measured(measurement: Measurement) -> dict[str, Number]:

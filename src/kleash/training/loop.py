@@ -7,25 +7,31 @@
     5. advantages, clipped updates
     6. β moves, so that the KL spent meets its target
 
-Where a launcher started several processes, this one leads and the others do shares of the heavy
-work (`distributed`).
+Where a launcher started several processes, each runs this loop. Writing, scoring and gradients are
+divided by rows (`data_parallel`); all else is the same function of the same numbers everywhere,
+which is asserted after every step. The first process writes the files.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 
+from rich.console import Console
 from torch import Tensor
 
 from kleash.algorithms import dispatch
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
-from kleash.errors import ModelError, RefusedError
+from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
-from kleash.rollout.scoring_pass import score
+from kleash.mesh import joined, speaks
+from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
+from kleash.training.ahead import writing_ahead
 from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
@@ -37,8 +43,9 @@ from kleash.training.kl_control import (
     leash_measures,
     measurements,
     read_groups,
+    shortfall_lines,
 )
-from kleash.training.metadata import objective_line
+from kleash.training.metadata import betas_by_group, objective_line
 from kleash.training.metrics import (
     Clock,
     Number,
@@ -48,6 +55,7 @@ from kleash.training.metrics import (
     objective_measures,
     reward_measures,
     rollout_measures,
+    sampler_measures,
     with_error,
 )
 from kleash.training.optimization import PolicyUpdater
@@ -56,15 +64,17 @@ from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
     check_bounds,
+    keep_for_later,
     recover,
     several_updates,
 )
+from kleash.training.replicas import require_same_step
 from kleash.training.responses import JudgedResponses
 from kleash.training.session import Session
 from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
-from kleash.training.worker import leading
+from kleash.training.vocabulary import vocabulary_measures
 from kleash.types import Experience, ScoredRollout
 
 _SAME_MODEL = 1e-4
@@ -92,17 +102,20 @@ class Trainer:
         preflight: Preflight | None = None,
         argv: Sequence[str] = (),
         rewards: Mapping[str, Reward] | None = None,
+        rows: Mapping[str, Sequence[object]] | None = None,
     ) -> None:
         """Nothing is loaded or written before `fit`.
 
         Args:
             config: the run, written down; `{world}` already replaced.
-            callbacks: objects with methods named in `callbacks`.
+            callbacks: objects with methods named in `callbacks`; each of several processes calls
+                its own, with the same events.
             preflight: looks at the components before anything begins; raises what must stop the
                 run, and returns its warnings, for the record.
             argv: the command line, for the record.
             rewards: reward functions or objects by the names they have in `reward_models`, which
                 take the place of what is named there.
+            rows: prompts given in memory, `train` and `heldout`, in the place of the files.
 
         Raises:
             ConfigError: a callback has none of the methods, or a tracker is not installed.
@@ -111,8 +124,14 @@ class Trainer:
         self._preflight = preflight
         self._argv = argv
         self._rewards = rewards or {}
-        self._trackers = Trackers(config.logging.trackers, Path(config.output))
-        self._display = TrainingDisplay(config.steps, title=Path(config.output).resolve().name)
+        self._rows = rows or {}
+        first = speaks()
+        self._trackers = Trackers(config.logging.trackers if first else (), Path(config.output))
+        self._display = TrainingDisplay(
+            config.steps,
+            title=Path(config.output).resolve().name,
+            console=None if first else Console(quiet=True),
+        )
         self.callbacks = Callbacks([self._trackers, self._display, *callbacks])
 
     def fit(self) -> Path:
@@ -126,27 +145,35 @@ class Trainer:
                 the run directory says "failed" and why if it shows later.
             RunInterrupted: SIGINT or SIGTERM came; the step was finished and saved.
         """
-        with leading() as group:
+        with joined(self.config.distributed.timeout_s) as mesh:
             self.session = session = open_session(
                 self.config,
                 argv=self._argv,
                 preflight=self._preflight,
-                group=group,
+                mesh=mesh,
                 rewards=self._rewards,
+                rows=self._rows,
                 callbacks=self.callbacks,
             )
-            with session.run, self._trackers, self._display, catch_signals() as stop:
+            signals = catch_signals(notice=mesh.is_first, launched=mesh.size > 1)
+            engine = closing(session.components)
+            with engine, session.run, self._trackers, self._display, signals as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
                     self._stop_if_asked(stop)
                     pending = begin_step(session, pending)
                     try:
-                        session.guard.require_checksums()
+                        mesh.agree(session.guard.require_checksums)
                         metrics = self._step(pending)
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    except EngineError as error:
+                        keep_for_later(error, pending, session)
+                        raise
+                    session.next_rollout = pending.following
+                    require_same_step(metrics, session)
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
                     session.save_if_due(metrics)
@@ -160,14 +187,16 @@ class Trainer:
         Raises:
             RunInterrupted: it did; the message says where the run stands and how to go on.
         """
-        if stop.signal is None:
-            return
         session, step = self.session, self.session.state.step
+        asked = [number for number in session.components.mesh.gather(stop.signal) if number]
+        if not asked:
+            return
+        signal = Signals(asked[0])
         checkpoint = session.ensure_saved()
         raise RunInterrupted(
-            f"stopped by {stop.signal.name} after step {step} of {self.config.steps}; kept in "
+            f"stopped by {signal.name} after step {step} of {self.config.steps}; kept in "
             f"{checkpoint}; go on with: kleash train --resume {session.run.path}",
-            exit_code=128 + stop.signal,
+            exit_code=128 + signal,
         )
 
     def _step(self, pending: PendingStep) -> dict[str, Number]:
@@ -194,13 +223,13 @@ class Trainer:
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
-        samples = self._samples(judged, scored, pending.step)
+        samples, closely = self._read_closely(judged, scored, pending.step)
 
         # 4–5. Rewards, advantages, clipped updates.
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = self._climb(experience, pending)
+            updates = closely | self._climb(experience, pending)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -229,7 +258,7 @@ class Trainer:
             **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
-        session.state = after
+        session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
         return metrics
 
     def _start(self) -> None:
@@ -238,10 +267,11 @@ class Trainer:
         state = session.state
         self._display.target_kl = None if is_grouped(state.betas) else self.config.leash.target_kl
         lines = [
-            objective_line(self.config, state.betas),
+            objective_line(self.config, betas_by_group(state.betas), step=state.step),
             *(f"warning: {warning}" for warning in session.warnings),
-            *start_lines(self.config.leash, state.starts),
         ]
+        if state.step == 0:
+            lines += start_lines(self.config.leash, state.starts)
         self.callbacks.on_start(StartEvent(session.run.path, state.step, self.config.steps, lines))
         if session.fresh and session.components.heldout:
             session.run.append_metrics({"step": 0, **self._evaluate(state)})
@@ -253,6 +283,7 @@ class Trainer:
             [components.prompts[number] for number in numbers],
             responses_per_prompt=self.config.rollout.responses_per_prompt,
             microbatch=self.config.responses_per_step,
+            written=self.session.next_rollout,
         )
         return components.judge(pending.responses)
 
@@ -273,12 +304,11 @@ class Trainer:
         components = self.session.components
         if components.reference is components.original:
             return scored.kl
-        return score(
+        return components.score(
             scored.rollout,
-            policy=components.policy,
+            scored.scores,
             reference=components.original,
-            scores=scored.scores,
-            temperature=components.sampling.temperature,
+            critic=False,
             microbatch=self.config.rollout.microbatch_size,
         ).kl
 
@@ -306,26 +336,44 @@ class Trainer:
             scored=scored,
             folder=session.run.path,
             append_event=session.run.append_event,
+            sampler_floor=session.state.sampler_floor,
+            written_ahead=session.next_rollout is not None,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
         pending.within_bounds = True
 
-    def _samples(self, judged: JudgedResponses, scored: ScoredRollout, step: int) -> list[Sample]:
-        """Responses to keep, read closely while the policy is still the one that wrote them."""
-        components = self.session.components
+    def _read_closely(
+        self, judged: JudgedResponses, scored: ScoredRollout, step: int
+    ) -> tuple[list[Sample], dict[str, Number]]:
+        """Responses to keep and, where it is due, both laws over the whole vocabulary.
+
+        While the policy is still the one that wrote them.
+        """
+        components, numbers = self.session.components, dict[str, Number]()
+        # Of a rollout that a copy of the policy wrote ahead, the law is not there any more.
+        there = components.engine is not None or self.session.next_rollout is None
+        if there and _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(
+                scored.rollout,
+                components.policy,
+                temperature=components.sampling.temperature,
+                engine=components.engine,
+            )
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
         count = self.config.logging.samples_per_step
-        return reader.training_samples(scored, judged, step=step, count=count)
+        return reader.training_samples(scored, judged, step=step, count=count), numbers
 
     def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
-        updates = updater.update(experience, done=pending.step - 1)
+        with writing_ahead(self.session) as following:
+            updates = updater.update(experience, done=pending.step - 1)
         pending.updating = True
+        pending.following = following.rollout(pending)
         return updates
 
     def _move(self, scored: ScoredRollout) -> tuple[States, dict[str, Number]]:
@@ -336,6 +384,10 @@ class Trainer:
         readings = read_groups(scored, components.groups_of(scored.rollout), trained=trained)
         given = measurements(readings, state.starts, follow_scores=leash.initial_beta == "auto")
         moved = session.leash.update(state.betas, given)
+        for line in shortfall_lines(session.leash, moved, readings):
+            event = new_event(state.step + 1, "alarm", line, sign="budget_under_spent")
+            session.run.append_event(event)
+            self._display.say(f"step {event.step}: {line}")
         return moved, {
             **leash_measures(leash, state.betas, readings, components.frontier),
             **controller_measures(session.leash, state.betas, given, moved),
@@ -344,8 +396,10 @@ class Trainer:
     def _rollout_numbers(
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
-        """What was written and its scores; the KL to the original, if the anchor is another."""
+        """What was written, the gap of its sampler and its scores; the KL to a first reference."""
         measures = rollout_measures(scored, judged.texts)
+        settings, floor = self.session.components.settings, self.session.state.sampler_floor
+        measures |= sampler_measures(scored, settings, floor=floor)
         measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index

@@ -18,9 +18,15 @@ from kleash.rollout.sampling import overridden_settings
 from kleash.training.state import TrainingState
 
 
-def objective_line(config: Config, betas: States) -> str:
-    """The objective actually optimised, with its numbers."""
-    beta = next(iter(betas.values())).beta
+def objective_line(config: Config, betas: Mapping[str, float | None], *, step: int = 0) -> str:
+    """The objective actually optimised, with its numbers.
+
+    Args:
+        config: the run.
+        betas: β in force of each group; None where its plan has yet to be made.
+        step: the step after which they are in force; 0 before the first.
+    """
+    first = _beta_words(next(iter(betas.values())), step)
     score_text = " + ".join(
         name if reward.weight == 1 else f"{reward.weight:g}·{name}"
         for name, reward in config.reward_models.items()
@@ -34,19 +40,30 @@ def objective_line(config: Config, betas: States) -> str:
         return f"maximise E[{score_text}]; the KL to the reference is measured, not charged"
     if is_grouped(betas):
         held = ", ".join(
-            f"{own.target_kl:g} nats per response of {name} (β from {betas[name].beta:.4g})"
+            f"{own.target_kl:g} nats per response of {name} ({_beta_words(betas[name], step)})"
             for name, own in leash.each().items()
         )
         moves = f"β moved in each group to hold {held}"
     elif leash.target_kl is not None:
-        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl:g} nats per response"
+        moves = f"{first}, moved to hold {leash.target_kl:g} nats per response"
     elif leash.target_kl_per_token is not None:
-        moves = f"β from {beta:.4g}, moved to hold {leash.target_kl_per_token:g} nats per token"
+        moves = f"{first}, moved to hold {leash.target_kl_per_token:g} nats per token"
     elif leash.schedule is not None:
-        moves = f"β from {beta:.4g}, along its schedule"
+        moves = f"{first}, along its schedule"
     else:
-        moves = f"β = {beta:.4g} fixed"
+        moves = f"β = {leash.beta:.4g} fixed"
     return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
+
+
+def betas_by_group(states: States) -> dict[str, float | None]:
+    """β in force of each group."""
+    return {name: state.beta for name, state in states.items()}
+
+
+def _beta_words(beta: float | None, step: int) -> str:
+    if beta is None:
+        return "β from its plan, as `kleash plan` says it"
+    return f"β {beta:.4g} after step {step}" if step else f"β from {beta:.4g}"
 
 
 def run_meta(
@@ -63,7 +80,7 @@ def run_meta(
         "argv": list(argv),
         "seed": config.seed,
         "device": str(policy.device),
-        "objective": objective_line(config, state.betas),
+        "objective": objective_line(config, betas_by_group(state.betas)),
         "start": _starts(state.starts),
         "undo": "memory" if undo_in_memory else "checkpoint",
         "reference": dataclasses.asdict(reference),

@@ -11,7 +11,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.algorithms import dispatch
@@ -19,10 +18,12 @@ from kleash.algorithms.advantages import gae
 from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rewards import beta_of_each
+from kleash.algorithms.sampler_correction import correction_numbers
 from kleash.errors import ScoringError
 from kleash.kl.control_variate import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
-from kleash.kl.statistics import Estimate, clustered_mean, response_kl
+from kleash.kl.sampler_gap import sampler_gap
+from kleash.kl.statistics import Estimate, clustered_mean, response_kl, variance_of
 from kleash.masked import masked_mean
 from kleash.rollout.text_metrics import distinct_n
 from kleash.types import Beta, Experience, ScoredRollout
@@ -61,17 +62,40 @@ def objective_measures(scored: ScoredRollout, *, beta: Beta | None) -> dict[str,
 
 
 def rollout_measures(scored: ScoredRollout, responses: Sequence[str]) -> dict[str, Number]:
-    """Length, endings, variety, and the distance between sampler and trainer."""
+    """Length, endings and variety."""
     rollout = scored.rollout
     mask = rollout.response_mask
-    measures: dict[str, Number] = {
+    return {
         "rollout/length": float(mask.sum(-1).double().mean()),
         "rollout/eos_fraction": float(rollout.ended.double().mean()),
         "rollout/distinct_2": distinct_n(responses, 2),
     }
-    if rollout.sampler_logprobs is not None:
-        difference = response_kl(rollout.sampler_logprobs - scored.rollout_logprobs, mask)
-        measures["rollout/kl_sampler"] = float(difference.mean())
+
+
+def sampler_measures(
+    scored: ScoredRollout, settings: Settings, *, floor: float | None
+) -> dict[str, Number]:
+    """The KL between sampler and trainer both ways, and what its correction has to do.
+
+    Args:
+        scored: the rollout; nothing is measured where its engine gave no log-probabilities.
+        settings: the numbers of the algorithm, the correction among them.
+        floor: the KL per token before the run's first update; None: this is that rollout.
+    """
+    rollout = scored.rollout
+    if rollout.sampler_logprobs is None:
+        return {}
+    laws = (scored.rollout_logprobs, rollout.sampler_logprobs, rollout.response_mask)
+    gap = sampler_gap(*laws, rollout.prompt_index)
+    measures = {
+        **with_error("rollout/kl_sampler", gap.per_response),
+        **with_error("rollout/kl_sampler_per_token", gap.per_token),
+        **with_error("rollout/kl_sampler_reverse_per_token", gap.reverse_per_token),
+        "rollout/kl_sampler_floor": gap.per_token.mean if floor is None else floor,
+    }
+    if settings.correction != "none":
+        numbers = correction_numbers(settings.correction, *laws, clip=settings.correction_clip)
+        measures |= {f"rollout/correction_{name}": x for name, x in numbers.items()}
     return measures
 
 
@@ -105,23 +129,6 @@ def first_ratio_error(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) 
 def score_variance(scored: ScoredRollout) -> float | None:
     """Variance of the scores, within prompts where there are several responses to each."""
     return variance_of(scored.scores, scored.rollout.prompt_index)
-
-
-def variance_of(
-    scores: Float[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
-) -> float | None:
-    """Variance of scores, within prompts where there are several to each; None for a single one."""
-    prompts, index = prompt_index.unique(return_inverse=True)
-    scores, count = scores.double(), len(scores)
-    within = count > len(prompts)
-    groups = index if within else torch.zeros_like(index)
-    sums = scores.new_zeros(len(prompts)).index_add(0, groups, scores)
-    sizes = scores.new_zeros(len(prompts)).index_add(0, groups, torch.ones_like(scores))
-    freedom = count - (len(prompts) if within else 1)
-    if freedom < 1:
-        return None
-    means = sums / sizes.clamp(min=1)
-    return float((scores - means[groups]).square().sum()) / freedom
 
 
 def charge_measures(settings: Settings, experience: Experience, beta: Beta) -> dict[str, Number]:

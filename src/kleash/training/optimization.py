@@ -4,19 +4,22 @@ A gradient that is not finite never reaches the weights; whose it was is found o
 response alone, and then each of its tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kleash.algorithms.common import kept_rows, select
 from kleash.algorithms.losses import average, combine, explained_variance
 from kleash.config.schema import Config
 from kleash.errors import NonFiniteError, RefusedError, RunError
 from kleash.kl.placements import effective_sample_size
+from kleash.mesh import Mesh
 from kleash.models.policy import Policy
+from kleash.models.sharding import own, whole
 from kleash.training.assembly import learning_rate_factor
 from kleash.training.components import Components
 from kleash.training.metrics import Number
@@ -72,7 +75,8 @@ class PolicyUpdater:
                 if made and effective < cast(float, config.algorithm.min_effective_samples):
                     break
                 numbers = combine(passed.metrics)
-                numbers |= _pretrain(components.policy, components.pretraining)
+                numbers |= _pretrain(components.policy, components.pretraining, components.mesh)
+                components.add_gradients()
                 numbers["optim/grad_norm"] = self._optimise(minibatch)
             except RefusedError as error:
                 error.among(chosen.tolist())
@@ -99,9 +103,11 @@ class PolicyUpdater:
 
     def _optimise(self, minibatch: Experience) -> float:
         """One optimiser step; refused if a gradient is not finite: the weights stay good."""
+        # Weights that are still gathered would be read again as they were before the step.
+        self.components.release()
         parameters = self.components.parameters()
         most = self.config.optimizer.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(parameters, most))
+        norm = float(clip_gradients(parameters, most))
         if not norm < float("inf"):
             response, token = self._culprit(minibatch)
             raise NonFiniteError(
@@ -136,22 +142,49 @@ class PolicyUpdater:
         except NonFiniteError:
             return False
         # The norm, for it can overflow where no single number does.
-        gradients = [p.grad for p in components.parameters() if p.grad is not None]
-        return bool(nn.utils.get_total_norm(gradients).isfinite())
+        return bool(gradient_norm(components.parameters()).isfinite())
 
 
-def _pretrain(policy: Policy, mix: PretrainingMix | None) -> dict[str, float]:
-    """Gradients of the pretraining mix, where there is one, and its likelihood."""
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients together so that their norm is at most `most`.
+
+    Returns:
+        The norm before: √ Σ g², over the parts that all processes hold of divided ones.
+    """
+    norm = gradient_norm(parameters)
+    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            own(parameter.grad).mul_(scale.to(own(parameter.grad).device))
+    return norm
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, divided ones and whole ones alike."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    divided = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    undivided = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [whole(nn.utils.get_total_norm(some)) for some in (undivided, divided) if some]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def _pretrain(policy: Policy, mix: PretrainingMix | None, mesh: Mesh) -> dict[str, float]:
+    """Gradients of the pretraining mix, where there is one, and its likelihood.
+
+    Every process draws the same texts, and reads its own of them.
+    """
     if mix is None:
         return {}
-    likelihood = pretraining_loss(
-        policy,
-        mix.draw(),
-        pad_id=policy.pad_id,
-        device=policy.device,
-    )
-    (mix.coefficient * likelihood).backward()
-    return {"loss/pretraining": float(likelihood.detach())}
+    texts = mix.draw()
+    tokens = sum(len(text) - 1 for text in texts)
+    own, likelihood = texts[mesh.rank :: mesh.size], 0.0
+    if own:
+        loss = pretraining_loss(
+            policy, own, tokens=tokens, pad_id=policy.pad_id, device=policy.device
+        )
+        (mix.coefficient * loss).backward()
+        likelihood = float(loss.detach())
+    return {"loss/pretraining": sum(mesh.gather(likelihood))}
 
 
 def _require_first_ratio(error: float, dtype: torch.dtype) -> None:

@@ -5,7 +5,6 @@
 The mean is per token, so γ does not depend on how long the texts are.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kleash.errors import PromptError
 from kleash.models.policy import LanguageModel
+from kleash.rollout.prompt_files import file_rows
 from kleash.scoring import token_scores
 
 
@@ -39,26 +39,19 @@ class PretrainingMix:
 def read_texts(
     path: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int
 ) -> list[list[int]]:
-    """Read a JSONL file of `text`; each is tokenised and cut to `max_tokens`.
+    """Read a .jsonl, .csv or .parquet file of `text`; each is tokenised and cut to `max_tokens`.
 
     Raises:
-        PromptError: the file is missing or empty, a line is not JSON or has no `text` of two
-            tokens or more; the message names the line.
+        PromptError: the file is missing, empty or of another kind, or a row cannot be read or has
+            no `text` of two tokens or more; the message names the row.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"expected pretraining texts at {path!r}, got: {error}") from None
+    if not Path(path).is_file():
+        raise PromptError(f"expected pretraining texts at {path!r}, got no file: check the path")
     texts: list[list[int]] = []
-    for number, line in enumerate(lines, start=1):
-        where = f"line {number} of {path!r}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise PromptError(f"expected JSON on {where}, got {line[:60]!r}") from None
-        text = row.get("text") if isinstance(row, dict) else None
+    for where, row in file_rows(Path(path)):
+        text = row.get("text")
         if not isinstance(text, str):
-            raise PromptError(f"expected an object with the key 'text' on {where}")
+            raise PromptError(f"expected the key 'text' with a text on {where}, got {text!r}")
         ids = cast("list[int]", tokenizer(text)["input_ids"])[:max_tokens]
         if len(ids) < 2:
             raise PromptError(f"expected a text of at least two tokens on {where}, got {text!r}")
@@ -69,13 +62,21 @@ def read_texts(
 
 
 def pretraining_loss(
-    model: LanguageModel, texts: list[list[int]], *, pad_id: int, device: torch.device
+    model: LanguageModel,
+    texts: list[list[int]],
+    *,
+    tokens: int,
+    pad_id: int,
+    device: torch.device,
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per token, in nats; the first token of a text is given.
+    """Negative log-likelihood of some texts per token of all that were drawn, in nats.
+
+    The first token of a text is given. Of all texts it is the mean per token.
 
     Args:
         model: the policy.
         texts: token ids of each text.
+        tokens: predicted tokens of all texts, which the sum is divided by.
         pad_id: any id; it is never looked at.
         device: where the model is.
     """
@@ -88,4 +89,4 @@ def pretraining_loss(
     kept = mask[:, rest]
     scores = token_scores(hidden[:, :-1][kept], model.head, ids[:, rest][kept])
     assert scores.logprobs is not None
-    return -scores.logprobs.mean()
+    return -scores.logprobs.sum() / tokens

@@ -15,10 +15,16 @@ from torch import Tensor
 
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.leash import TripwiresConfig
-from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError, TripwireError
+from kleash.errors import (
+    EngineError,
+    NonFiniteScoreError,
+    ReferenceChangedError,
+    RefusedError,
+    TripwireError,
+)
 from kleash.kl.control.groups import key_of, raise_betas
 from kleash.kl.statistics import clustered_mean, response_kl
-from kleash.rollout.scoring_pass import score
+from kleash.models.sharding import own
 from kleash.storage.atomic_directories import drop_directory, list_checkpoints, step_of
 from kleash.storage.events import new_event
 from kleash.training.callbacks import RefusalEvent
@@ -27,7 +33,7 @@ from kleash.training.evidence import PendingStep, keep_evidence
 from kleash.training.metrics import Number, with_error
 from kleash.training.session import Session
 from kleash.training.snapshot import put_back, remember, weights_are_finite
-from kleash.training.state import TrainingState, latest_checkpoint
+from kleash.training.state import TrainingState
 from kleash.training.tripwires import check_entropy, check_kl
 from kleash.types import ScoredRollout
 
@@ -64,8 +70,9 @@ def undone_in_memory(tripwires: TripwiresConfig, optimizer: torch.optim.Optimize
 
 
 def copy_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Trained weights and their two moments."""
-    return sum(3 * p.numel() * p.element_size() for p in trained_parameters(optimizer))
+    """Trained weights and their two moments, as far as this process holds them."""
+    parts = [own(parameter) for parameter in trained_parameters(optimizer)]
+    return sum(3 * part.numel() * part.element_size() for part in parts)
 
 
 def check_bounds(tripwires: TripwiresConfig, scored: ScoredRollout, original_kl: Tensor) -> None:
@@ -106,12 +113,11 @@ def check_after_last_update(session: Session, pending: PendingStep) -> dict[str,
         microbatch=config.responses_per_step,
     )
     rollout = pending.responses.rollout
-    pending.scored = score(
+    pending.scored = components.score(
         rollout,
-        policy=components.policy,
+        torch.zeros(len(rollout.response_ids), device=components.policy.device),
         reference=components.original,
-        scores=torch.zeros(len(rollout.response_ids), device=components.policy.device),
-        temperature=components.sampling.temperature,
+        critic=False,
         microbatch=config.rollout.microbatch_size,
     )
     try:
@@ -132,10 +138,13 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
         RefusedError: the error, where the run stops; it says where the run stands.
     """
     run, state, wires = session.run, session.state, session.config.tripwires
+    session.components.release()
     put_back(session.components.optimizer, pending.undo)
     sentence = str(error)
     evidence = run.path / "refused" / f"step-{pending.step:06d}-{state.rollbacks}"
-    keep_evidence(evidence, error, pending, session.components.policy.tokenizer)
+    mesh = session.components.mesh
+    if mesh.is_first:
+        keep_evidence(evidence, error, pending, session.components.policy.tokenizer)
     event = new_event(
         pending.step,
         "refused",
@@ -164,6 +173,30 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
     _roll_back(session, good[-1], refused=pending.step)
 
 
+def keep_for_later(error: EngineError, pending: PendingStep, session: Session) -> None:
+    """The engine that writes failed: undo the step, and keep the run as it was before it.
+
+    Nothing of a rollout that is not whole was learnt from. The sentence then says where the run
+    stands and how it goes on.
+    """
+    newest = session.newest_checkpoint()
+    if _can_be_undone(pending):
+        put_back(session.components.optimizer, pending.undo)
+        if session.state.step > 0:
+            newest = session.ensure_saved()
+    stands = "at its beginning" if newest is None else f"at {newest}"
+    error.args = (
+        f"{error}; step {pending.step} was not made and the run stands {stands}; go on with: "
+        f"kleash train --resume {session.run.path}",
+    )
+    session.run.append_event(new_event(pending.step, "stopped", str(error)))
+
+
+def _can_be_undone(pending: PendingStep) -> bool:
+    """Whether weights have not moved in this step, or a copy of them was kept."""
+    return not pending.updating or pending.undo.weights is not None
+
+
 def _roll_back(session: Session, step: int, *, refused: int) -> None:
     """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
     config, run, wires = session.config, session.run, session.config.tripwires
@@ -173,6 +206,7 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
     raised = raise_betas(restored.betas, wires.beta_factor)
     session.state = after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
+    session.next_rollout = None  # the same responses would be refused again
     run.append_event(
         new_event(
             refused,
@@ -185,9 +219,10 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
         )
     )
     # The newest go first: the last one left is always one that a run can resume from.
-    for later in reversed(list_checkpoints(run.checkpoints)):
-        if step_of(later) > step:
-            drop_directory(later)
+    if session.components.mesh.is_first:
+        for later in reversed(list_checkpoints(run.checkpoints)):
+            if step_of(later) > step:
+                drop_directory(later)
     session.save(keep=config.logging.keep)
     run.rewind(step)
 
@@ -203,13 +238,14 @@ def _moves(before: TrainingState, after: TrainingState) -> str:
 def _stop(error: RefusedError, pending: PendingStep, session: Session, evidence: Path) -> NoReturn:
     """End the run with one sentence; the state before the refused step is on the disk."""
     state, run, parameters = session.state, session.run, session.components.parameters()
-    newest = latest_checkpoint(run.checkpoints)
+    newest = session.newest_checkpoint()
     saved = -1 if newest is None else step_of(newest)
-    undone = not pending.updating or pending.undo.weights is not None
-    if undone and saved < state.step and state.step > 0 and weights_are_finite(parameters):
+    undone = _can_be_undone(pending)
+    finite = all(session.components.mesh.gather(weights_are_finite(parameters)))
+    if undone and saved < state.step and state.step > 0 and finite:
         # One more than usual, so that no good checkpoint goes for one that may not be.
         session.save(keep=session.config.logging.keep + 1)
-        newest = latest_checkpoint(run.checkpoints)
+        newest = session.newest_checkpoint()
     stands = "at its beginning" if newest is None else f"at {newest}"
     error.args = (
         f"{error}; step {pending.step} was not made, the run stands {stands}, and the batch is in "

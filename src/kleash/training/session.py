@@ -11,6 +11,7 @@ from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
 from kleash.models.precision import weights_dtype
 from kleash.models.reference_offload import anchor_at
+from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
 from kleash.storage.model_card import ModelCardFacts, model_card
@@ -18,9 +19,18 @@ from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.callbacks import Callbacks, CheckpointEvent
 from kleash.training.components import Components
 from kleash.training.metrics import Number
+from kleash.training.record import SilentRun
 from kleash.training.reference_guard import ReferenceGuard
-from kleash.training.state import TrainingState, restore_anchor, restore_run_state, save_run_state
-from kleash.training.warning_signs import warning_signs
+from kleash.training.state import (
+    TrainingState,
+    latest_checkpoint,
+    restore_anchor,
+    restore_next_rollout,
+    restore_run_state,
+    save_run_state,
+)
+from kleash.training.warning_signs import warning_signs, worst_samples
+from kleash.types import Rollout
 
 _Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -35,13 +45,18 @@ class Session:
     leash: Leash
     """The controller of each group's β."""
     state: TrainingState
-    run: RunWriter
+    run: RunWriter | SilentRun
+    """Written by the first process alone."""
     guard: ReferenceGuard
     callbacks: Callbacks
     warnings: list[str]
     """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
+    next_rollout: Rollout | None = None
+    """The rollout of the next step, where it was written ahead; None: it is still to be written."""
+    policy_copy: PolicyCopy | None = None
+    """What writes ahead where no engine has weights of its own; made when first needed."""
     saved_at: float = field(default_factory=lambda: monotonic())
     """When this process began or last wrote a checkpoint, on its own clock in seconds."""
 
@@ -65,11 +80,11 @@ class Session:
         """
         if not self._is_save_due():
             return
-        self.guard.require_hashes()
+        self.components.mesh.agree(self.guard.require_hashes)
         objective, best = metrics.get("heldout/rlhf_reward"), self.state.best_objective
         if objective is not None and objective > (-inf if best is None else best):
             self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
-        self.save(keep=self.config.logging.keep, card=self._card(metrics))
+        self.save(keep=self.config.logging.keep, metrics=metrics)
         self.run.update_meta(
             best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
         )
@@ -87,7 +102,9 @@ class Session:
             return True
         if not logging.checkpoint_minutes or self.config.tripwires.then == "rollback":
             return False
-        return monotonic() - self.saved_at >= 60 * logging.checkpoint_minutes
+        waited = 60 * logging.checkpoint_minutes
+        # The clock of the first process is that of all.
+        return self.components.mesh.told(lambda: monotonic() - self.saved_at >= waited)
 
     def note_warning_signs(self) -> list[str]:
         """At the end of a run: what looks wrong in its numbers, also in run.json and as events.
@@ -97,12 +114,24 @@ class Session:
         """
         frontier = self.components.frontier
         known = None if frontier is None else log(self.config.plan.responses)
-        signs = warning_signs(read_run(self.run.path).metrics, known_kl=known)
+        if not self.components.mesh.is_first:
+            return []
+        run = read_run(self.run.path)
+        signs = warning_signs(run.metrics, known_kl=known)
         self.run.update_meta(warning_signs=[asdict(sign) for sign in signs])
         lines = [f"{sign.sentence} (since step {sign.since})" for sign in signs]
         for sign, line in zip(signs, lines, strict=True):
-            self.run.append_event(new_event(self.state.step, "alarm", line, sign=sign.name))
+            worst = worst_samples(run.samples, since=sign.since)
+            event = new_event(self.state.step, "alarm", line, sign=sign.name, worst=worst)
+            self.run.append_event(event)
         return lines
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint, as the first process sees it; None: there is none."""
+        found = self.components.mesh.told(
+            lambda: None if (at := latest_checkpoint(self.run.checkpoints)) is None else str(at)
+        )
+        return None if found is None else Path(found)
 
     def ensure_saved(self) -> Path:
         """The checkpoint of the run as it stands, written now if it is not there yet.
@@ -110,38 +139,57 @@ class Session:
         Raises:
             RunError: a reference changed, or the checkpoint cannot be written.
         """
-        for checkpoint in list_checkpoints(self.run.checkpoints):
-            if step_of(checkpoint) == self.state.step:
-                return checkpoint
-        self.guard.require_hashes()
+        newest = self.newest_checkpoint()
+        if newest is not None and step_of(newest) == self.state.step:
+            return newest
+        self.components.mesh.agree(self.guard.require_hashes)
         return self.save(keep=self.config.logging.keep)
 
-    def save(self, *, keep: int, card: str | None = None) -> Path:
-        """Write a checkpoint of the run as it stands; older ones beyond `keep` go."""
+    def save(self, *, keep: int, metrics: Mapping[str, Number] | None = None) -> Path:
+        """Write a checkpoint of the run as it stands; older ones beyond `keep` go.
+
+        Args:
+            keep: how many remain.
+            metrics: of the run's last step; None: they are read from the run directory.
+        """
+        if metrics is None:
+            metrics = self.components.mesh.told(self._last_metrics)
         path = save_run_state(
             self.run.checkpoints,
             self.components,
             self.state,
             self.guard.original,
             keep=keep,
-            card=card,
+            card=self._card(metrics),
+            next_rollout=self.next_rollout,
         )
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
         return path
 
-    def _card(self, metrics: Mapping[str, Number]) -> str | None:
-        """The model card of this very policy; None where its KL was not measured.
+    def _last_metrics(self) -> Mapping[str, Number]:
+        """What the run directory has of the last step."""
+        lines = read_run(self.run.path).metrics
+        return next((one for one in lines if one["step"] == self.state.step), {})
 
-        The rollout of a step was written before the step's updates, so its KL is that of another
-        policy: only an evaluation after them speaks of the weights that are saved.
+    def _card(self, metrics: Mapping[str, Number]) -> str | None:
+        """The model card of this policy; None before the first step, where nothing was measured.
+
+        The rollout of a step was written before the step's updates, so its KL is that of the policy
+        one step earlier: it stands in, and the card says so, where there was no evaluation after.
         """
-        kl, error = metrics.get("heldout/kl_ref"), metrics.get("heldout/kl_ref_se")
-        if kl is None:
-            return None
         config, policy = self.config, self.components.policy
         of_group = config.algorithm.name == "grpo"
-        count = metrics.get("heldout/responses")
+        if metrics.get("heldout/kl_ref") is not None:
+            section, of = "heldout", "to held-out prompts"
+            count = metrics.get("heldout/responses")
+        else:
+            section = "objective"
+            of = f"to training prompts, by the policy before the updates of step {self.state.step}"
+            count = config.responses_per_step
+        kl, error = metrics.get(f"{section}/kl_ref"), metrics.get(f"{section}/kl_ref_se")
+        if kl is None:
+            return None
         return model_card(
             ModelCardFacts(
                 reference=self.guard.original.path,
@@ -157,9 +205,10 @@ class Session:
                 kl=kl,
                 kl_interval=None if error is None else (kl - _Z95 * error, kl + _Z95 * error),
                 kl_responses=None if count is None else int(count),
+                kl_of=of,
                 target_kl=config.leash.target_kl,
-                score=metrics.get("heldout/scores"),
-                score_error=metrics.get("heldout/scores_se"),
+                score=metrics.get(f"{section}/scores"),
+                score_error=metrics.get(f"{section}/scores_se"),
                 reward_models={
                     name: str(reward.callable or reward.path)
                     for name, reward in config.reward_models.items()
@@ -172,9 +221,11 @@ class Session:
 
     def restore(self, step: int) -> None:
         """Everything as it was when the checkpoint of that step was written."""
-        (checkpoint,) = [c for c in list_checkpoints(self.run.checkpoints) if step_of(c) == step]
+        found = list_checkpoints(self.run.checkpoints)
+        (checkpoint,) = [c for c in found if step_of(c) == step]
         components = self.components
         self.state = restore_run_state(checkpoint, components, self.guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, self.state)
         self.components = replace(components, reference=anchor)
+        self.next_rollout = restore_next_rollout(checkpoint, components.policy.device)
         self.guard = ReferenceGuard.of(components.original, anchor)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kleash.models.sharding import own
 from kleash.training.components import trained_parameters
 from kleash.training.random_state import random_states, restore_random_states
 
@@ -16,7 +17,8 @@ class Undo:
 
     random: Mapping[str, Tensor]
     weights: Sequence[Tensor] | None
-    """In main memory, in the order of the optimiser's parameters; None: not kept."""
+    """In main memory, in the order of the optimiser's parameters; None: not kept. Of a divided
+    weight it is this process's part."""
     moments: Sequence[Mapping[str, Tensor]] = ()
 
 
@@ -48,23 +50,21 @@ def put_back(optimizer: torch.optim.Optimizer, undo: Undo) -> None:
     optimizer.zero_grad(set_to_none=True)
     if undo.weights is None:
         return
-    optimizer.state.clear()
     for parameter, weights, moments in zip(
         trained_parameters(optimizer), undo.weights, undo.moments, strict=True
     ):
-        parameter.copy_(weights)
-        if moments:
-            optimizer.state[parameter] = {
-                name: tensor.to(parameter.device, copy=True) for name, tensor in moments.items()
-            }
+        own(parameter).copy_(weights)
+        if not moments:
+            optimizer.state.pop(parameter, None)
+        for name, tensor in moments.items():
+            own(optimizer.state[parameter][name]).copy_(tensor)
 
 
 def weights_are_finite(parameters: Sequence[Tensor]) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in parameters)
+    """Whether no weight is NaN or infinite; of divided ones, no part that this process holds."""
+    return all(bool(own(parameter).isfinite().all()) for parameter in parameters)
 
 
 def _kept(tensor: Tensor, into: Tensor | None) -> Tensor:
-    if into is None:
-        return tensor.detach().to("cpu", copy=True)
-    return into.copy_(tensor.detach())
+    held = own(tensor.detach())
+    return held.to("cpu", copy=True) if into is None else into.copy_(held)

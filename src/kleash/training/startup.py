@@ -5,24 +5,28 @@ Nothing is written before everything that can be wrong at the start has been loo
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import yaml
 
+import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
+from kleash.training.ahead import require_can_write_ahead
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
 from kleash.training.continuation import find_run
 from kleash.training.metadata import run_meta
-from kleash.training.process_group import WorkerGroup
+from kleash.training.record import SilentRun
 from kleash.training.recovery import undone_in_memory
 from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.session import Session
@@ -30,9 +34,9 @@ from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
+    restore_next_rollout,
     restore_run_state,
 )
-from kleash.training.worker import assemble_everywhere
 
 Preflight = Callable[[Config, Components], list[str]]
 """Looks at what was assembled; raises what must stop the run, and returns its warnings."""
@@ -43,8 +47,9 @@ def open_session(
     *,
     argv: Sequence[str],
     preflight: Preflight | None,
-    group: WorkerGroup | None,
+    mesh: Mesh,
     rewards: Mapping[str, Reward],
+    rows: Mapping[str, Sequence[object]],
     callbacks: Callbacks,
 ) -> Session:
     """Assemble the components and open the run directory.
@@ -53,20 +58,24 @@ def open_session(
         config: the run; `{world}` already replaced.
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
-        group: the other processes, if there are any.
-        rewards: given in memory, by their names in `reward_models`.
+        mesh: the processes of the run; the first one writes.
+        rewards, rows: rewards and prompts given in memory, by their names.
         callbacks: of the run.
 
     Raises:
         KleashError: something the user can fix; nothing was begun.
     """
     path = Path(config.output)
-    found = find_run(config)
+    found = mesh.first(lambda: find_run(config))
     begun = found is not None
     torch.manual_seed(config.seed)
-    components = assemble(config, rewards) if group is None else assemble_everywhere(group, config)
+    components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
+    if config.rollout.ahead:
+        require_can_write_ahead(components.engine, processes=mesh.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
+    if mesh.size > 1:
+        _require_alike(config, components, guard)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
     if checkpoint is None:
         frontier, state = _begin(config, components)
@@ -77,21 +86,24 @@ def open_session(
         guard = ReferenceGuard.of(components.original, anchor)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
     tree = yaml.safe_load(dump_config(config))
-    if found is not None:
+    # Made by every process, for the hash of divided weights needs all of them.
+    meta = run_meta(
+        config,
+        components.policy,
+        guard.original,
+        argv,
+        state=state,
+        undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
+    )
+    if not mesh.is_first:
+        run = SilentRun(path)
+    elif found is not None:
         run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
         if found.changes:
             run.change_config(tree, found.changes, after_step=state.step)
     else:
-        meta = run_meta(
-            config,
-            components.policy,
-            guard.original,
-            argv,
-            state=state,
-            undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
-        )
         run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
-    if frontier is not None and checkpoint is None:
+    if frontier is not None and checkpoint is None and mesh.is_first:
         write_frontier(path / PLAN_FILE, frontier)
     return Session(
         config=config,
@@ -105,6 +117,30 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
+        next_rollout=None
+        if checkpoint is None
+        else restore_next_rollout(checkpoint, components.policy.device),
+    )
+
+
+def _require_alike(config: Config, components: Components, guard: ReferenceGuard) -> None:
+    """Every process runs the same code on the same files.
+
+    Raises:
+        RunError: one does not.
+    """
+    prompts = repr([components.prompts, components.heldout])
+    code = b"".join(
+        file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))
+    )
+    components.mesh.require_same(
+        {
+            "code of kleash": sha256(code).hexdigest(),
+            "configuration": dump_config(config),
+            "policy": components.policy.identity().sha256,
+            "reference": guard.original.sha256,
+            "set of prompts": sha256(prompts.encode("utf-8", "surrogatepass")).hexdigest(),
+        }
     )
 
 

@@ -2,10 +2,11 @@
 
     policy/             Hugging Face format, with its tokenizer
     value.safetensors   the critic, where there is one
-    optimizer.pt        moments of the optimiser; read with `weights_only`
+    optimizer/          moments of the optimiser, in a file for each process that wrote
     random.safetensors  the random generators
     state.json          step, episodes, β states, score statistics, place in the prompts, reference
     anchor.safetensors  the policy that the leash was moved to, if it was moved
+    next_rollout.safetensors  the responses of the next step, if they were written ahead
 
 The reference itself is not stored: it is loaded as before, and its identity must be the same.
 For the length of one step the same is kept in main memory, so that the step can be undone.
@@ -18,15 +19,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.errors import RunError
 from kleash.kl.control.controllers import BetaState
 from kleash.kl.control.groups import States
 from kleash.kl.planning.initial_beta import Start
+from kleash.mesh import Mesh
 from kleash.models.policy import Identity, Policy
 from kleash.models.reference_offload import FrozenReference, anchor_at, underlying
+from kleash.models.sharded_loading import read_slices
+from kleash.models.sharding import release, whole
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.atomic_directories import (
@@ -38,9 +42,12 @@ from kleash.storage.atomic_directories import (
     write_checkpoint,
 )
 from kleash.training.components import Components
+from kleash.training.moments import begin_moments, load_moments, save_moments
 from kleash.training.random_state import random_states, restore_random_states
+from kleash.types import Rollout
 
-_ANCHOR = "anchor.safetensors"
+_ANCHOR, _MOMENTS = "anchor.safetensors", "optimizer"
+_NEXT = "next_rollout.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class TrainingState:
     starts: Mapping[str, Start] = field(default_factory=dict)
     """Where the moving β of each group started, which its controller goes on building on; empty if
     it was given."""
+    sampler_floor: float | None = None
+    """KL of sampler against trainer before the first update, in nats per token; None: not measured
+    yet, or by no engine that reports log-probabilities."""
 
 
 def save_run_state(
@@ -77,6 +87,7 @@ def save_run_state(
     *,
     keep: int,
     card: str | None = None,
+    next_rollout: Rollout | None = None,
 ) -> Path:
     """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
 
@@ -87,29 +98,49 @@ def save_run_state(
         reference: the reference that the run began with.
         keep: how many checkpoints stay.
         card: text of the policy's README.md.
+        next_rollout: of the next step, where it was written ahead. The weights that wrote it are
+            gone, so it cannot be written again.
 
     Raises:
         RunError: it cannot be written; nothing of it remains.
     """
 
+    mesh, policy = components.mesh, components.policy
+    components.release()
+    # Gathered first: what one process writes must not keep the others waiting for a weight.
+    tensors = mesh.agree(lambda: policy.gather_weights(keep=mesh.is_first))
+    critic = None if components.value is None else whole_state(components.value, mesh)
+    anchor = whole_state(underlying(components.reference).model, mesh) if state.anchored else {}
+
     def write(directory: Path) -> None:
-        components.policy.save(directory / "policy")
+        policy.save(directory / "policy", tensors=tensors)
         if card is not None:
             (directory / "policy" / "README.md").write_text(card, encoding="utf-8")
-        if components.value is not None:
-            critic = _module(components.value).state_dict()
-            save_tensors(directory / "value.safetensors", dict(critic))
-        torch.save(components.optimizer.state_dict(), directory / "optimizer.pt")
+        begin_moments(directory / _MOMENTS, components.optimizer)
+        if critic is not None:
+            save_tensors(directory / "value.safetensors", critic)
         save_tensors(directory / "random.safetensors", random_states())
         record = {**asdict(state), "reference": asdict(reference)}
         (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         if state.anchored:
-            save_tensors(
-                directory / _ANCHOR, dict(underlying(components.reference).model.named_parameters())
-            )
+            save_tensors(directory / _ANCHOR, anchor)
+        if next_rollout is not None:
+            columns = {name: x for name, x in vars(next_rollout).items() if x is not None}
+            save_tensors(directory / _NEXT, columns)
 
-    spare = () if state.best_step is None else (state.best_step,)
-    return write_checkpoint(parent, state.step, write, keep=keep, spare=spare)
+    def together(directory: Path) -> None:
+        policy.verify(directory / "policy", mesh)
+        save_moments(directory / _MOMENTS, components.optimizer, mesh)
+
+    return write_checkpoint(
+        parent,
+        state.step,
+        write,
+        keep=keep,
+        spare=() if state.best_step is None else (state.best_step,),
+        together=together,
+        mesh=mesh,
+    )
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -130,7 +161,8 @@ def restore_run_state(
         RunError: the checkpoint is damaged, belongs to another model, or was made with another
             reference; nothing was changed then.
     """
-    verify_checkpoint(directory)
+    mesh = components.mesh
+    mesh.agree(lambda: verify_checkpoint(directory) if mesh.is_first else None)
     record = cast("dict[str, Any]", json.loads((directory / "state.json").read_text("utf-8")))
     try:
         state = _state_of(record)
@@ -143,12 +175,15 @@ def restore_run_state(
         ) from None
     components.policy.restore(directory / "policy")
     device = components.policy.device
+    components.release()
     if components.value is not None:
-        critic = load_tensors(directory / "value.safetensors", device)
-        _module(components.value).load_state_dict(critic)
-    moments = torch.load(directory / "optimizer.pt", map_location=device, weights_only=True)
-    components.optimizer.load_state_dict(moments)
-    restore_random_states(load_tensors(directory / "random.safetensors"))
+        fill(_module(components.value), directory / "value.safetensors")
+    load_moments(directory / _MOMENTS, components.optimizer, mesh)
+    random = load_tensors(directory / "random.safetensors")
+    if mesh.size > 1 and device.type == "cuda":
+        # Every process has a device of its own, and draws on it what the first one draws.
+        random[f"cuda:{device.index}"] = random["cuda:0"]
+    restore_random_states(random)
     return state
 
 
@@ -166,6 +201,7 @@ def _state_of(record: Mapping[str, Any]) -> TrainingState:
         best_step=record["best_step"],
         best_objective=record["best_objective"],
         starts={name: Start(**start) for name, start in record["starts"].items()},
+        sampler_floor=record["sampler_floor"],
     )
 
 
@@ -176,11 +212,34 @@ def restore_anchor(
     if not state.anchored:
         return original
     anchor = anchor_at(policy, state.anchored, like=original)
-    stored = load_tensors(directory / _ANCHOR)
-    with torch.no_grad():
-        for name, parameter in underlying(anchor).model.named_parameters():
-            parameter.copy_(stored[name])
+    release(underlying(anchor).model)
+    fill(underlying(anchor).model, directory / _ANCHOR)
     return anchor
+
+
+def restore_next_rollout(directory: Path, device: torch.device) -> Rollout | None:
+    """The rollout that was written ahead of the next step; None: it is still to be written."""
+    path = directory / _NEXT
+    if not path.exists():
+        return None
+    tensors: dict[str, Any] = load_tensors(path, device)
+    return Rollout(**tensors)
+
+
+def whole_state(module: Any, mesh: Mesh) -> dict[str, Tensor]:
+    """The parameters of a module, put together from all processes and kept by the first."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in cast(nn.Module, module).named_parameters():
+        full = whole(parameter.detach())
+        if mesh.is_first:
+            found[name] = full.cpu() if full is not parameter else full
+    return found
+
+
+def fill(module: nn.Module, file: Path) -> None:
+    """Parameters from what `whole_state` gave, of which each process reads its slices."""
+    wanted = {name: [parameter] for name, parameter in module.named_parameters()}
+    read_slices(module, dict.fromkeys(wanted, file), cast("dict[str, list[Tensor]]", wanted))
 
 
 def _module(value: ValueFunction) -> nn.Module:

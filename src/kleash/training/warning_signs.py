@@ -6,8 +6,10 @@ noisy batch is no sign, nor is something that passed. The bounds are wide on pur
 that a sound run gets is one that is no longer read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from kleash.storage.samples import Sample
 
 Number = float | int | None
 Line = Mapping[str, Number]
@@ -18,6 +20,8 @@ LEFT = 0.4
 """Share of the first step's distinct-2 or entropy per token below which it has collapsed."""
 LONGER = 3.0
 """Times the first step's length from which on length runs away; shorter than its inverse, too."""
+WORST = 3
+"""Responses shown beside a sign."""
 ERRORS = 3.0
 """Standard errors of a difference of scores from which on it counts."""
 
@@ -62,6 +66,34 @@ def warning_signs(metrics: Sequence[Line], *, known_kl: float | None) -> list[Wa
             ),
         ]
     return [sign for sign in found if sign is not None]
+
+
+def worst_samples(samples: Iterable[Sample], *, since: int) -> list[dict[str, object]]:
+    """The kept responses that went farthest from the reference since a sign began, as plain values.
+
+    Args:
+        samples: of the run, with per-token numbers or without.
+        since: the first step to look at.
+
+    Returns:
+        At most `WORST` of them, the farthest first: step, prompt, response, score, KL in nats.
+    """
+    known = [
+        (sample.kl, sample)
+        for sample in samples
+        if sample.step >= since and sample.who == "policy" and sample.kl is not None
+    ]
+    known.sort(key=lambda pair: -pair[0])
+    return [
+        {
+            "step": sample.step,
+            "prompt": sample.prompt,
+            "response": sample.response,
+            "score": sample.score,
+            "kl": kl,
+        }
+        for kl, sample in known[:WORST]
+    ]
 
 
 def _beyond_the_plan(steps: Sequence[Line], known_kl: float) -> WarningSign | None:

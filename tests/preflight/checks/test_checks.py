@@ -1,5 +1,6 @@
 """Branches of single checks that no planted fault goes through: what is skipped, and why."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,3 +272,16 @@ def test_groups_start_each_from_a_target_of_its_own(trial: Trial) -> None:
     assert "follows from" in objective.strength(grouped).cause
     assert "a target of its own" in objective.target(grouped).cause
     assert "4 nats per response of far (β from" in objective.objective(grouped).measured
+
+
+def test_no_number_of_beta_is_said_but_the_plans(trial: Trial) -> None:
+    """A few responses of a check would give another β than a plan's many."""
+    for section in (LeashConfig(target_kl=2.0), LeashConfig(groups={"near": 1.0})):
+        changed = replace(trial, config=trial.config.model_copy(update={"leash": section}))
+        said = objective.objective(changed).measured
+        assert "β from its plan, as `kleash plan` says it" in said
+        assert not re.search(r"β( from|:| =) [0-9]", said)
+        assert not re.search(r"β = [0-9]", objective.strength(changed).cause)
+    given = LeashConfig(target_kl=2.0, initial_beta=0.25)
+    changed = replace(trial, config=trial.config.model_copy(update={"leash": given}))
+    assert "β from 0.25, moved" in objective.objective(changed).measured

@@ -25,6 +25,10 @@ _CLEAR = 0.06
 """Standard error of ln KL up to which a reading is clear; 2 to 4 % with 100 to 500 responses."""
 _LEAST_TRUST = 0.2
 """Of a noisier reading: memories become at most five times longer."""
+_LEVEL_WEIGHT = 0.5
+"""Weight of the newest KL in its running mean, of a clear reading."""
+_SIGNIFICANT = 2.0
+"""Standard errors of a smoothed KL by which it must be off for that to be no noise."""
 _OFFSET_WEIGHT = 0.2
 """Weight of the newest error in the running one, whose noise is then a third of a reading's."""
 _LEAST_WEIGHT, _WEIGHT_SLOPE = 0.2, 1.5
@@ -35,9 +39,6 @@ above it for more than noise below it.
 """
 _LEAST_PLANNED_GAIN = 1.5
 """A planned slope counts as no flatter than this."""
-_LEAD = 0.1
-"""Of ln β, by which a planned β is undercut at first: a policy nears its optimum ever more slowly,
-and the look-ahead gives it back as the KL rises."""
 _NEAREST = 1e-3
 """Smallest believed ratio of the coming √KL to today's: no policy runs through its reference."""
 
@@ -80,6 +81,12 @@ class BudgetBeta:
     iterations. An error that goes on beyond three standard errors of its mean is no noise, and is
     not waited for. A clear reading is untouched by all this.
 
+    **Under the target β never rises.** While the running mean of the KL is under the target by more
+    than two of its standard errors (of at least 6 % each), neither a drift that is expected nor a
+    closed form that has changed its mind raises β: what is expected is not there yet, and the
+    memory that noise asks for believes in the first steps' drift long after it has ended. A rise of
+    the closed form is made up for, at the rate limit, as soon as the KL is there.
+
     The batch size enters through the standard error only. A reading that is NaN, infinite or
     negative changes nothing but its count; one of exactly 0 only says that training has not
     begun, and does not move β either.
@@ -87,8 +94,8 @@ class BudgetBeta:
     Attributes:
         target_kl: the budget, in nats per response.
         initial: β at the start, in score per nat: from a plan, or `initial_beta`.
-        plant_gain: g at the target according to a plan, whose β is then `initial`, and where β
-            starts a little below it; None: both from the variance of the scores.
+        plant_gain: g at the target according to a plan, whose β is then `initial`; None: both from
+            the variance of the scores.
         settling: iterations in which an error is worked off; larger is calmer.
         look_ahead: iterations that the policy is expected to go on drifting by itself.
         rate_max: largest change of ln β in one update.
@@ -134,10 +141,7 @@ class BudgetBeta:
 
     def init(self) -> BetaState:
         """State before training."""
-        if self.plant_gain is None:
-            return BetaState(self.initial)
-        beta = max(self.beta_min, self.initial * math.exp(-_LEAD))
-        return BetaState(beta, trim=math.log(beta / self.initial))
+        return BetaState(self.initial)
 
     def update(self, state: BetaState, measurement: Measurement) -> BetaState:
         """One step of ln β."""
@@ -160,8 +164,11 @@ class BudgetBeta:
     def _observe(self, state: BetaState, measurement: Measurement) -> BetaState:
         """Speed, variance, the tilt of the path so far and the β it leads to."""
         kl, noise, variance = measurement.response_kl, state.noise, state.variance
+        level, under = state.level, state.under
         if kl > 0:
             noise = _mean_square(noise, measurement.noise)
+            level = _level(level, kl, noise)
+            under = under + 1 if self._under(level, noise) else 0
         trust = _trust(noise)
         if measurement.variance is not None:
             variance = _smoothed(variance, measurement.variance, trust * _VARIANCE_WEIGHT)
@@ -180,11 +187,19 @@ class BudgetBeta:
             state,
             kl=kl,
             noise=noise,
+            level=level,
+            under=under,
             speed=speed,
             variance=variance,
             tilt=tilt,
             feedforward=feedforward,
         )
+
+    def _under(self, level: float, noise: float) -> bool:
+        """Whether a smoothed KL is under the target by more than noise explains."""
+        weight = _LEVEL_WEIGHT * _trust(noise)
+        error = max(_CLEAR, noise * math.sqrt(weight / (2 - weight)))
+        return math.log(level) - math.log(self.target_kl) < -_SIGNIFICANT * error
 
     def _error(self, state: BetaState, measurement: Measurement) -> tuple[float, bool]:
         """ln(KL_ahead/target): today's error, and the drift to come beyond the noise, if any is."""
@@ -223,7 +238,11 @@ class BudgetBeta:
         base, old = math.log(state.feedforward), math.log(state.beta)
         if abs(gap := base + state.trim - old) > self.rate_max and gap * push > 0:
             push = 0.0  # the rate limit withholds it: integrating on would overshoot
+        if state.under and push > 0:
+            push = 0.0  # a drift that is expected, but not there
         wanted = base + state.trim + push - old
+        if state.under:
+            wanted = min(0.0, wanted)
         log_beta = old + clip(wanted, self.rate_max)
         beta = min(self.beta_max, max(self.beta_min, math.exp(log_beta)))
         trim = state.trim + push
@@ -286,6 +305,15 @@ def _mean_square(noise: float | None, newest: float) -> float:
     if noise is None:
         return newest
     return math.sqrt((1 - _NOISE_WEIGHT) * noise**2 + _NOISE_WEIGHT * newest**2)
+
+
+def _level(level: float | None, kl: float, noise: float) -> float:
+    """Running mean of the KL, never farther from the newest reading than noise could bring it."""
+    if level is None:
+        return kl
+    mean = level + _LEVEL_WEIGHT * _trust(noise) * (kl - level)
+    reach = _SIGNIFICANT * noise * kl
+    return min(kl + reach, max(kl - reach, mean))
 
 
 def _smoothed(variance: float | None, newest: float, weight: float) -> float:

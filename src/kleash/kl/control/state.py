@@ -59,6 +59,10 @@ class BetaState:
         gain: −d ln KL*/d ln β as believed at the last reading; None where none is used.
         kl: the last usable reading, in nats; None before the first.
         noise: standard error of ln KL, smoothed; None before the first KL that is not 0.
+        level: the KL, smoothed over as many readings as noise asks for; None before the first that
+            is not 0.
+        under: readings in a row, up to the last, at which `level` was significantly under the
+            target.
         speed: smoothed change of √KL per reading.
         variance: smoothed variance of the scores; None until measured.
         tilt: 1/(2β²) of the optimum that spends `kl`, along the path travelled.
@@ -78,6 +82,8 @@ class BetaState:
     gain: float | None = None
     kl: float | None = None
     noise: float | None = None
+    level: float | None = None
+    under: int = 0
     speed: float = 0.0
     variance: float | None = None
     tilt: float = 0.0

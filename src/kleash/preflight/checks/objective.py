@@ -24,7 +24,11 @@ _PER_TOKEN = 2.0
 
 def objective(trial: Trial) -> Finding:
     """The objective actually optimised, in one line with its numbers."""
-    line = objective_line(trial.config, starting_states(trial))
+    leash, states = trial.config.leash, starting_states(trial)
+    # A plan has its own responses, many more than a check: no number but the plan's is said.
+    planned = leash.beta is None and leash.schedule is None and leash.initial_beta == "auto"
+    betas = {name: None if planned else state.beta for name, state in states.items()}
+    line = objective_line(trial.config, betas)
     return Finding("objective.objective", "ok", line, "what you meant to optimise")
 
 
@@ -74,7 +78,7 @@ def strength(trial: Trial) -> Finding:
         return check.skip("β is 0: the KL is measured, not charged.")
     leash = trial.config.leash
     if leash.beta is None and leash.initial_beta == "auto":
-        return check.skip(f"β = {beta:.4g} follows from leash.target_kl and the score's spread.")
+        return check.skip("β follows from leash.target_kl and the plan: see `kleash plan`.")
     if deviation is None or deviation == 0:
         return check.skip("The score has no spread: see leash.score_spread.")
     unit = _unit(trial, deviation)

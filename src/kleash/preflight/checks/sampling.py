@@ -3,12 +3,11 @@
 What the words themselves say about the law they were drawn from is in `law`.
 """
 
-import torch
-
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
-from kleash.preflight.sampling_distribution import EXPONENTS, explain, weigh
+from kleash.preflight.sampler_causes import explain_gap
+from kleash.preflight.sampling_distribution import explain, weigh
 from kleash.rollout.sampling import overridden_settings
 
 _SURE = 14.0
@@ -29,23 +28,10 @@ def ratio(trial: Trial) -> Finding:
     measured = f"mean ratio {mean:.4f}, {worst:.2g} nats apart at the worst token"
     if abs(mean - 1) <= 0.01 and worst <= 10 * trial.tolerance:
         return check.ok(measured)
-    heat, asked = _sampler_heat(trial), trial.components.sampling.temperature
-    if heat is not None:
-        cause = f"The sampler wrote at temperature {heat:g} and the trainer scores at {asked:g}."
-        remedy = (
-            f"Set rollout.temperature: {heat:g}, at which the sampler writes, or make it write at "
-            f"{asked:g}."
-        )
-    else:
-        cause = (
-            "The sampler's log-probabilities are not the trainer's: another model, a cut "
-            "distribution or a penalty wrote these responses."
-        )
-        remedy = (
-            "Give the sampler the policy's present weights before it writes, and draw with "
-            "rollout.temperature and no other setting."
-        )
-    return check.fail(measured, cause, remedy)
+    found = explain_gap(trial)
+    if found.is_rounding and trial.config.rollout.correction != "none":
+        return check.warn(measured, found.cause, "Nothing, as rollout.correction allows for it.")
+    return check.fail(measured, found.cause, found.remedy)
 
 
 def mean_weight(trial: Trial) -> Finding:
@@ -143,22 +129,3 @@ def ending(trial: Trial) -> Finding:
             "score.",
         )
     return check.ok(measured)
-
-
-def _sampler_heat(trial: Trial) -> float | None:
-    """The temperature at which the texts' own log-probabilities are the sampler's."""
-    sampler, mask = trial.rollout.sampler_logprobs, trial.rollout.response_mask
-    if sampler is None:
-        return None
-    asked = trial.components.sampling.temperature
-    for heat in (1.0, *(asked / exponent for exponent in EXPONENTS)):
-        gaps = [
-            t.logprobs(heat, trial.components.policy.words)
-            .gather(1, t.response[:, None])
-            .squeeze(1)
-            - sampler[t.row][mask[t.row]]
-            for t in trial.texts
-        ]
-        if float(torch.cat(gaps).abs().max()) <= 10 * trial.tolerance:
-            return heat
-    return None

@@ -1,13 +1,14 @@
-"""One PPO iteration, kleash beside TRL's PPOTrainer: CPU time, wall time, memory, by phase.
+"""One iteration of PPO, GRPO or RLOO beside TRL's: CPU time, wall time, memory, by phase.
 
-    python benchmarks/ppo_iteration.py --shape a --epochs 1 --runs 5
+    python benchmarks/iteration.py --shape a --epochs 1 --runs 5
+    python benchmarks/iteration.py --algorithm grpo --shape a --runs 5
 
-The same models with random weights, the same prompts, lengths and epochs, on one thread, three
+The same models with random weights, the same prompts, lengths and epochs, on one thread, the
 systems in processes of their own that take turns, one iteration each, after a warm-up:
 
-    trl             TRL 1.12's PPOTrainer: policy, reference, reward and value model
-    kleash-four     `kleash.training.loop`, the same four models
-    kleash-default  kleash as it is by default: values from a head on the policy's trunk
+    trl             TRL's trainer: policy, reference and reward model, with PPO also a value model
+    kleash-four     PPO: `kleash.train`, the same four models
+    kleash-default  kleash as it is by default; with PPO, values from a head on the policy's trunk
 
 Every response has 64 tokens. TRL is given no stop token, kleash a stop id beyond the vocabulary.
 TRL finds padding by comparing ids, so its padding id lies beyond the vocabulary too: nothing is
@@ -18,7 +19,9 @@ value and reward model) and what is read off it; `update` forward, backward and 
 the rest (TRL: its entropy for the log is there). Memory "above" is the peak less what the
 process held before it loaded a model, less weights, gradients and optimiser states.
 
-TRL 1.16 has no PPO any more, so 1.12 is installed, without dependencies, into a folder of its own.
+GRPO and RLOO are TRL 1.16's, in groups of 4 responses and with β > 0, so that it reads a reference.
+PPO is TRL 1.12's, the last to have it. Both are installed, without dependencies, into folders of
+their own.
 """
 
 import argparse
@@ -34,8 +37,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-TRL = "trl==1.12.0"
-SYSTEMS = ("trl", "kleash-four", "kleash-default")
+TRL = {"ppo": "trl==1.12.0", "grpo": "trl==1.16.0", "rloo": "trl==1.16.0"}
+"""The newest release that has the algorithm."""
+SYSTEMS = {
+    "ppo": ("trl", "kleash-four", "kleash-default"),
+    "grpo": ("trl", "kleash-default"),
+    "rloo": ("trl", "kleash-default"),
+}
+GROUP = 4
+"""Responses to a prompt, for GRPO and RLOO."""
 PHASES = ("generate", "score", "update", "other")
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
@@ -153,8 +163,8 @@ def _start(system: str, options: argparse.Namespace, folder: Path) -> "subproces
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
-    program = Path(__file__).with_name("ppo_worker.py")
-    command = [sys.executable, "-W", "ignore", program, system, folder]
+    program = Path(__file__).with_name("iteration_worker.py")
+    command = [sys.executable, "-W", "ignore", program, options.algorithm, system, folder]
     command += [options.shape, options.epochs, options.threads]
     if system == "trl":
         command.append(options.trl)
@@ -210,7 +220,7 @@ def table(results: dict[str, list[Iteration]], options: argparse.Namespace) -> s
     ]
     ratios = [f"{system} / {first}" for system in others]
     lines = [
-        f"| shape {options.shape}, epochs {options.epochs} | "
+        f"| {options.algorithm}, shape {options.shape}, epochs {options.epochs} | "
         + " | ".join([*systems, *ratios])
         + " |",
         "|---|" + "---:|" * (len(systems) + len(ratios)),
@@ -239,39 +249,45 @@ def machine(options: argparse.Namespace) -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return (
         f"{processor}, {os.cpu_count()} cores, {options.threads} thread(s); Python "
-        f"{platform.python_version()}, {libraries}, {TRL.replace('==', ' ')}; "
+        f"{platform.python_version()}, {libraries}, "
+        f"{TRL[options.algorithm].replace('==', ' ')}; "
         f"medians of {options.runs} after a warm-up, taking turns."
     )
 
 
-def install_trl(folder: Path) -> None:
+def install_trl(folder: Path, release: str) -> None:
     """Install TRL, and TRL alone, into a folder, unless it is there."""
     if not (folder / "trl").is_dir():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
-        subprocess.run([*command, str(folder), TRL], check=True)
+        subprocess.run([*command, str(folder), release], check=True)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser.add_argument("--algorithm", choices=sorted(TRL), default="ppo")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
     parser.add_argument("--epochs", type=int, default=1, help="passes over a rollout")
     parser.add_argument("--runs", type=int, default=5, help="measured iterations of each system")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument(
-        "--trl", type=Path, default=cache / "kleash" / TRL, help="folder of TRL; made if missing"
-    )
+    parser.add_argument("--systems", nargs="+", help="default: all that there are")
+    parser.add_argument("--trl", type=Path, help="folder of TRL; made if missing")
     parser.add_argument("--verbose", action="store_true", help="show what the workers print")
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = SYSTEMS[options.algorithm]
+    options.systems = options.systems or list(known)
+    if unknown := sorted(set(options.systems) - set(known)):
+        parser.error(f"expected systems among {', '.join(known)}, got {', '.join(unknown)}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    options.trl = options.trl or cache / "kleash" / TRL[options.algorithm]
+    return options
 
 
 def main() -> None:
     """Measure and print the table."""
     options = parse()
     if "trl" in options.systems:
-        install_trl(options.trl)
+        install_trl(options.trl, TRL[options.algorithm])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if _start("build", options, folder).wait():

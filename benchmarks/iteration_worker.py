@@ -1,11 +1,11 @@
-"""One of the systems that `ppo_iteration.py` compares, in a process of its own.
+"""One of the systems that `iteration.py` compares, in a process of its own.
 
-    python benchmarks/ppo_worker.py SYSTEM FOLDER SHAPE EPOCHS THREADS [TRL]
+    python benchmarks/iteration_worker.py ALGORITHM SYSTEM FOLDER SHAPE EPOCHS THREADS [TRL]
 
 Builds the models (SYSTEM = build), or runs iterations of a system for ever, each when a line "go"
 comes in, and reports each as a line of JSON. kleash and TRL are imported by name and late: a system
-is not to carry the other's libraries. Both are driven through their own loops, `kleash.train`
-and `PPOTrainer.train`, with a gate at the beginning of an iteration and clocks around functions.
+is not to carry the other's libraries. Both are driven through their own loops, `kleash.train` and
+TRL's `Trainer.train`, with a gate at the beginning of an iteration and clocks around functions.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ppo_iteration import NEW_TOKENS, PHASES, PROMPT_TOKENS, SHAPES, Iteration, Shape
+from iteration import GROUP, NEW_TOKENS, PHASES, PROMPT_TOKENS, SHAPES, Iteration, Shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -179,58 +179,59 @@ def build(folder: Path, shape: Shape) -> None:
             file.write(json.dumps({"prompt": prompt}) + "\n")
 
 
-def run_kleash(folder: Path, shape: Shape, epochs: int, *, own_value_model: bool) -> None:
+def run_kleash(
+    folder: Path, shape: Shape, algorithm: str, epochs: int, *, own_value_model: bool
+) -> None:
     """Drive `kleash.train` itself; a gate stands before each of its steps."""
+    loading: Any = importlib.import_module("kleash.config.loading")
+    components: Any = importlib.import_module("kleash.training.components").Components
     loop: Any = importlib.import_module("kleash.training.loop")
-    opening: Any = importlib.import_module("kleash.training.startup")
-    updates: Any = importlib.import_module("kleash.training.optimization")
-    rollout: Any = importlib.import_module("kleash.rollout.scoring_pass")
-    rewards: Any = importlib.import_module("kleash.models.reward_model")
-    configuration: Any = importlib.import_module("kleash.config.schema")
+    optimization: Any = importlib.import_module("kleash.training.optimization")
+    startup: Any = importlib.import_module("kleash.training.startup")
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
-    assemble, step, write = opening.assemble, loop._step, rollout.generate
-    optimise = updates._optimise
+    assemble, step, write = startup.assemble, loop.Trainer._step, components.write
+    optimise = optimization.PolicyUpdater._optimise
 
-    def assemble_without_stop(config: Any) -> Any:
-        components = assemble(config)
-        learning = [components.policy.model, components.value]
-        frozen = [components.reference.model, rewards_of(components)]
-        gate.held = _mib(frozen) + _mib(learning, times=4)
-        return replace(components, policy=replace(components.policy, stop_ids=(shape.vocabulary,)))
-
-    def rewards_of(components: Any) -> Any:
-        ((reward, _),) = components.reward.rewards.values()
-        return reward._model
+    def assemble_without_stop(*args: Any) -> Any:
+        assembled = assemble(*args)
+        learning = [assembled.policy.model, assembled.value]
+        ((reward, _),) = assembled.reward.rewards.values()
+        frozen = [assembled.reference.model, reward._model]
+        gate.held = _mib(frozen) + _mib([m for m in learning if m is not None], times=4)
+        return replace(assembled, policy=replace(assembled.policy, stop_ids=(shape.vocabulary,)))
 
     def gated_step(*args: Any, **kwargs: Any) -> Any:
         gate.pass_through()
         return step(*args, **kwargs)
 
     def counted_write(*args: Any, **kwargs: Any) -> Any:
-        rollout = write(*args, **kwargs)
-        phases.tokens += int(rollout.response_mask.sum())
-        return rollout
+        responses = write(*args, **kwargs)
+        phases.tokens += int(responses.rollout.response_mask.sum())
+        return responses
 
     def counted_optimise(*args: Any, **kwargs: Any) -> Any:
         phases.updates += 1
         return optimise(*args, **kwargs)
 
-    opening.assemble, loop._step = assemble_without_stop, gated_step
-    updates._optimise, rollout.generate = counted_optimise, counted_write
-    phases.wrap(rollout, "generate", "generate")
-    phases.wrap(rewards.WeightedSum, "score_each", "score")
-    phases.wrap(rollout, "score", "score")
-    phases.wrap(loop, "update", "update")
-    tree = kleash_config(folder, shape, epochs, own_value_model=own_value_model)
-    loop.train(configuration.parse_config(tree, where="benchmark"))
+    startup.assemble, loop.Trainer._step = assemble_without_stop, gated_step
+    optimization.PolicyUpdater._optimise, components.write = counted_optimise, counted_write
+    phases.wrap(components, "write", "generate")
+    phases.wrap(components, "judge", "score")
+    phases.wrap(components, "score", "score")
+    phases.wrap(optimization.PolicyUpdater, "update", "update")
+    tree = kleash_config(folder, shape, algorithm, epochs, own_value_model=own_value_model)
+    # Without the preflight, which refuses a policy that never ends a response.
+    loop.train(loading.parse_config(tree, where="benchmark"))
 
 
 def kleash_config(
-    folder: Path, shape: Shape, epochs: int, *, own_value_model: bool
+    folder: Path, shape: Shape, algorithm: str, epochs: int, *, own_value_model: bool
 ) -> dict[str, Any]:
     """The run as kleash reads it."""
+    group = 1 if algorithm == "ppo" else GROUP
     value = {"kind": "model", "path": str(folder / "value")} if own_value_model else {}
+    critic = {"value": value} if algorithm == "ppo" else {}
     name = "four" if own_value_model else "default"
     return {
         "policy": {"path": str(folder / "policy")},
@@ -239,16 +240,18 @@ def kleash_config(
         },
         "prompts": {"train": str(folder / "prompts.jsonl")},
         "rollout": {
-            "prompts_per_step": shape.batch,
+            "prompts_per_step": shape.batch // group,
+            "responses_per_prompt": group,
             "max_new_tokens": NEW_TOKENS,
             "microbatch_size": shape.batch,
         },
         "leash": {"beta": BETA},
         "algorithm": {
+            "name": algorithm,
             "epochs": epochs,
             "minibatches": 1,
             "microbatch_size": shape.batch,
-            "value": value,
+            **critic,
         },
         "optimizer": {"lr": LEARNING_RATE},
         # Of eight responses, two with the likeliest words at each token would be a quarter.
@@ -259,7 +262,7 @@ def kleash_config(
     }
 
 
-def run_trl(folder: Path, shape: Shape, epochs: int) -> None:
+def run_trl_ppo(folder: Path, shape: Shape, epochs: int) -> None:
     """Drive `PPOTrainer.train`; a gate stands before each of its generations."""
     datasets: Any = importlib.import_module("datasets")
     ppo: Any = importlib.import_module("trl.experimental.ppo")
@@ -267,8 +270,7 @@ def run_trl(folder: Path, shape: Shape, epochs: int) -> None:
     phases = Phases()
     gate = Gate(phases, _memory("VmRSS"))
 
-    # Not AutoTokenizer, which for some architectures makes a tokenizer of another kind.
-    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+    tokenizer = _trl_tokenizer(folder)
     tokenizer.add_special_tokens({"pad_token": "<beyond>"})
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
@@ -340,21 +342,105 @@ def trl_config(maker: Any, folder: Path, shape: Shape, epochs: int) -> Any:
     )
 
 
+def run_trl_group(folder: Path, shape: Shape, algorithm: str, epochs: int) -> None:
+    """Drive `GRPOTrainer.train` or `RLOOTrainer.train`; a gate stands before each generation."""
+    datasets: Any = importlib.import_module("datasets")
+    trl: Any = importlib.import_module("trl")
+    phases = Phases()
+    gate = Gate(phases, _memory("VmRSS"))
+
+    # A stop token beyond the vocabulary: no response ends early.
+    tokenizer = _trl_tokenizer(folder)
+    tokenizer.add_special_tokens({"eos_token": "<beyond>", "pad_token": "<beyond>"})
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    policy.generation_config.eos_token_id = None
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    reader = _trl_tokenizer(folder)
+
+    @torch.no_grad()
+    def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        texts = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
+        return reward(**reader(texts, return_tensors="pt", padding=True)).logits[:, 0].tolist()
+
+    kinds = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
+    make, make_config = kinds[algorithm]
+    trainer = make(
+        model=policy,
+        reward_funcs=[judge],
+        args=make_config(
+            output_dir=str(folder / "trl-output"),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            per_device_train_batch_size=shape.batch,
+            gradient_accumulation_steps=1,
+            num_generations=GROUP,
+            num_iterations=epochs,
+            max_steps=FOR_EVER,
+            max_completion_length=NEW_TOKENS,
+            temperature=1.0,
+            beta=BETA,
+            learning_rate=LEARNING_RATE,
+        ),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([json.loads(line) for line in lines]),
+    )
+    gate.held = _mib([trainer.ref_model, reward]) + _mib([policy], times=4)
+    generate, rollout = trainer._generate_single_turn, trainer._generate_and_score_completions
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        written = generate(*args, **kwargs)
+        # GRPO's has the log-probabilities beside the ids.
+        ids = written[0] if isinstance(written, tuple) else written
+        phases.tokens += sum(len(row) for row in ids)
+        return written
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        gate.pass_through()
+        return rollout(*args, **kwargs)
+
+    def count_step(*args: Any, **kwargs: Any) -> Any:
+        phases.updates += 1
+        return optimise(*args, **kwargs)
+
+    trainer._generate_single_turn, trainer._generate_and_score_completions = counted, gated
+    phases.wrap(trainer, "_generate_single_turn", "generate")
+    phases.wrap(trainer, "_calculate_rewards", "score")
+    phases.wrap(trainer, "_get_per_token_logps_and_entropies")
+    phases.wrap(trainer, "_compute_loss", "update")
+    phases.wrap(trainer.accelerator, "backward", "update")
+    trainer.create_optimizer()
+    optimise = trainer.optimizer.step
+    trainer.optimizer.step = count_step
+    phases.wrap(trainer.optimizer, "step", "update")
+    trainer.train()
+
+
+def _trl_tokenizer(folder: Path) -> Any:
+    """Not AutoTokenizer, which for some architectures makes a tokenizer of another kind."""
+    return PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+
+
 def main() -> None:
     """Be a worker."""
-    system, folder, shape, epochs, threads, *trl = sys.argv[1:]
+    algorithm, system, name, size, passes, threads, *trl = sys.argv[1:]
+    folder, shape, epochs = Path(name), SHAPES[size], int(passes)
     torch.set_num_threads(int(threads))
     # Behind everything that is installed: nothing but TRL itself is to come from there.
     sys.path += trl
-    match system:
-        case "build":
-            build(Path(folder), SHAPES[shape])
-        case "trl":
-            run_trl(Path(folder), SHAPES[shape], int(epochs))
-        case "kleash-four":
-            run_kleash(Path(folder), SHAPES[shape], int(epochs), own_value_model=True)
-        case _:
-            run_kleash(Path(folder), SHAPES[shape], int(epochs), own_value_model=False)
+    if system == "build":
+        build(folder, shape)
+    elif system == "trl" and algorithm == "ppo":
+        run_trl_ppo(folder, shape, epochs)
+    elif system == "trl":
+        run_trl_group(folder, shape, algorithm, epochs)
+    else:
+        own = system == "kleash-four"
+        run_kleash(folder, shape, algorithm, epochs, own_value_model=own)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""A model with an adapter in its weights, where training left one, and its tokenizer."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kleash.models.loading import Attention, Dtype, load_causal_lm, load_config, load_tokenizer
+from kleash.models.lora import AdapterSpec
+from kleash.models.merging import merge_adapter
+from kleash.models.sharded_loading import ShardedModel, open_sharded
+from kleash.models.sharding import Sharding
+
+
+def open_divided(
+    path: str | Path,
+    merge: str | None,
+    dtype: Dtype,
+    attention: Attention,
+    revision: str | None,
+    sharding: Sharding,
+    adapter: AdapterSpec | None = None,
+) -> ShardedModel:
+    """`open_sharded`, with whole models opened by `load_merged`."""
+    return open_sharded(
+        path,
+        dtype=dtype,
+        attention=attention,
+        sharding=sharding,
+        whole=lambda: load_merged(path, merge, dtype, "cpu", attention, revision),
+        spec=adapter,
+        revision=revision,
+        merged=merge is not None,
+    )
+
+
+def load_merged(
+    path: str | Path,
+    merge: str | None,
+    dtype: Dtype,
+    device: str,
+    attention: Attention,
+    revision: str | None,
+) -> PreTrainedModel:
+    """A causal language model, the adapter in a directory merged into it if one is named.
+
+    Raises:
+        ModelError: as `load_causal_lm` and `merge_adapter`.
+    """
+    if merge is None:
+        return load_causal_lm(
+            path, dtype=dtype, device=device, attention=attention, revision=revision
+        )
+    wanted = load_config(path, revision=revision).dtype if dtype == "auto" else _DTYPES[dtype]
+    half = wanted in (torch.bfloat16, torch.float16)
+    model = load_causal_lm(
+        path,
+        dtype="float32",
+        # In main memory, which is the larger one, while it takes twice its memory.
+        device="cpu" if half else device,
+        attention=attention,
+        revision=revision,
+    )
+    model = merge_adapter(model, merge)
+    return cast(Any, _rounded(model, wanted)).to(device) if half else model
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with its parameters in half precision, but for those it keeps in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def tokenizer_of(
+    path: str | Path, merge: str | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; that of the adapter merged into it, where there is one."""
+    if merge is None:
+        return load_tokenizer(path, revision=revision)
+    own = Path(merge)
+    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return load_tokenizer(own)
+    tokenizer = load_tokenizer(path, revision=revision)
+    template = own / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
