@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kleash.cli import main as cli
 from kleash.errors import ModelError, RunError
-from kleash.models.publishing import push_run
+from kleash.models.publishing import push_run, require_complete
 from kleash.training.loop import train
 
 
@@ -62,8 +62,11 @@ def test_all_that_others_need_goes_up_and_opens(run: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_without_a_card_is_refused(run: Path, tmp_path: Path) -> None:
     hub = Hub(tmp_path / "hub")
+    policy = shutil.copytree(run / "checkpoints" / "step-000002" / "policy", tmp_path / "policy")
+    require_complete(policy)
+    (policy / "README.md").unlink()
     with pytest.raises(ModelError, match=r"got none of README\.md; the card is written where"):
-        push_run(run, "someone/model", client=hub, step=1)
+        require_complete(policy)
     with pytest.raises(RunError, match=r"a checkpoint of step 7 .* got those of steps 1, 2"):
         push_run(run, "someone/model", client=hub, step=7)
     assert hub.calls == []
