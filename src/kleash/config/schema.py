@@ -228,6 +228,11 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, for policy and critic; the critic's learning rate is `algorithm.value.lr`."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits (needs kleash[8bit])."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of weights under `policy.precision: pure_bf16`: `stochastic` rounds up or down by chance, so
+    that no update is lost on average."""
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the policy."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -536,6 +541,16 @@ class Config(Section):
                 "`leash.reanchor_every` moves it: take one of them",
                 "reference.kind",
                 "leash.reanchor_every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> "Config":
+        if self.optimizer.rounding == "stochastic" and self.policy.precision != "pure_bf16":
+            raise SettingError(
+                "`optimizer.rounding: stochastic` is for weights in bfloat16, and "
+                f"`policy.precision: {self.policy.precision}` updates float32: leave it out",
+                "optimizer.rounding",
             )
         return self
 

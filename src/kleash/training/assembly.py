@@ -71,6 +71,7 @@ from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_
 from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
+from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.prompt_assembly import (
     groups_of_prompts,
@@ -480,19 +481,20 @@ def _optimizer(
     critic: ValueConfig | None,
     policy: Policy,
     value: ValueFunction | None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": policy.parameters(), "lr": settings.lr, "peak_lr": settings.lr}
     ]
     if critic is not None and value is not None:
         value_lr = cast(float, critic.lr)
         groups.append({"params": list(value.parameters()), "lr": value_lr, "peak_lr": value_lr})
-    return torch.optim.AdamW(
+    return make_optimizer(
         groups,
+        name=settings.name,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,  # one pass over the weights, and no temporaries as large as they are
+        rounding=settings.rounding,
     )
 
 

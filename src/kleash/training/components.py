@@ -84,7 +84,7 @@ class Components:
     sampling: SamplingSpec
     settings: Settings
     """The numbers of the algorithm; their type says which algorithm it is."""
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     tiles: Tiles
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
