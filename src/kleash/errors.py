@@ -114,6 +114,10 @@ class EngineError(KleashError, RuntimeError):
     """The engine that writes responses cannot be used, did not answer, or holds other weights."""
 
 
+class EngineLostError(EngineError):
+    """The connection to the engine broke; what was asked may be asked again once it is back."""
+
+
 class RunError(KleashError, OSError):
     """A run directory cannot be written, read or continued."""
 

@@ -25,7 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kleash.errors
-from kleash.errors import ConfigError, KleashError, LostProcessError, RefusedError, RunError
+from kleash.errors import (
+    ConfigError,
+    KleashError,
+    LostProcessError,
+    RefusedError,
+    RunError,
+    TripwireError,
+)
 
 T = TypeVar("T")
 _BUCKET = 1 << 24
@@ -293,10 +300,10 @@ def _error_of(words: dict[str, Any]) -> KleashError:
     kind: Any = _ERRORS.get(words["kind"], RunError)
     if not issubclass(kind, RefusedError):
         return kind(words["message"])
-    error = kind.__new__(kind)
-    RefusedError.__init__(error, words["message"], response=words["response"], token=words["token"])
-    error.wire = words["wire"]
-    return error
+    place = {name: words[name] for name in ("response", "token")}
+    if issubclass(kind, TripwireError):
+        place["wire"] = words["wire"]
+    return kind(words["message"], **place)
 
 
 def _lost_connection(error: BaseException | None) -> bool:
@@ -335,9 +342,14 @@ def _last_words(mesh: Mesh, error: BaseException) -> BaseException:
     for rank, words in said.items():
         if words is not None:
             return LostProcessError(f"process {rank} of {mesh.size} failed: {words}", ranks=())
-    silent = [rank for rank in range(mesh.size) if rank not in said]
-    named = silent[0] if silent else "(unknown)"
-    return LostProcessError(_WORDLESS.format(rank=named, size=mesh.size), ranks=tuple(silent))
+    silent = tuple(rank for rank in range(mesh.size) if rank not in said)
+    if not silent:
+        return LostProcessError(
+            f"the {mesh.size} processes lost the connection, or waited for each other in different "
+            f"places until distributed.timeout_s: {error}; the run can be resumed from its newest "
+            "checkpoint"
+        )
+    return LostProcessError(_WORDLESS.format(rank=silent[0], size=mesh.size), ranks=silent)
 
 
 _WORDLESS = (

@@ -27,6 +27,8 @@ import kleash.training.startup
 from kleash.config.loading import parse_config
 from kleash.errors import NonFiniteError
 from kleash.mesh import joined
+from kleash.preflight.runner import require_sound
+from kleash.preflight.runtime_monitor import RuntimeMonitor
 from kleash.training.components import Components
 from kleash.training.loop import Trainer, train
 
@@ -77,6 +79,16 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             at_step(lambda trainer: time.sleep(3600))
         case "asked to stop":
             at_step(lambda trainer: signal.raise_signal(signal.SIGTERM))
+        case "other files":
+            assemble = kleash.training.startup.assemble
+
+            def other(*arguments: Any, **named: Any) -> Any:
+                components = assemble(*arguments, **named)
+                with torch.no_grad():
+                    next(components.reference.model.parameters()).add_(1)
+                return components
+
+            patch.setattr(kleash.training.startup, "assemble", other)
         case "no file":
             patch.setattr(kleash.training.startup, "assemble", _no_file)
         case _:
@@ -110,7 +122,11 @@ def serve(given: dict[str, Any], rank: int) -> dict[str, Any]:
                         "result": getattr(importlib.import_module(module), name)(mesh),
                     }
             tree = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8"))
-            train(parse_config(tree, where="the test"))
+            config = parse_config(tree, where="the test")
+            if given.get("checked"):
+                Trainer(config, callbacks=[RuntimeMonitor()], preflight=require_sound).fit()
+            else:
+                train(config)
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("RANKS_SHOW"):
                 traceback.print_exc()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kleash.auditing.inputs import Item
+from kleash.auditing.served_policy import ServedModel
 from kleash.models.policy import Policy
 from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec, generate
@@ -48,7 +49,8 @@ def write_responses(
     cuda = [writer.device] if writer.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(_number(seed))
-        rollout = generate(writer, batch, spec)
+        served = writer.model if isinstance(writer.model, ServedModel) else None
+        rollout = served.write(batch, spec) if served else generate(writer, batch, spec)
     assert rollout.sampler_logprobs is not None
     written: list[Written] = []
     for row, item in enumerate(rows):

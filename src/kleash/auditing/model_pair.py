@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kleash.auditing.options import AuditDtype
+from kleash.auditing.served_policy import PREFIX, open_served
 from kleash.errors import ModelError
 from kleash.models.loading import Dtype
 from kleash.models.merging import adapter_settings, is_adapter
@@ -57,11 +58,14 @@ def load_pair(
 
 
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
-    """Open a model, or an adapter together with the base that it names.
+    """Open a model, or an adapter together with the base that it names; `vllm:DIR` with vLLM.
 
     Raises:
         ModelError: if either cannot be used.
+        EngineError: if vLLM cannot serve it.
     """
+    if str(path).startswith(PREFIX):
+        return open_served(str(path), device=device)
     stored: Dtype = "float32" if dtype == "float64" else dtype
     if is_adapter(path):
         found = _open_adapter(Path(path), dtype=stored, device=device)

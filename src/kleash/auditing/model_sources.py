@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kleash.auditing.model_pair import ModelPair, comparable_pair, open_checkpoint
 from kleash.auditing.options import IN_MEMORY, AuditDtype
+from kleash.auditing.served_policy import ServedModel
 from kleash.errors import ModelError
 from kleash.models.fingerprint import weights_sha256
 from kleash.models.lm_head import check_causal, check_head, read_head
@@ -58,11 +59,16 @@ def opened_pair(
                 f"expected both models on one device, got {models[0].device} and "
                 f"{models[1].device}: move one of them"
             )
+        for one in models:
+            if isinstance(one.model, ServedModel):
+                stack.callback(one.model.engine.close)
         yield comparable_pair(*models)
 
 
 def identity_of(model: Policy) -> Identity:
     """Which model exactly, the adapter that it is read with included."""
+    if isinstance(model.model, ServedModel):
+        return model.model.identity
     identity = model.identity()
     if model.adapter is not None:
         weights = model.model.named_parameters()

@@ -13,6 +13,7 @@ from torch import Tensor
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.generation import Written
 from kleash.auditing.inputs import Item
+from kleash.auditing.served_policy import ServedModel
 from kleash.auditing.token_records import Record, side_by_side
 from kleash.errors import ModelError
 from kleash.models.policy import Policy
@@ -95,7 +96,9 @@ def require_sampler_agreement(
     scored = [torch.from_numpy(r.logprobs if forward else r.ref_logprobs) for r in records]
     d = torch.cat([one.logprobs for one in written]).double() - torch.cat(scored).double()
     off = float((torch.expm1(-d) + d).mean())
-    if off <= SAMPLING_TOLERANCE.get(model.head.weight.dtype, HALF_TOLERANCE):
+    own = model.model
+    computed_in = own.engine.dtype if isinstance(own, ServedModel) else model.head.weight.dtype
+    if off <= SAMPLING_TOLERANCE.get(computed_in, HALF_TOLERANCE):
         return
     padded = len({len(one.item.prompt_ids) for one in written}) > 1
     cause = (

@@ -27,6 +27,7 @@ from kleash.cli.console import (
     split_overrides,
 )
 from kleash.cli.recipes import init, recipes_app
+from kleash.cli.rollout_server import serve_rollouts
 from kleash.config.recipe_library import FOLDER
 from kleash.errors import ConfigError, KleashError, UsageError
 from kleash.kl.discrete import explicit_kl
@@ -70,6 +71,11 @@ app.command(
     init,
     help_epilogue="Examples:\n\n    kleash init models/sft\n\n    kleash init models/sft "
     "--output run.yaml",
+)
+app.command(
+    serve_rollouts,
+    help_epilogue="Examples:\n\n    kleash serve-rollouts run.yaml\n\n    kleash serve-rollouts "
+    "run.yaml --port 8123 --rollout.vllm.kv-cache-gib 4",
 )
 
 _Debug = Annotated[bool, Parameter(negative="", help="Show the traceback of an error.")]

@@ -4,13 +4,14 @@ from typing import Any, cast
 
 from kleash.config.schema import Config
 
-_SAFE_SECTIONS = ("distributed", "logging")
+_SAFE_SECTIONS = ("distributed", "logging", "rollout.vllm")
 _SAFE_KEYS = (
     "algorithm.keep_logits_mib",
     "algorithm.microbatch_size",
     "device",
     "heldout.every",
     "output",
+    "rollout.engine",
     "rollout.microbatch_size",
     "steps",
     "tripwires.undo",
@@ -38,9 +39,10 @@ def resumable_change(key: str, *, schedule: str) -> bool:
     It may where every step already made would have been made the same under the new value, up to
     rounding and random draws: how many steps follow (`steps`, unless the learning rate falls over
     all of them), what is logged and kept (`logging.*`), when it is evaluated (`heldout.every`),
-    where it lies (`output`), and what changes memory and speed alone (`distributed.*`, `device`,
-    `rollout.microbatch_size`, `algorithm.microbatch_size`, `algorithm.keep_logits_mib`,
-    `tripwires.undo`, `tripwires.undo_copy_mib`).
+    where it lies (`output`), what writes (`rollout.engine`, `rollout.vllm.*`), and what changes
+    memory and speed alone (`distributed.*`, `device`, `rollout.microbatch_size`,
+    `algorithm.microbatch_size`, `algorithm.keep_logits_mib`, `tripwires.undo`,
+    `tripwires.undo_copy_mib`).
 
     Args:
         key: a dotted key, as `config_differences` returns it.
@@ -48,7 +50,7 @@ def resumable_change(key: str, *, schedule: str) -> bool:
     """
     if key == "steps" and schedule != "constant":
         return False
-    return key in _SAFE_KEYS or key.split(".")[0] in _SAFE_SECTIONS
+    return key in _SAFE_KEYS or key.startswith(tuple(f"{name}." for name in _SAFE_SECTIONS))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

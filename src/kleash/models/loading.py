@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -220,13 +221,20 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     Raises:
         ModelError: what is listed are no token ids.
     """
+    return ending_ids(model.generation_config, tokenizer)
+
+
+def ending_ids(
+    settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokenizer's end token and those of a model's own settings, which may be missing."""
     found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+    for ids in (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
         some = cast(list[object], [] if ids is None else ids if isinstance(ids, list) else [ids])
         if not all(isinstance(one, int) for one in some):
             raise ModelError(
-                f"expected token ids as eos_token_id of {type(model).__name__} "
-                f"(generation_config.json), got {ids!r}: list the ids that end a text"
+                "expected token ids as eos_token_id of the model (generation_config.json), got "
+                f"{ids!r}: list the ids that end a text"
             )
         found.update(cast(list[int], some))
     return tuple(sorted(found))

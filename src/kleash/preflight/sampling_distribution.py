@@ -18,9 +18,12 @@ from kleash.models.lm_head import apply_head
 from kleash.preflight.probe_batch import Trial
 from kleash.rollout.sampling import overridden_settings
 
-EXPONENTS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+EXPONENTS = (
+    *(0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    *(1.02, 1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
+)
 """1/T of the temperatures tried."""
-_MASSES = tuple(number / 50 for number in range(51))
+_MASSES = (*(number / 100 for number in range(100)), 0.995, 1.0)
 """Cuts of top-p: a word is kept if the likelier ones have less than that."""
 _RATIOS = tuple(10 ** (-number / 10) for number in range(41))
 """Probabilities relative to the likeliest word's, from 1 to 10⁻⁴: cuts of min-p."""
@@ -119,7 +122,7 @@ def _heat(evidence: Evidence, scored: float, hint: str) -> Explanation:
     return Explanation(
         "another temperature",
         float(evidence.heated[best]),
-        f"Words are drawn at a temperature of about {scored / EXPONENTS[best]:.2g} and scored at "
+        f"Words are drawn at a temperature of about {scored / EXPONENTS[best]:.3g} and scored at "
         f"{scored:g}{hint}.",
         "Sample at the temperature that is scored: "
         f"rollout.temperature: {scored:g}, in the sampler too.",

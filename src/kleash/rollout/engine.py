@@ -56,7 +56,8 @@ class RolloutEngine(Protocol):
         limit. It is whole or there is none: an engine that fails in the middle raises.
 
         Raises:
-            EngineError: the engine did not answer, or answered with something else.
+            EngineError: the engine did not answer, or answered with something else; an
+                `EngineLostError` where it may be asked again.
             PromptError, NonFiniteError: as `sampling.generate`.
         """
         ...
@@ -70,19 +71,43 @@ class RolloutEngine(Protocol):
 class SeparateEngine(RolloutEngine, Protocol):
     """An engine with weights of its own, which are those of the policy only after a hand-over.
 
-    `write` may run in another thread while the trainer updates: it touches neither the policy nor
-    torch's global generator. One call at a time.
+    One call at a time.
     """
 
     loaded: int | None
     """`weights_sum` of the policy whose weights were handed over last and verified; None: of none.
     Set by `hand_over.hand_over`."""
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether `write` may run in another thread while the trainer updates.
+
+        True of a server. An engine in this process shares torch's global generator with the
+        trainer (it puts back what it uses), and what both draw would depend on their timing.
+        """
+        ...
+
+    def wait_until_back(self) -> None:
+        """After an `EngineLostError`: wait until it answers again, as long as it may take.
+
+        Raises:
+            EngineError: it does not.
+        """
+        ...
+
     def load_weights(self, weights: NamedTensors) -> None:
         """Take these weights, by the names of a checkpoint; those not named stay as they are.
 
         Raises:
             EngineError: the engine did not take them.
+        """
+        ...
+
+    def text_logprobs(self, texts: Sequence[Sequence[int]]) -> list[Float[Tensor, " token"]]:
+        """log-probability of each token of each text but the first, in nats, at temperature 1.
+
+        Raises:
+            EngineError: the engine did not answer, or answered with something else.
         """
         ...
 

@@ -16,43 +16,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.errors import EngineError
+from kleash.errors import EngineError, EngineLostError
 from kleash.models.fingerprint import weights_sum
 from kleash.models.policy import Policy
-from kleash.models.probing import distance, probe_texts, text_logprobs
-from kleash.rollout.engine import NamedTensors, SeparateEngine
+from kleash.models.probing import LENGTH, probe_texts, text_logprobs
+from kleash.rollout.engine import NamedTensors, SeparateEngine, WritingRequest
+from kleash.types import Rollout
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest distance of two laws of a token (`probing.distance`) that rounding explains, in nats; in
-half precision every layer rounds, and the two implementations round in other places."""
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest difference of log-probabilities that rounding makes, relative to the largest of them (at
+least 1); in half precision every layer rounds, and two implementations round in other places."""
+PROBE_TOKENS = LENGTH + 1
+"""What an engine must be able to read to be verified: a fixed text and one more token."""
 _CHANGED = 1e-7
 """A smaller change of the answers is none."""
 _LAYER = re.compile(r"(.+?\.\d+)\.")
 
 
 def hand_over(engine: SeparateEngine, policy: Policy) -> bool:
-    """Give the engine the policy's weights, if they are other than those it was given last.
+    """Make sure that the engine holds the policy's weights as they are now.
+
+    They are sent if they are others than those sent last, or if the engine, restarted in the
+    meantime, has forgotten those; that it holds them is proven every time.
 
     Args:
         engine: what writes.
         policy: whose weights; those of an adapter are merged into the matrices they change.
 
     Returns:
-        Whether anything was handed over.
+        Whether anything was sent.
 
     Raises:
         EngineError: the engine holds other weights afterwards, which names the groups of
             parameters that differ; or it did not answer.
     """
     current = weights_sum(policy.model.named_parameters())
-    if engine.loaded == current:
+    probe = _Probe(engine, policy)
+    if engine.loaded == current and probe.difference() <= probe.tolerance:
         return False
     # Whatever happens from here on, the engine's weights are unproven.
-    before, engine.loaded = engine.loaded, None
+    engine.loaded = None
     engine.load_weights(policy_weights(policy))
-    _require_agreement(engine, policy, first=before is None)
+    _require_agreement(probe)
     engine.loaded = current
     return True
+
+
+def write_with(engine: SeparateEngine, policy: Policy, request: WritingRequest) -> Rollout:
+    """Let an engine write with the policy's weights; if it is lost on the way, once more.
+
+    The second time it is given the same seeds, and the weights again, so what it writes is what it
+    would have written.
+
+    Raises:
+        EngineError: as `hand_over` and `RolloutEngine.write`.
+    """
+    try:
+        hand_over(engine, policy)
+        return engine.write(request)
+    except EngineLostError:
+        engine.wait_until_back()
+        hand_over(engine, policy)
+        return engine.write(request)
 
 
 def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -60,21 +85,41 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
         W + (alpha / rank) · B A     for a matrix with an adapter; computed in float32
 
-    Tied matrices come once, under the name that comes first.
+    Tied matrices come once, under the name that comes first; embedding and head end with the
+    policy's words.
     """
     layers = dict(policy.model.named_modules())
+    tables = _tables(policy)
+    apart = ends_are_apart(policy)
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
-        if "lora_" in name or ".original_module." in name or id(tensor) in seen:
+        if "lora_" in name or ".original_module." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        table = plain.startswith(tables)
+        if id(tensor) in seen and not (table and apart):
             continue
         seen.add(id(tensor))
-        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
         layer: Any = layers.get(name.rpartition(".base_layer.")[0])
         value = tensor.detach()
         if layer is not None and name.endswith(".base_layer.weight"):
             delta = layer.get_delta_weight("default").detach()
             value = (value.float() + delta.float()).to(value.dtype)
-        yield plain, value
+        yield plain, value[: policy.words] if table else value
+
+
+def ends_are_apart(policy: Policy) -> bool:
+    """Whether an adapter changes the embedding or the head, which then share nothing any more."""
+    tables = _tables(policy)
+    marks = ("lora_", "modules_to_save")
+    names = (name for name in policy.model.state_dict() if name.startswith(tables))
+    return any(mark in name for name in names for mark in marks)
+
+
+def _tables(policy: Policy) -> tuple[str, ...]:
+    """How the names of the embedding's and the head's tensors begin."""
+    ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
+    return tuple(f"{name}." for name, one in policy.model.named_modules() if one in ends)
 
 
 def parameter_group(name: str) -> str:
@@ -97,63 +142,73 @@ class _Probe:
     engine: SeparateEngine
     policy: Policy
 
-    def ours(self) -> list[Float[Tensor, "token vocab"]]:
+    @property
+    def tolerance(self) -> float:
+        """See `_TOLERANCE`; the coarser type where a model has several."""
+        return max(_TOLERANCE[p.dtype] for p in self.policy.model.parameters())
+
+    def ours(self) -> Float[Tensor, "text token"]:
         ids = probe_texts(self.policy.words, device=self.policy.device)
-        return list(text_logprobs(self.policy.model, ids, self.policy.words)[:, :-1])
+        laws = text_logprobs(self.policy.model, ids, self.policy.words)[:, :-1]
+        return laws.gather(2, ids[:, 1:, None].cpu()).squeeze(2)
 
-    def theirs(self) -> list[Float[Tensor, "token vocab"]]:
+    def theirs(self) -> Float[Tensor, "text token"]:
         ids = probe_texts(self.policy.words)
-        return self.engine.next_token_logprobs(ids.tolist())
+        return torch.stack(self.engine.text_logprobs(ids.tolist()))
 
-    def apart(self, ours: list[Tensor], theirs: list[Tensor]) -> float:
-        """The largest distance of two laws, in nats; infinite where a number is not finite."""
-        found = torch.stack([distance(a, b).max() for a, b in zip(ours, theirs, strict=True)])
-        return float(found.nan_to_num(torch.inf).max())
+    def difference(self) -> float:
+        """Between the two, relative to the largest log-probability; see `_apart`."""
+        return _apart(self.ours(), self.theirs())
 
 
-def _require_agreement(engine: SeparateEngine, policy: Policy, *, first: bool) -> None:
-    probe = _Probe(engine, policy)
-    ours, theirs = probe.ours(), probe.theirs()
-    dtype = next(p.dtype for p in policy.model.parameters())
-    tolerance = _TOLERANCE[dtype]
-    found = probe.apart(ours, theirs)
+def _apart(ours: Float[Tensor, "text token"], theirs: Float[Tensor, "text token"]) -> float:
+    """The largest difference, relative to the largest log-probability (at least 1).
+
+    Infinite where a number is not finite.
+    """
+    scale = max(1.0, float(ours.abs().max()))
+    return float((ours - theirs).abs().nan_to_num(torch.inf).max()) / scale
+
+
+def _require_agreement(probe: _Probe) -> None:
+    found, tolerance = probe.difference(), probe.tolerance
     if found <= tolerance:
         return
-    stale, deaf = _groups_at_fault(probe, theirs)
-    still = probe.apart(ours, probe.theirs())
+    stale, deaf = _groups_at_fault(probe)
+    still = probe.difference()
     if deaf:
         cause = f"whatever is sent for {_listed(deaf)} changes nothing in it"
     elif stale:
-        cause = f"{_listed(stale)} had not arrived and changed when sent again"
+        cause = f"{_listed(stale)} had not arrived, and arrived when sent again"
     else:
         cause = "every group of parameters arrives"
     if still > tolerance:
         cause += (
-            f", and with all of them sent again it still differs by {still:.3g}: it serves another "
+            f"; with all of them sent again it still differs by {still:.3g}: it serves another "
             "model or type of numbers, or computes this architecture otherwise"
         )
-    when = "the first hand-over" if first else "a hand-over"
     raise EngineError(
-        f"expected the engine to hold the policy's weights after {when}, got log-probabilities "
-        f"of fixed texts that differ by {found:.3g} nats (rounding makes {tolerance:g}): {cause}; "
-        "restart the engine and resume the run"
+        "expected the engine to hold the policy's weights after they were handed over, got "
+        f"log-probabilities of fixed texts with a relative difference of {found:.3g} (rounding "
+        f"makes at most {tolerance:g}): {cause}; restart the engine and resume the run"
     )
 
 
-def _groups_at_fault(probe: _Probe, answers: list[Tensor]) -> tuple[list[str], list[str]]:
+def _groups_at_fault(probe: _Probe) -> tuple[list[str], list[str]]:
     """Groups that had not arrived, and groups that the engine does not take."""
     stale: list[str] = []
     deaf: list[str] = []
+    answers = probe.theirs()
     groups = dict.fromkeys(parameter_group(name) for name, _ in policy_weights(probe.policy))
     for group in groups:
         probe.engine.load_weights(_of_group(probe.policy, group, 1.0))
         again = probe.theirs()
-        if probe.apart(answers, again) > _CHANGED:
+        if _apart(answers, again) > _CHANGED:
             stale.append(group)
         else:
             # The same answers: because they were right before, or because nothing is taken.
             probe.engine.load_weights(_of_group(probe.policy, group, 1.5))
-            if probe.apart(again, probe.theirs()) <= _CHANGED:
+            if _apart(again, probe.theirs()) <= _CHANGED:
                 deaf.append(group)
             probe.engine.load_weights(_of_group(probe.policy, group, 1.0))
             again = probe.theirs()

@@ -13,6 +13,7 @@ which is asserted after every step. The first process writes the files.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
@@ -23,13 +24,14 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
-from kleash.errors import ModelError, RefusedError
+from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
 from kleash.mesh import joined, speaks
 from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
+from kleash.training.ahead import writing_ahead
 from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
@@ -62,6 +64,7 @@ from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
     check_bounds,
+    keep_for_later,
     recover,
     several_updates,
 )
@@ -153,7 +156,8 @@ class Trainer:
                 callbacks=self.callbacks,
             )
             signals = catch_signals(notice=mesh.is_first, launched=mesh.size > 1)
-            with session.run, self._trackers, self._display, signals as stop:
+            engine = closing(session.components)
+            with engine, session.run, self._trackers, self._display, signals as stop:
                 self._start()
                 pending = None
                 while session.state.step < self.config.steps:
@@ -165,6 +169,10 @@ class Trainer:
                     except RefusedError as error:
                         recover(error, pending, session)
                         continue
+                    except EngineError as error:
+                        keep_for_later(error, pending, session)
+                        raise
+                    session.next_rollout = pending.following
                     require_same_step(metrics, session)
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
@@ -275,6 +283,7 @@ class Trainer:
             [components.prompts[number] for number in numbers],
             responses_per_prompt=self.config.rollout.responses_per_prompt,
             microbatch=self.config.responses_per_step,
+            written=self.session.next_rollout,
         )
         return components.judge(pending.responses)
 
@@ -328,6 +337,7 @@ class Trainer:
             folder=session.run.path,
             append_event=session.run.append_event,
             sampler_floor=session.state.sampler_floor,
+            written_ahead=session.next_rollout is not None,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
@@ -341,8 +351,15 @@ class Trainer:
         While the policy is still the one that wrote them.
         """
         components, numbers = self.session.components, dict[str, Number]()
-        if _is_due(self.config.logging.spot_check_every, step):
-            numbers = vocabulary_measures(components, scored)
+        # Of a rollout that a copy of the policy wrote ahead, the law is not there any more.
+        there = components.engine is not None or self.session.next_rollout is None
+        if there and _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(
+                scored.rollout,
+                components.policy,
+                temperature=components.sampling.temperature,
+                engine=components.engine,
+            )
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
@@ -353,8 +370,10 @@ class Trainer:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
-        updates = updater.update(experience, done=pending.step - 1)
+        with writing_ahead(self.session) as following:
+            updates = updater.update(experience, done=pending.step - 1)
         pending.updating = True
+        pending.following = following.rollout(pending)
         return updates
 
     def _move(self, scored: ScoredRollout) -> tuple[States, dict[str, Number]]:

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.leash import TripwiresConfig
-from kleash.errors import NonFiniteScoreError, ReferenceChangedError, RefusedError, TripwireError
+from kleash.errors import (
+    EngineError,
+    NonFiniteScoreError,
+    ReferenceChangedError,
+    RefusedError,
+    TripwireError,
+)
 from kleash.kl.control.groups import key_of, raise_betas
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.models.sharding import own
@@ -167,6 +173,30 @@ def recover(error: RefusedError, pending: PendingStep, session: Session) -> None
     _roll_back(session, good[-1], refused=pending.step)
 
 
+def keep_for_later(error: EngineError, pending: PendingStep, session: Session) -> None:
+    """The engine that writes failed: undo the step, and keep the run as it was before it.
+
+    Nothing of a rollout that is not whole was learnt from. The sentence then says where the run
+    stands and how it goes on.
+    """
+    newest = session.newest_checkpoint()
+    if _can_be_undone(pending):
+        put_back(session.components.optimizer, pending.undo)
+        if session.state.step > 0:
+            newest = session.ensure_saved()
+    stands = "at its beginning" if newest is None else f"at {newest}"
+    error.args = (
+        f"{error}; step {pending.step} was not made and the run stands {stands}; go on with: "
+        f"kleash train --resume {session.run.path}",
+    )
+    session.run.append_event(new_event(pending.step, "stopped", str(error)))
+
+
+def _can_be_undone(pending: PendingStep) -> bool:
+    """Whether weights have not moved in this step, or a copy of them was kept."""
+    return not pending.updating or pending.undo.weights is not None
+
+
 def _roll_back(session: Session, step: int, *, refused: int) -> None:
     """Return to a checkpoint and raise β; killed at any point, a resumed run comes to the same."""
     config, run, wires = session.config, session.run, session.config.tripwires
@@ -176,6 +206,7 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
     raised = raise_betas(restored.betas, wires.beta_factor)
     session.state = after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
+    session.next_rollout = None  # the same responses would be refused again
     run.append_event(
         new_event(
             refused,
@@ -209,7 +240,7 @@ def _stop(error: RefusedError, pending: PendingStep, session: Session, evidence:
     state, run, parameters = session.state, session.run, session.components.parameters()
     newest = session.newest_checkpoint()
     saved = -1 if newest is None else step_of(newest)
-    undone = not pending.updating or pending.undo.weights is not None
+    undone = _can_be_undone(pending)
     finite = all(session.components.mesh.gather(weights_are_finite(parameters)))
     if undone and saved < state.step and state.step > 0 and finite:
         # One more than usual, so that no good checkpoint goes for one that may not be.
