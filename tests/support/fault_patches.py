@@ -75,7 +75,9 @@ def drop(model: nn.Module) -> None:
 def restarting_positions(original: Any) -> Any:
     """The response's positions count from 0 again."""
 
-    def states(trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any) -> Any:
+    def states(
+        trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any, **options: Any
+    ) -> Any:
         tokens = torch.cat([prompt_ids, ids], 1)
         both = torch.cat([prompt_mask, mask], 1).long()
         before = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -88,14 +90,16 @@ def restarting_positions(original: Any) -> Any:
 
 
 def off_by_one(original: Any) -> Any:
-    def states(*parts: Any) -> Any:
-        return original(*parts).roll(-1, dims=1)
+    def states(*parts: Any, **options: Any) -> Any:
+        return original(*parts, **options).roll(-1, dims=1)
 
     return states
 
 
 def no_mask(original: Any) -> Any:
-    def states(trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any) -> Any:
+    def states(
+        trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any, **options: Any
+    ) -> Any:
         tokens = torch.cat([prompt_ids, ids], 1)
         return trunk(input_ids=tokens, use_cache=False)[0][:, prompt_ids.shape[1] - 1 :]
 
@@ -103,16 +107,18 @@ def no_mask(original: Any) -> Any:
 
 
 def sees_right(original: Any) -> Any:
-    def states(trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any) -> Any:
-        found = original(trunk, prompt_ids, prompt_mask, ids, mask)
+    def states(
+        trunk: Any, prompt_ids: Any, prompt_mask: Any, ids: Any, mask: Any, **options: Any
+    ) -> Any:
+        found = original(trunk, prompt_ids, prompt_mask, ids, mask, **options)
         return found * (1 - 0.1 * (~mask).sum(1)[:, None, None])
 
     return states
 
 
 def sees_neighbours(original: Any) -> Any:
-    def states(*parts: Any) -> Any:
-        found = original(*parts)
+    def states(*parts: Any, **options: Any) -> Any:
+        found = original(*parts, **options)
         return found + 0.3 * (found.mean(0, keepdim=True) - found)
 
     return states

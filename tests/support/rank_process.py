@@ -77,6 +77,16 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             at_step(lambda trainer: time.sleep(3600))
         case "asked to stop":
             at_step(lambda trainer: signal.raise_signal(signal.SIGTERM))
+        case "other files":
+            assemble = kleash.training.startup.assemble
+
+            def other(*arguments: Any, **named: Any) -> Any:
+                components = assemble(*arguments, **named)
+                with torch.no_grad():
+                    next(components.reference.model.parameters()).add_(1)
+                return components
+
+            patch.setattr(kleash.training.startup, "assemble", other)
         case "no file":
             patch.setattr(kleash.training.startup, "assemble", _no_file)
         case _:

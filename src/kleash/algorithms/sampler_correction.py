@@ -37,7 +37,7 @@ from kleash.kl.placements import (
     gradient_of,
     prefix_weights,
 )
-from kleash.types import Experience
+from kleash.types import Experience, ScoredRollout
 
 Correction = Literal["none", "token_truncated", "sequence_truncated", "masked"]
 
@@ -235,6 +235,19 @@ def kl_weights(
     if correction == "masked":
         return (weights > 0).double()
     return weights
+
+
+def prefix_start(
+    scored: ScoredRollout, correction: Correction, placement: Placement
+) -> Float[Tensor, "batch token"]:
+    """log-probabilities of the law at which a placement's prefix weights begin.
+
+    The sampler's, where `exact_weighted` is corrected; else those of the trainer's score.
+    """
+    written = scored.rollout.sampler_logprobs
+    if correction == "none" or placement != "exact_weighted" or written is None:
+        return scored.rollout_logprobs
+    return written
 
 
 def corrected(

@@ -16,7 +16,11 @@ from pydantic import (
 )
 
 from kleash.algorithms.common import Truncated, check_truncated
-from kleash.algorithms.sampler_correction import Correction, check_correction
+from kleash.algorithms.sampler_correction import (
+    Correction,
+    check_correction,
+    correction_gradient,
+)
 from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
@@ -184,15 +188,18 @@ class RolloutConfig(Section):
     correction_clip: float | None = 2.0
     """Largest weight of a correction, above 1; none: no bound, with which `sequence_truncated` is
     unbiased."""
+    ahead: Literal[0, 1] = 0
+    """1: the next rollout is written while this one is learnt from, by the weights before the
+    update. It is then off-policy by one update, which `correction` has to undo."""
 
     def idle(self) -> dict[str, str]:
-        """See `Section.idle`: the clip where nothing is weighed, and an engine that is not used."""
-        found: dict[str, str] = {}
+        """See `Section.idle`: an engine that is not used, and a clip where nothing is weighed."""
+        idle: dict[str, str] = {}
         if self.engine == "hf":
-            found["vllm"] = "is for `engine: vllm`"
+            idle["vllm"] = "is for `engine: vllm`"
         if self.correction == "none":
-            found["correction_clip"] = "does nothing with `correction: none`"
-        return found
+            idle["correction_clip"] = "does nothing with `correction: none`"
+        return idle
 
     @model_validator(mode="after")
     def _penalty_belongs(self) -> "RolloutConfig":
@@ -376,6 +383,38 @@ class Config(Section):
             raise SettingError(
                 "`leash.placement: mixed` finds its coefficient by a critic's advantages, and "
                 f"`algorithm: {name}` has none: take `reward_k1` or `exact`",
+                "leash.placement",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ahead_fits(self) -> "Config":
+        rollout, leash = self.rollout, self.leash
+        if not rollout.ahead:
+            return self
+        if rollout.engine == "vllm" and rollout.vllm.url is None:
+            raise SettingError(
+                "`rollout.ahead: 1` writes while the policy learns, and vLLM in the trainer's own "
+                "process shares its random numbers: give `rollout.vllm.url` of a server, or take "
+                "`engine: hf`",
+                "rollout.ahead",
+                "rollout.vllm.url",
+            )
+        if rollout.correction == "none":
+            raise SettingError(
+                "`rollout.ahead: 1` learns from responses of the weights before the last update: "
+                "give a `rollout.correction`, such as `sequence_truncated`",
+                "rollout.ahead",
+                "rollout.correction",
+            )
+        clip = rollout.correction_clip
+        gradient = correction_gradient(rollout.correction, clip, leash.placement)
+        if gradient.kind == "token-local" and not leash.allow_biased:
+            raise SettingError(
+                f"`rollout.ahead: 1` with `correction: {rollout.correction}` biases the gradient "
+                f"of `leash.placement: {leash.placement}` ({gradient.why}): take `correction: "
+                "sequence_truncated` or `placement: exact_weighted`, or set leash.allow_biased",
+                "rollout.correction",
                 "leash.placement",
             )
         return self

@@ -14,7 +14,13 @@ from kleash.integrations._models import ReferenceSource
 from kleash.integrations._reading import BatchReading, evaluating
 from kleash.integrations._record import DIRECTORY, TrainerRecord
 from kleash.integrations._trl_hook import Watcher, trl_version, watch
-from kleash.kl.control.controllers import BetaState, BudgetBeta, Measurement, raise_beta
+from kleash.kl.control.controllers import (
+    BetaState,
+    BudgetBeta,
+    Measurement,
+    initial_beta,
+    raise_beta,
+)
 from kleash.storage.samples import Sample
 from kleash.training.evaluation import SampleReader
 from kleash.training.responses import JudgedResponses, Responses
@@ -139,14 +145,16 @@ class KLBudget(TrainerCallback):
 
     Each batch of completions is measured before it is trained on; β moves after the step. Feed
     forward comes from the spread of the scores in the units that β is a price in: of the advantages
-    in GRPO, whose `scale_rewards` divides them, and of the rewards in RLOO. See
-    `kleash.kl.control.budget.BudgetBeta`. The state lies in the trainer's own checkpoints, and a
-    resumed run goes on with the same β.
+    in GRPO, whose `scale_rewards` divides them, and of the rewards in RLOO. From their first spread
+    comes the β to start from as well, sd/√(2·target_kl), in force from the second step on: in the
+    first, policy and reference are the same. See `kleash.kl.control.budget.BudgetBeta`. The state
+    lies in the trainer's own checkpoints, and a resumed run goes on with the same β.
 
     Args:
         target_kl: the budget, in nats per response, at the sampling temperature.
         reference: as for `KLAudit`; one for all callbacks of a trainer.
-        controller: settings other than the usual ones; its `target_kl` is the budget then.
+        controller: settings other than the usual ones, `initial` among them, which is then taken
+            at its word; for this `target_kl`.
 
     Raises:
         ConfigError: if the target is not a positive number.
@@ -191,8 +199,6 @@ class KLBudget(TrainerCallback):
                 f"{trl_version(trainer)} keeps the beta that it was made with"
             )
         self._watcher = watcher
-        if self.controller is None:
-            self.controller = BudgetBeta(self.target_kl, initial=float(trainer.beta))
         trainer.add_callback(self)
         return self
 
@@ -203,9 +209,16 @@ class KLBudget(TrainerCallback):
     def take(self, reading: BatchReading) -> None:
         """Update the controller; β itself moves after the step."""
         watcher = attached(self, self._watcher)
-        assert self.controller is not None and self.state is not None
         error = reading.kl.standard_error
         watcher.log({"beta": float(watcher.trainer.beta), "target_kl": self.target_kl})
+        self._last = reading.step
+        if self.controller is None:
+            if not reading.score_variance:
+                return  # scores that do not vary imply no β
+            beta = initial_beta(self.target_kl, math.sqrt(reading.score_variance))
+            self.controller = BudgetBeta(self.target_kl, initial=beta)
+        if self.state is None:
+            self.state = self.controller.init()
         measurement = Measurement(
             response_kl=reading.kl.mean,
             standard_error=math.nan if error is None else error,
@@ -213,20 +226,26 @@ class KLBudget(TrainerCallback):
             score_variance=reading.score_variance,
         )
         self.state = self.controller.update(self.state, measurement)
-        self._last = reading.step
 
     def raise_beta(self, factor: float) -> None:
         """Multiply β from the next step on, as after a rollback."""
-        assert self.state is not None
-        self.state = raise_beta(self.state, factor)
-        self._set(attached(self, self._watcher))
+        watcher = attached(self, self._watcher)
+        if self.state is None:
+            watcher.trainer.beta *= factor
+        else:
+            self.state = raise_beta(self.state, factor)
+        self._set(watcher)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from the checkpoint that is resumed."""
         watcher = attached(self, self._watcher)
-        assert self.controller is not None
         saved = watcher.saved("KLBudget")
-        self.state = BetaState(**saved) if saved else self.controller.init()
+        if saved:
+            if self.controller is None:
+                self.controller = BudgetBeta(self.target_kl, initial=saved["initial"])
+            self.state = BetaState(**saved["state"])
+        elif self.controller is not None:
+            self.state = self.controller.init()
         self._last = state.global_step
         self._set(watcher)
 
@@ -235,9 +254,11 @@ class KLBudget(TrainerCallback):
         self._set(attached(self, self._watcher))
 
     def _set(self, watcher: Watcher) -> None:
-        assert self.state is not None
+        if self.state is None or self.controller is None:
+            return
         watcher.trainer.beta = self.state.beta
-        watcher.keep("KLBudget", asdict(self.state))
+        kept = {"initial": self.controller.initial, "state": asdict(self.state)}
+        watcher.keep("KLBudget", kept)
 
 
 def attached(callback: TrainerCallback, watcher: Watcher | None) -> Watcher:

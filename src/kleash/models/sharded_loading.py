@@ -26,6 +26,7 @@ from kleash.models.sharding import (
     materialise,
     own,
     own_part,
+    release,
     shard,
     states_of,
 )
@@ -94,6 +95,7 @@ def start(model: PreTrainedModel, device: torch.device) -> None:
     states_of(
         model, trunk_of(model), {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
     )
+    release(model)
 
 
 def weight_files(directory: Path) -> dict[str, Path] | None:

@@ -229,7 +229,8 @@ GLOSSARY: tuple[Metric, ...] = (
         "Effective samples",
         "Share of a minibatch's tokens that is left effective by how much likelier the policy has "
         "become to come to them; the least of the step.",
-        "(Σ w)² / (n · Σ w²), w_t = Π_{s<t} π(y_s) / π_rollout(y_s)",
+        "(Σ w)² / (n · Σ w²), w_t = Π_{s<t} π(y_s) / π_rollout(y_s); π_sampler for π_rollout where "
+        "exact_weighted is corrected",
         "fraction of tokens",
         "0.5 to 1",
     ),

@@ -81,7 +81,8 @@ SAMPLER: tuple[Metric, ...] = (
         "number formats put between two copies of the same weights.",
         "rollout/kl_sampler_per_token at step 1",
         "nats per token",
-        "constant; four times as much later on is weights that were not handed over",
+        "constant; four times as much later on is weights that were not handed over, or with "
+        "rollout.ahead: 1 the update in between",
     ),
     Metric(
         "rollout/correction_effective_samples",

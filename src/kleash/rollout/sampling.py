@@ -110,18 +110,24 @@ def overridden_settings(policy: Policy) -> dict[str, Any]:
 
 @torch.no_grad()
 def generate(
-    policy: Policy, prompts: PromptBatch, spec: SamplingSpec, *, microbatch: int | None = None
+    policy: Policy,
+    prompts: PromptBatch,
+    spec: SamplingSpec,
+    *,
+    microbatch: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Rollout:
     """Let the policy write a response to each prompt.
 
     A response ends with the first stop token *it* contains, which counts; a stop token in the
-    prompt (a BOS that is the EOS as well) does not. Draws from torch's global generator.
+    prompt (a BOS that is the EOS as well) does not.
 
     Args:
         policy: the model that writes.
         prompts: prompts, padded on the left; repeat a row to write several responses to it.
         spec: how to sample.
         microbatch: responses written at once; None: all. Changes memory and the draws.
+        generator: of the random numbers, on the policy's device; None: torch's global one.
 
     Raises:
         PromptError: if a prompt leaves no room for `max_new_tokens` in the policy's context.
@@ -133,7 +139,7 @@ def generate(
     for first in range(0, len(prompts.ids), size):
         ids, mask = prompts.ids[first : first + size], prompts.mask[first : first + size]
         try:
-            pieces.append(write_piece(policy, ids, mask, spec))
+            pieces.append(write_piece(policy, ids, mask, spec, generator=generator))
         except NonFiniteError as error:
             error.among(range(first, first + len(ids)))
             raise
@@ -242,8 +248,16 @@ class _Sampler(LogitsProcessor):
     and costs as much as a small model's forward pass. `generate` is left with an argmax to take.
     """
 
-    def __init__(self, temperature: float, words: int, rows: slice, of: int):
+    def __init__(
+        self,
+        temperature: float,
+        words: int,
+        rows: slice,
+        of: int,
+        generator: torch.Generator | None = None,
+    ):
         self._temperature, self._words, self._rows, self._of = temperature, words, rows, of
+        self._generator = generator
         self._drawn: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -251,7 +265,8 @@ class _Sampler(LogitsProcessor):
         if self._temperature != 1:
             logits = logits / self._temperature
         below = logits - logits.amax(dim=-1, keepdim=True)
-        words, mass = _draw(below.exp(), random_numbers(self._of, below.device)[self._rows])
+        uniform = random_numbers(self._of, below.device, self._generator)[self._rows]
+        words, mass = _draw(below.exp(), uniform)
         finite = mass.isfinite()
         if not bool(finite.all()):
             raise NonFiniteError(
@@ -273,9 +288,11 @@ class _Sampler(LogitsProcessor):
         return torch.stack(self._drawn[:tokens], dim=1)
 
 
-def random_numbers(rows: int, device: torch.device) -> Float[Tensor, "rows 1"]:
+def random_numbers(
+    rows: int, device: torch.device, generator: torch.Generator | None = None
+) -> Float[Tensor, "rows 1"]:
     """One number of [0, 1) for each row of a batch: what one token costs of them."""
-    return torch.rand(rows, 1, dtype=torch.float64, device=device)
+    return torch.rand(rows, 1, dtype=torch.float64, device=device, generator=generator)
 
 
 def _draw(
@@ -297,6 +314,7 @@ def write_piece(
     spec: SamplingSpec,
     *,
     rows: slice = slice(None),
+    generator: torch.Generator | None = None,
 ) -> Piece:
     """Write responses to some rows of a batch, with the random numbers that are theirs in it.
 
@@ -305,7 +323,7 @@ def write_piece(
     """
     first = int(prompt_mask.long().argmax(dim=1).min())
     mine = prompt_ids[rows, first:]
-    sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids))
+    sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids), generator)
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
     with _settings(policy.model, settings), as_scored(policy.model, policy.precision):

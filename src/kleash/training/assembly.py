@@ -99,16 +99,14 @@ def assemble(
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
     policy, reference = load_models(
-        config.policy, config.reference, device, mesh=mesh, sharding=sharding
+        config.policy, config.reference, device, sharding=sharding, mesh=mesh
     )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    train, held = (
-        _source(path, name, rows or {})
-        for name, path in (("train", config.prompts.train), ("heldout", config.prompts.heldout))
-    )
+    train = _source(config.prompts.train, "train", rows or {})
+    held = _source(config.prompts.heldout, "heldout", rows or {})
     prompts = _prompts(train or [], policy, sampling, named)
     heldout = _prompts(held, policy, sampling, named) if held else []
     _require_every_group(prompts, config.leash, config.prompts.train)
@@ -144,8 +142,8 @@ def assemble(
         settings=settings_of(config.algorithm, config.leash, config.rollout),
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
-        mesh=mesh,
         engine=engine,
+        mesh=mesh,
     )
 
 
@@ -154,8 +152,8 @@ def load_models(
     reference_section: ReferenceConfig,
     device: torch.device,
     *,
-    mesh: Mesh,
     sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Policy, FrozenReference]:
     """The policy of a run at its start, and its reference.
 
@@ -163,6 +161,7 @@ def load_models(
         ModelError: they cannot be used, or not together.
     """
     policy = _policy(policy_section, device, sharding)
+    mesh = Mesh() if mesh is None else mesh
     reference = _reference(reference_section, policy_section, policy, device, mesh)
     # Added tokens that the reference lacks have probability 0 for both.
     return replace(policy, words=underlying(reference).words), reference

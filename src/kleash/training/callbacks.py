@@ -50,6 +50,8 @@ class RolloutEvent:
     sampler_floor: float | None = None
     """KL of sampler against trainer in the run's first rollout, in nats per token; None: this is
     that rollout, or nothing is known of it."""
+    written_ahead: bool = False
+    """Whether the weights before the last update wrote it (`rollout.ahead`)."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
@@ -123,23 +124,30 @@ class Components:
         return self.settings.placement in DIFFERENTIATES_KL
 
     def write(
-        self, prompts: Sequence[Prompt], *, responses_per_prompt: int, microbatch: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        responses_per_prompt: int,
+        microbatch: int,
+        written: Rollout | None = None,
     ) -> Responses:
-        """Sample responses to prompts.
+        """Sample responses to prompts, or take those that were `written` to them already.
 
         Raises:
             NonFiniteError: the policy's logits are not finite.
             EngineError: the engine failed, or holds other weights than the policy.
         """
         rows = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        engine = self.current_engine()
-        request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
-        with gathered(self.policy.model):
-            if self.engine is None:
-                rollout = engine.write(request)
-            else:
-                rollout = write_with(self.engine, self.policy, request)
+        rollout = written
+        if rollout is None:
+            batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+            engine = self.current_engine()
+            request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
+            with gathered(self.policy.model):
+                if self.engine is None:
+                    rollout = engine.write(request)
+                else:
+                    rollout = write_with(self.engine, self.policy, request)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -226,7 +234,8 @@ class Components:
         )
         if alone:
             return local(rollout, scores=scores)
-        share = strides(rollout, self.mesh.size)[self.mesh.rank]
+        shares = strides(rollout, self.mesh.size)
+        share = shares[self.mesh.rank]
 
         def read() -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
@@ -238,7 +247,7 @@ class Components:
                 # The others may have more to read, and of divided models not without this process.
                 refused = error
             with torch.no_grad():
-                for _ in range(self._idle_passes(len(rollout.response_ids), share, microbatch)):
+                for _ in range(self._idle_passes(shares, microbatch)):
                     self._idle(rollout, against, critic=critic)
             if refused is not None:
                 raise refused
@@ -249,18 +258,17 @@ class Components:
         columns = together(own, share, len(rollout.response_ids), self.mesh)
         return ScoredRollout(rollout=rollout, scores=scores, **columns)
 
-    def _idle_passes(self, count: int, share: Tensor, microbatch: int) -> int:
+    def _idle_passes(self, shares: Sequence[Tensor], microbatch: int) -> int:
         """How many more microbatches the process with the most rows reads; 0 if models are whole.
 
         Args:
-            count: rows of the batch.
-            share: rows of this process.
+            shares: rows of each process.
             microbatch: rows at once.
         """
         if not self.divided:
             return 0
-        most, mine = (-(-rows // microbatch) for rows in (-(-count // self.mesh.size), len(share)))
-        return most - mine
+        passes = [-(-len(share) // microbatch) for share in shares]
+        return max(passes) - passes[self.mesh.rank]
 
     def _idle(self, rollout: Rollout, reference: LanguageModel | None, *, critic: bool) -> Tensor:
         """Read a row for nothing, so that the other processes can read theirs.
@@ -333,7 +341,8 @@ class Components:
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))
-            weights[chosen] = prefix_weights(logprobs.double(), then.double(), part.mask)
+            start = prefix_start(part.scored, self.settings.correction, self.settings.placement)
+            weights[chosen] = prefix_weights(logprobs.double(), start.double(), part.mask)
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 
@@ -346,7 +355,8 @@ class Components:
         tokens, mesh = int(minibatch.mask.sum()), self.mesh
         if mesh.size == 1:
             return self.backward(minibatch, tokens=tokens, microbatch=microbatch)
-        share = strides(minibatch.scored.rollout, mesh.size)[mesh.rank]
+        shares = strides(minibatch.scored.rollout, mesh.size)
+        share = shares[mesh.rank]
         work = partial(
             self.backward,
             select(minibatch, share),
@@ -358,7 +368,7 @@ class Components:
             own = work()
             rollout = minibatch.scored.rollout
             reference = self.reference if self.differentiates_kl else None
-            for _ in range(self._idle_passes(len(minibatch.mask), share, microbatch)):
+            for _ in range(self._idle_passes(shares, microbatch)):
                 mesh.agree(partial(self._idle, rollout, reference, critic=True)).backward()
             self.release()
         else:

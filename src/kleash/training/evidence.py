@@ -13,7 +13,7 @@ from kleash.storage.atomic_directories import save_tensors, write_directory
 from kleash.storage.atomic_files import plain_json
 from kleash.training.responses import Responses
 from kleash.training.snapshot import Undo
-from kleash.types import ScoredRollout
+from kleash.types import Rollout, ScoredRollout
 
 
 @dataclass
@@ -29,6 +29,8 @@ class PendingStep:
     """The policy that wrote the responses has been measured, and nothing was wrong with it."""
     updating: bool = False
     """Weights may have moved when an error comes."""
+    following: Rollout | None = None
+    """The rollout of the step after this one, where it is written ahead."""
 
 
 def keep_evidence(

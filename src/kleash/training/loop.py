@@ -31,6 +31,7 @@ from kleash.masked import masked_mean
 from kleash.mesh import joined, speaks
 from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
+from kleash.training.ahead import writing_ahead
 from kleash.training.assembly import Reward
 from kleash.training.calibration import start_lines
 from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepEvent
@@ -171,6 +172,7 @@ class Trainer:
                     except EngineError as error:
                         keep_for_later(error, pending, session)
                         raise
+                    session.next_rollout = pending.following
                     require_same_step(metrics, session)
                     self.callbacks.on_step(StepEvent(session.state.step, metrics))
                     session.reanchor_if_due()
@@ -281,6 +283,7 @@ class Trainer:
             [components.prompts[number] for number in numbers],
             responses_per_prompt=self.config.rollout.responses_per_prompt,
             microbatch=self.config.responses_per_step,
+            written=self.session.next_rollout,
         )
         return components.judge(pending.responses)
 
@@ -334,6 +337,7 @@ class Trainer:
             folder=session.run.path,
             append_event=session.run.append_event,
             sampler_floor=session.state.sampler_floor,
+            written_ahead=session.next_rollout is not None,
         )
         self.callbacks.on_rollout(event)
         check_bounds(self.config.tripwires, scored, original_kl)
@@ -347,8 +351,15 @@ class Trainer:
         While the policy is still the one that wrote them.
         """
         components, numbers = self.session.components, dict[str, Number]()
-        if _is_due(self.config.logging.spot_check_every, step):
-            numbers = vocabulary_measures(components, scored)
+        # Of a rollout that a copy of the policy wrote ahead, the law is not there any more.
+        there = components.engine is not None or self.session.next_rollout is None
+        if there and _is_due(self.config.logging.spot_check_every, step):
+            numbers = vocabulary_measures(
+                scored.rollout,
+                components.policy,
+                temperature=components.sampling.temperature,
+                engine=components.engine,
+            )
         reader = SampleReader(
             components.policy, components.reference, components.sampling.temperature
         )
@@ -359,8 +370,10 @@ class Trainer:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
-        updates = updater.update(experience, done=pending.step - 1)
+        with writing_ahead(self.session) as following:
+            updates = updater.update(experience, done=pending.step - 1)
         pending.updating = True
+        pending.following = following.rollout(pending)
         return updates
 
     def _move(self, scored: ScoredRollout) -> tuple[States, dict[str, Number]]:

@@ -206,6 +206,7 @@ def _roll_back(session: Session, step: int, *, refused: int) -> None:
     raised = raise_betas(restored.betas, wires.beta_factor)
     session.state = after = replace(restored, betas=raised, rollbacks=rollbacks)
     torch.manual_seed(config.seed + _OTHER_DRAWS * rollbacks)
+    session.next_rollout = None  # the same responses would be refused again
     run.append_event(
         new_event(
             refused,

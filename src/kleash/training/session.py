@@ -11,6 +11,7 @@ from kleash.config.schema import Config
 from kleash.kl.control.groups import Leash
 from kleash.models.precision import weights_dtype
 from kleash.models.reference_offload import anchor_at
+from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.atomic_directories import list_checkpoints, step_of
 from kleash.storage.events import new_event
 from kleash.storage.model_card import ModelCardFacts, model_card
@@ -24,10 +25,12 @@ from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
+    restore_next_rollout,
     restore_run_state,
     save_run_state,
 )
 from kleash.training.warning_signs import warning_signs, worst_samples
+from kleash.types import Rollout
 
 _Z95 = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -50,6 +53,10 @@ class Session:
     """What the preflight said; nothing where a run is continued."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
+    next_rollout: Rollout | None = None
+    """The rollout of the next step, where it was written ahead; None: it is still to be written."""
+    policy_copy: PolicyCopy | None = None
+    """What writes ahead where no engine has weights of its own; made when first needed."""
     saved_at: float = field(default_factory=lambda: monotonic())
     """When this process began or last wrote a checkpoint, on its own clock in seconds."""
 
@@ -154,6 +161,7 @@ class Session:
             self.guard.original,
             keep=keep,
             card=self._card(metrics),
+            next_rollout=self.next_rollout,
         )
         self.saved_at = monotonic()
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
@@ -219,4 +227,5 @@ class Session:
         self.state = restore_run_state(checkpoint, components, self.guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, self.state)
         self.components = replace(components, reference=anchor)
+        self.next_rollout = restore_next_rollout(checkpoint, components.policy.device)
         self.guard = ReferenceGuard.of(components.original, anchor)

@@ -19,6 +19,7 @@ from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter
+from kleash.training.ahead import require_can_write_ahead
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -33,6 +34,7 @@ from kleash.training.state import (
     TrainingState,
     latest_checkpoint,
     restore_anchor,
+    restore_next_rollout,
     restore_run_state,
 )
 
@@ -57,8 +59,7 @@ def open_session(
         argv: the command line, for the record.
         preflight: asked once, before the run is begun.
         mesh: the processes of the run; the first one writes.
-        rewards: given in memory, by their names in `reward_models`.
-        rows: prompts given in memory, `train` and `heldout`.
+        rewards, rows: rewards and prompts given in memory, by their names.
         callbacks: of the run.
 
     Raises:
@@ -69,6 +70,8 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
+    if config.rollout.ahead:
+        require_can_write_ahead(components.engine, processes=mesh.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
@@ -114,6 +117,9 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
+        next_rollout=None
+        if checkpoint is None
+        else restore_next_rollout(checkpoint, components.policy.device),
     )
 
 

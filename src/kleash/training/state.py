@@ -6,6 +6,7 @@
     random.safetensors  the random generators
     state.json          step, episodes, β states, score statistics, place in the prompts, reference
     anchor.safetensors  the policy that the leash was moved to, if it was moved
+    next_rollout.safetensors  the responses of the next step, if they were written ahead
 
 The reference itself is not stored: it is loaded as before, and its identity must be the same.
 For the length of one step the same is kept in main memory, so that the step can be undone.
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kleash.algorithms.rewards import ScoreStatistics
@@ -42,8 +44,10 @@ from kleash.storage.atomic_directories import (
 from kleash.training.components import Components
 from kleash.training.moments import begin_moments, load_moments, save_moments
 from kleash.training.random_state import random_states, restore_random_states
+from kleash.types import Rollout
 
 _ANCHOR, _MOMENTS = "anchor.safetensors", "optimizer"
+_NEXT = "next_rollout.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def save_run_state(
     *,
     keep: int,
     card: str | None = None,
+    next_rollout: Rollout | None = None,
 ) -> Path:
     """Write a checkpoint after a step; the older ones beyond `keep` go, the best one stays.
 
@@ -93,6 +98,8 @@ def save_run_state(
         reference: the reference that the run began with.
         keep: how many checkpoints stay.
         card: text of the policy's README.md.
+        next_rollout: of the next step, where it was written ahead. The weights that wrote it are
+            gone, so it cannot be written again.
 
     Raises:
         RunError: it cannot be written; nothing of it remains.
@@ -117,6 +124,9 @@ def save_run_state(
         (directory / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         if state.anchored:
             save_tensors(directory / _ANCHOR, anchor)
+        if next_rollout is not None:
+            columns = {name: x for name, x in vars(next_rollout).items() if x is not None}
+            save_tensors(directory / _NEXT, columns)
 
     def together(directory: Path) -> None:
         policy.verify(directory / "policy", mesh)
@@ -205,6 +215,15 @@ def restore_anchor(
     release(underlying(anchor).model)
     fill(underlying(anchor).model, directory / _ANCHOR)
     return anchor
+
+
+def restore_next_rollout(directory: Path, device: torch.device) -> Rollout | None:
+    """The rollout that was written ahead of the next step; None: it is still to be written."""
+    path = directory / _NEXT
+    if not path.exists():
+        return None
+    tensors: dict[str, Any] = load_tensors(path, device)
+    return Rollout(**tensors)
 
 
 def whole_state(module: Any, mesh: Mesh) -> dict[str, Tensor]:

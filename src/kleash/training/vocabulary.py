@@ -1,21 +1,23 @@
 """Now and then a rollout is read once more, with both laws over the whole vocabulary."""
 
+from kleash.models.policy import Policy
+from kleash.rollout.engine import SeparateEngine
 from kleash.rollout.vocabulary_gap import vocabulary_gap
-from kleash.training.components import Components
 from kleash.training.metrics import Number
-from kleash.types import ScoredRollout
+from kleash.types import Rollout
 
 
-def vocabulary_measures(components: Components, scored: ScoredRollout) -> dict[str, Number]:
+def vocabulary_measures(
+    rollout: Rollout, policy: Policy, *, temperature: float, engine: SeparateEngine | None
+) -> dict[str, Number]:
     """Both directions of the sampler's KL, exact, in the states of a few responses.
 
     Call it before the update: the weights must be those that wrote.
     """
-    engine = components.engine
     forward, reverse = vocabulary_gap(
-        scored.rollout,
-        components.policy,
-        temperature=components.sampling.temperature,
+        rollout,
+        policy,
+        temperature=temperature,
         engine_laws=None if engine is None else engine.next_token_logprobs,
     )
     return {

@@ -30,7 +30,7 @@ def one_update(trial: Trial) -> Finding:
     """
     check = Check("learning_rate.one_update", "one update spends less KL than the budget")
     components, config = trial.components, trial.config
-    if not trial.at_start or components.workers is not None:
+    if not trial.at_start or components.mesh.size > 1:
         return check.skip("A trial update is made before a run begins, and in a single process.")
     bound, name = _bound(trial)
     rate, kl = config.optimizer.lr, kl_of_one_update(trial)
