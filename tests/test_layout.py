@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 MOST_ENTRIES = 19
-"""17; `integrations`, what other libraries' trainers need, which nothing else may import; and `mesh`,
-the processes of a run, which storage, models and training alike are given."""
+"""17; `integrations`, what other libraries' trainers need, which nothing else may import; and
+`mesh`, the processes of a run, which storage, models and training alike are given."""
 MOST_LINES_OF_A_FILE = 500
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_WITH_A_CONFIG = 25

@@ -342,9 +342,14 @@ def _last_words(mesh: Mesh, error: BaseException) -> BaseException:
     for rank, words in said.items():
         if words is not None:
             return LostProcessError(f"process {rank} of {mesh.size} failed: {words}", ranks=())
-    silent = [rank for rank in range(mesh.size) if rank not in said]
-    named = silent[0] if silent else "(unknown)"
-    return LostProcessError(_WORDLESS.format(rank=named, size=mesh.size), ranks=tuple(silent))
+    silent = tuple(rank for rank in range(mesh.size) if rank not in said)
+    if not silent:
+        return LostProcessError(
+            f"the {mesh.size} processes lost the connection, or waited for each other in different "
+            f"places until distributed.timeout_s: {error}; the run can be resumed from its newest "
+            "checkpoint"
+        )
+    return LostProcessError(_WORDLESS.format(rank=silent[0], size=mesh.size), ranks=silent)
 
 
 _WORDLESS = (

@@ -27,6 +27,8 @@ import kleash.training.startup
 from kleash.config.loading import parse_config
 from kleash.errors import NonFiniteError
 from kleash.mesh import joined
+from kleash.preflight.runner import require_sound
+from kleash.preflight.runtime_monitor import RuntimeMonitor
 from kleash.training.components import Components
 from kleash.training.loop import Trainer, train
 
@@ -120,7 +122,11 @@ def serve(given: dict[str, Any], rank: int) -> dict[str, Any]:
                         "result": getattr(importlib.import_module(module), name)(mesh),
                     }
             tree = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8"))
-            train(parse_config(tree, where="the test"))
+            config = parse_config(tree, where="the test")
+            if given.get("checked"):
+                Trainer(config, callbacks=[RuntimeMonitor()], preflight=require_sound).fit()
+            else:
+                train(config)
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("RANKS_SHOW"):
                 traceback.print_exc()

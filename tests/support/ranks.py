@@ -39,15 +39,21 @@ class Ranks:
         stdin.flush()
         return json.loads(stdout.readline())
 
-    def run(self, config: Config, *, size: int = 2, fault: dict[str, Any] | None = None) -> Ended:
-        """Make a run, in one process with a fault."""
+    def run(self, config: Config, *, size: int = 2, **given: Any) -> Ended:
+        """Make a run, in one process with a `fault`."""
         file = Path(config.output).with_suffix(".yaml")
         file.write_text(dump_config(config), encoding="utf-8")
-        return self.job(size=size, config=str(file), fault=fault)
+        return self.job(size=size, config=str(file), **given)
 
-    def train(self, config: Config, *, size: int = 2) -> Path:
-        """Make a run that ends well; its directory."""
-        for answer in self.run(config, size=size):
+    def train(self, config: Config, *, size: int = 2, checked: bool = False) -> Path:
+        """Make a run that ends well; its directory.
+
+        Args:
+            config: the run.
+            size: processes.
+            checked: make the quick check first, and examine each batch, as `kleash train` does.
+        """
+        for answer in self.run(config, size=size, checked=checked):
             assert answer is not None
             assert answer["error"] is None, answer["message"]
         return Path(config.output)

@@ -104,6 +104,16 @@ def test_several_processes_are_one(
         assert read_run(together).meta["reference"] == read_run(alone).meta["reference"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_check_before_a_run_is_made_by_all(
+    material: Path, tmp_path: Path, ranks: Ranks, strategy: str
+) -> None:
+    changes = {**GRPO, "steps": 1, "distributed": {"strategy": strategy}}
+    run = ranks.train(settings(material, tmp_path / "run", **changes), checked=True)
+    assert read_run(run).meta["status"] == "finished"
+    assert not list(run.glob("doctor/*"))
+
+
 def test_a_run_goes_on_with_another_number_of_processes(
     material: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
@@ -262,6 +272,7 @@ def test_a_launcher_that_is_not_there(
     [
         ({"distributed": {"strategy": "none"}}, "expected one process with `distributed.strategy"),
         ({"rollout": {"prompts_per_step": 1}}, "as many processes as the 1 responses of a step"),
+        ({"rollout": {"engine": "vllm"}}, "expected `rollout.engine: hf` with several processes"),
         ({"device": "meta"}, "each takes a GPU of its own, got 'meta'"),
     ],
 )

@@ -181,11 +181,6 @@ class Policy:
         """
         if self.sharding is None:
             return None
-        if self.merged is not None and self.adapter is not None:
-            raise ModelError(
-                "a divided policy with an adapter on a merged adapter cannot be saved: merge the "
-                "first one into a model of its own (kleash merge), and train on that"
-            )
         return gather_weights(self.model, self.adapter, keep=keep)
 
     def save(self, path: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:

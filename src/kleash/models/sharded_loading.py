@@ -174,11 +174,11 @@ def _registered_on_meta() -> Generator[None]:
     """Weights of modules that are made inside go to the meta device; buffers do not."""
     register: Callable[..., None] = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            held = cast(Any, module)._parameters
-            held[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            held = cast(Any, self)._parameters
+            held[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
     nn.Module.register_parameter = on_meta
     try:

@@ -82,7 +82,8 @@ def examine_batch(event: RolloutEvent) -> list[Finding]:
     named = " ".join(f"{f.name}: {f.cause} {f.remedy}" for f in causes[:3])
     unnamed = "No check of this batch fails: check lr and this step's samples."
     _raise_alarm(event, symptom, named or unnamed)
-    _keep(folder, step, symptom, findings, scored)
+    if components.mesh.is_first:
+        _keep(folder, step, symptom, findings, scored)
     return causes
 
 

@@ -15,7 +15,6 @@ from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
-from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig, ReferenceConfig
 from kleash.config.schema import (
     Config,
@@ -25,7 +24,7 @@ from kleash.config.schema import (
     RolloutConfig,
     ScorerConfig,
 )
-from kleash.errors import ConfigError, PromptError
+from kleash.errors import ConfigError
 from kleash.kl.control.controllers import (
     AdaptiveBeta,
     BetaController,
@@ -33,7 +32,7 @@ from kleash.kl.control.controllers import (
     FixedBeta,
     ScheduledBeta,
 )
-from kleash.kl.control.groups import OTHERS, Leash, group_of
+from kleash.kl.control.groups import Leash
 from kleash.kl.planning.initial_beta import Start
 from kleash.mesh import Mesh, is_distributed, own_gpu
 from kleash.models.async_calls import CallLimits
@@ -57,14 +56,17 @@ from kleash.models.reward_model import (
 from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
-from kleash.models.vocabulary import require_known_ids
-from kleash.rollout.prompt_files import Source
-from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.engines import open_engine
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
+from kleash.training.prompt_assembly import (
+    groups_of_prompts,
+    prompts_of,
+    require_every_group,
+    source_of,
+)
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
@@ -102,11 +104,11 @@ def assemble(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
     named = config.prompts.chat_template
-    train = _source(config.prompts.train, "train", rows or {})
-    held = _source(config.prompts.heldout, "heldout", rows or {})
-    prompts = _prompts(train or [], policy, sampling, named)
-    heldout = _prompts(held, policy, sampling, named) if held else []
-    _require_every_group(prompts, config.leash, config.prompts.train)
+    train = source_of(config.prompts.train, "train", rows or {})
+    held = source_of(config.prompts.heldout, "heldout", rows or {})
+    prompts = prompts_of(train or [], policy, sampling, named)
+    heldout = prompts_of(held, policy, sampling, named) if held else []
+    require_every_group(prompts, config.leash, config.prompts.train)
     rewards = {
         name: (
             as_reward_model(given[name]) if given and name in given else _reward(reward, device),
@@ -132,8 +134,8 @@ def assemble(
         gold=gold,
         prompts=prompts,
         heldout=heldout,
-        groups=_groups(prompts, config.leash, config.prompts.train),
-        heldout_groups=_groups(heldout, config.leash, config.prompts.heldout or ""),
+        groups=groups_of_prompts(prompts, config.leash, config.prompts.train),
+        heldout_groups=groups_of_prompts(heldout, config.leash, config.prompts.heldout or ""),
         pretraining=_pretraining(config.pretraining, policy),
         sampling=sampling,
         settings=settings_of(config.algorithm, config.leash, config.rollout),
@@ -174,6 +176,19 @@ def _require_fitting(config: Config, mesh: Mesh) -> None:
         raise ConfigError(
             f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
             "fsdp, or start without a launcher"
+        )
+    if mesh.size > 1 and config.rollout.engine != "hf":
+        raise ConfigError(
+            f"expected `rollout.engine: hf` with several processes, got "
+            f"{config.rollout.engine!r} with {mesh.size}: an engine that writes by itself serves "
+            "one process; start one, or leave the engine out"
+        )
+    both = config.policy.adapter is not None and config.policy.lora is not None
+    if mesh.size > 1 and config.distributed.strategy == "fsdp" and both:
+        raise ConfigError(
+            "expected `policy.adapter` or `policy.lora` with `distributed.strategy: fsdp`, got "
+            "both, whose checkpoints are whole models: merge the adapter into a model of its own "
+            "first, or take ddp"
         )
     if mesh.size > config.responses_per_step:
         raise ConfigError(
@@ -319,82 +334,6 @@ def _reference(
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
-
-
-def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
-    """Where prompts come from: rows in memory, or a file.
-
-    Raises:
-        PromptError: they were in memory, and are not there now.
-    """
-    if path == IN_MEMORY and name not in rows:
-        raise PromptError(
-            f"expected the rows of `prompts.{name}` in memory, as this run was begun with, got "
-            "none: call kleash.train with the same rows again"
-        )
-    return rows.get(name, path)
-
-
-def _prompts(
-    source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
-) -> list[Prompt]:
-    prompts = read_prompts(
-        source,
-        policy.tokenizer,
-        context=policy.context,
-        max_new_tokens=sampling.max_new_tokens,
-        chat_template=chat_template,
-    )
-    for prompt in prompts:
-        of = repr(source) if isinstance(source, str) else "those in memory"
-        where = f"prompt {prompt.index + 1} of {of}"
-        require_known_ids(prompt.ids, policy.words, policy.tokenizer, where)
-    return prompts
-
-
-def _groups(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> list[str]:
-    """Whose leash each prompt is on.
-
-    Raises:
-        PromptError: a group has no target.
-    """
-    leashes = leash.each()
-    groups = [group_of(prompt.group, leashes) for prompt in prompts]
-    without = sorted(
-        {
-            "without a group" if prompt.group is None else f"of {prompt.group!r}"
-            for prompt, group in zip(prompts, groups, strict=True)
-            if group not in leashes
-        }
-    )
-    if without:
-        raise PromptError(
-            f"expected a target for every prompt in {path!r}, got none for those "
-            f"{', '.join(without)}: name each group in leash.groups, or give leash.target_kl for "
-            "all others"
-        )
-    return groups
-
-
-def _require_every_group(prompts: Sequence[Prompt], leash: LeashConfig, path: str) -> None:
-    """Every target belongs to a prompt.
-
-    Raises:
-        PromptError: leash.groups names a group that no prompt has.
-    """
-    leashes = leash.each()
-    unused = sorted(leashes.keys() - {group_of(prompt.group, leashes) for prompt in prompts})
-    if unused == [OTHERS]:
-        raise PromptError(
-            f"expected prompts in {path!r} for leash.target_kl, got only such as have a target in "
-            "leash.groups: leave target_kl out"
-        )
-    if unused:
-        known = sorted({prompt.group for prompt in prompts if prompt.group is not None})
-        raise PromptError(
-            f"expected prompts of every group of leash.groups in {path!r}, got none of {unused}: "
-            f"the groups there are {known}"
-        )
 
 
 def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:

@@ -185,16 +185,28 @@ class Components:
         Raises:
             RewardError: a reward model did not keep its contract.
         """
-        reward = self.reward
-        if self.mesh.size > 1:
-            shared = {
-                name: (SharedReward(model, self.mesh), weight)
-                for name, (model, weight) in reward.rewards.items()
-            }
-            reward = WeightedSum(shared)
-        judged = reward.score_each(responses.prompts, responses.texts, responses.columns)
+        shared = {
+            name: (self._shared(model), weight)
+            for name, (model, weight) in self.reward.rewards.items()
+        }
+        judged = WeightedSum(shared).score_each(
+            responses.prompts, responses.texts, responses.columns
+        )
         total = judged.total.to(self.policy.device)
         return JudgedResponses(responses, total, dict(judged.parts))
+
+    def gold_scores(self, responses: Responses) -> Float[Tensor, " batch"] | None:
+        """Scores of the second opinion; None where there is none.
+
+        Raises:
+            RewardError: it did not keep its contract.
+        """
+        if self.gold is None:
+            return None
+        return self._shared(self.gold).score(responses.prompts, responses.texts, responses.columns)
+
+    def _shared(self, model: RewardModel) -> RewardModel:
+        return model if self.mesh.size == 1 else SharedReward(model, self.mesh)
 
     def score(
         self,

@@ -168,9 +168,8 @@ class HeldoutEvaluator:
         metrics["heldout/distinct_2"] = distinct_n(judged.texts, 2)
         metrics["heldout/length"] = float(judged.rollout.response_mask.sum(-1).double().mean())
         metrics["heldout/eos_fraction"] = float(judged.rollout.ended.double().mean())
-        golds: Tensor | None = None
-        if components.gold is not None:
-            golds = components.gold.score(judged.prompts, judged.texts, judged.columns)
+        golds = components.gold_scores(judged.responses)
+        if golds is not None:
             estimate = clustered_mean(golds, judged.rollout.prompt_index.cpu())
             metrics["heldout/gold"] = estimate.mean
             metrics["heldout/gold_se"] = estimate.standard_error

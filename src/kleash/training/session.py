@@ -152,15 +152,14 @@ class Session:
             keep: how many remain.
             metrics: of the run's last step; None: they are read from the run directory.
         """
-        if metrics is None:
-            metrics = self.components.mesh.told(self._last_metrics)
+        known = self.components.mesh.told(self._last_metrics) if metrics is None else metrics
         path = save_run_state(
             self.run.checkpoints,
             self.components,
             self.state,
             self.guard.original,
             keep=keep,
-            card=self._card(metrics),
+            card=self._card(known),
             next_rollout=self.next_rollout,
         )
         self.saved_at = monotonic()
