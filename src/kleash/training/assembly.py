@@ -63,14 +63,10 @@ from kleash.models.reward_model import (
 from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
-from kleash.rollout.engine import SeparateEngine
-from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
-from kleash.rollout.prompts import Prompt
 from kleash.rollout.scoring_pass import SamplingSpec
-from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_vllm
-from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
+from kleash.training.engines import open_engine
 from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.prompt_assembly import (
@@ -144,7 +140,7 @@ def assemble(
         if sharding is not None and isinstance(value, ValueModel):
             shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
-    engine = _engine(config.rollout, policy, [*prompts, *heldout])
+    engine = open_engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
         policy=policy,
         reference=reference,
@@ -357,45 +353,6 @@ def _reference(
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
-
-
-def _engine(
-    rollout: RolloutConfig, policy: Policy, prompts: Sequence[Prompt]
-) -> SeparateEngine | None:
-    """What writes with weights of its own; None: the policy writes by itself.
-
-    Raises:
-        ConfigError: there are several processes.
-        EngineError: it cannot be started or reached, or does not fit the run.
-    """
-    if rollout.engine == "hf":
-        return None
-    if is_distributed():
-        raise ConfigError(
-            "expected rollout.engine: hf with several processes, got vllm: a server of its own "
-            "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
-        )
-    require_temperature(rollout.temperature)
-    longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
-    section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
-    engine: SeparateEngine
-    if section.url is not None:
-        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
-    else:
-        settings = VLLMSettings(
-            max_tokens=needed,
-            gpu_memory_utilization=section.gpu_memory_utilization,
-            kv_cache_gib=section.kv_cache_gib,
-            enforce_eager=section.enforce_eager,
-        )
-        engine = start_vllm(policy, settings)
-    try:
-        # What it cannot do with this model shows here, before a run directory exists.
-        hand_over(engine, policy)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
 
 
 def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
