@@ -46,7 +46,7 @@ def even(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(words) / max(1, len(words)) for words in ends]
 
 
-def material(folder: Path, shape: dict[str, int], words: int) -> Path:
+def material(folder: Path, shape: dict[str, Any], words: int) -> Path:
     """A model with random weights, its tokenizer, and prompts."""
     folder.mkdir(exist_ok=True)
     names = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(words - 3))]
@@ -135,9 +135,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def apart(ours: Path, theirs: Path) -> tuple[float, float]:
-    """Largest differences of metrics (relative, to at least 1e-3) and of weights."""
+    """Largest differences of metrics (relative; absolute below 1) and of weights."""
     metrics = max(
-        abs(line[key] - value) / max(abs(value), 1e-3)
+        abs(line[key] - value) / max(abs(value), 1.0)
         for line, wanted in zip(numbers(ours), numbers(theirs), strict=True)
         for key, value in wanted.items()
         if value is not None
@@ -284,7 +284,7 @@ def kills(folder: Path, steps: int, times: int) -> None:
         config = tree(place, folder / f"killed-{number}", **changes)
         process = start(config, 2)
         said: list[str] = []
-        reader = threading.Thread(target=lambda p=process, s=said: s.extend(p.stderr or ()))
+        reader = threading.Thread(target=_read, args=(process, said))
         reader.start()
         after, victim = draw.uniform(0.25, 0.95) * took, draw.randrange(2)
         time.sleep(after)
@@ -308,6 +308,10 @@ def kills(folder: Path, steps: int, times: int) -> None:
             flush=True,
         )
     print(f"\n{right} of {times} resumed runs are bit-identical")
+
+
+def _read(process: subprocess.Popen[str], said: list[str]) -> None:
+    said.extend(process.stderr or ())
 
 
 def _rank_of(pid: int) -> int | None:

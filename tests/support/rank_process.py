@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -75,6 +76,10 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             at_step(changed_reference)
         case "killed":
             at_step(lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
+        case "killed after":
+            end = threading.Timer(fault["seconds"], os.kill, (os.getpid(), signal.SIGKILL))
+            end.daemon = True
+            end.start()
         case "asleep":
             at_step(lambda trainer: time.sleep(3600))
         case "asked to stop":

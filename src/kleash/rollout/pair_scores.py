@@ -119,7 +119,9 @@ def _states(
     model: PreTrainedModel, ids: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token hidden"]:
     """Hidden states that predict each token: column t is the state before token t, as `kept` is."""
-    states = trunk_states(trunk_of(model), ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])
+    states = trunk_states(
+        trunk_of(model), ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:], model=model
+    )
     # The last state predicts what was never written; it stands in for the first, never selected.
     return states.roll(1, dims=1)
 

@@ -6,8 +6,6 @@ moments and random numbers are afterwards what they were.
 
 import math
 
-from torch import nn
-
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import kept_rows, select
 from kleash.kl.control.groups import betas_of
@@ -16,6 +14,7 @@ from kleash.preflight.checks.objective import starting_states
 from kleash.preflight.findings import Check, Finding
 from kleash.preflight.probe_batch import MICROBATCH, Trial
 from kleash.training.assembly import target_per_response
+from kleash.training.optimization import clip_gradients
 from kleash.training.snapshot import put_back, remember
 
 _DECADES = 8
@@ -87,10 +86,13 @@ def kl_of_one_update(trial: Trial, *, share: float = 1.0) -> float:
             group["lr"] = share * group["peak_lr"]
         optimizer.zero_grad(set_to_none=True)
         components.backward_of_minibatch(batch, microbatch=trial.config.algorithm.microbatch_size)
-        nn.utils.clip_grad_norm_(components.parameters(), trial.config.optimizer.max_grad_norm)
+        components.add_gradients()
+        components.release()
+        clip_gradients(components.parameters(), trial.config.optimizer.max_grad_norm)
         optimizer.step()
         after = components.score(trial.rollout, trial.written.raw_scores, microbatch=MICROBATCH)
     finally:
+        components.release()
         put_back(optimizer, undo)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -3,6 +3,7 @@
 from kleash.errors import ModelError
 from kleash.models.policy import Policy, check_compatible
 from kleash.models.reference_offload import FrozenReference, underlying
+from kleash.models.sharding import own, whole
 from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
 
@@ -48,8 +49,11 @@ def storage(trial: Trial) -> Finding:
     reference, policy = underlying(trial.components.reference), trial.components.policy
     if reference.adapter is not None:
         return _adapter_storage(trial, check)
-    learning = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    named = list(reference.model.named_parameters())
+    trial.components.release()
+    # A slice of a divided weight may be empty, and has no storage then.
+    held = [own(p) for p in policy.parameters()]
+    learning = {p.untyped_storage().data_ptr() for p in held if p.numel()}
+    named = [(key, own(p)) for key, p in reference.model.named_parameters()]
     shared = [key for key, p in named if p.untyped_storage().data_ptr() in learning]
     if not shared:
         return check.ok(f"{len(named)} parameters of its own")
@@ -72,7 +76,7 @@ def adapter(trial: Trial) -> Finding:
     moved = [
         key
         for key, p in policy.model.named_parameters()
-        if "lora_B" in key and bool(p.detach().abs().max() > 0)
+        if "lora_B" in key and bool(whole(p.detach()).abs().max() > 0)
     ]
     if not trial.at_start or not moved:
         return check.ok(f"fresh adapter, off = {policy.path}")
