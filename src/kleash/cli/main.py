@@ -10,31 +10,22 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from kleash import __version__
 from kleash.auditing.options import AuditOptions
 from kleash.cli.console import (
-    explicit_as_json,
     numbers,
-    print_explicit,
-    print_sampled,
     quiet_libraries,
-    sample_sizes,
-    sampled_as_json,
     split_overrides,
 )
+from kleash.cli.explicit_kl import kl_command
 from kleash.cli.recipes import init, recipes_app
 from kleash.cli.rollout_server import serve_rollouts
 from kleash.config.recipe_library import FOLDER
 from kleash.errors import ConfigError, KleashError, UsageError
-from kleash.kl.discrete import explicit_kl
-from kleash.kl.sampled import sampled_explicit_kl
-
-if TYPE_CHECKING:
-    pass
 
 _EXAMPLES = """Examples:
 
@@ -67,6 +58,13 @@ app = App(
 _EMBEDDED_WORLD = FOLDER / "embedded-world.yaml"
 
 app.command(recipes_app)
+app.command(
+    kl_command,
+    name="kl",
+    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
+    "\n\n    kleash kl 0.25,0.75 0.05,0.95 --samples 1,100,10000"
+    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
+)
 app.command(
     init,
     help_epilogue="Examples:\n\n    kleash init models/sft\n\n    kleash init models/sft "
@@ -107,57 +105,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"kleash: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-@app.command(
-    name="kl",
-    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
-    "\n\n    kleash kl 0.25,0.75 0.05,0.95 --samples 1,100,10000"
-    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
-)
-def kl_command(
-    p: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    q: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    /,
-    *,
-    samples: Annotated[str, Parameter(show_default=False)] = "",
-    seed: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    debug: _Debug = False,
-) -> None:
-    """KL divergence of two explicit distributions: every term of the sum, both directions.
-
-    With `--samples`, also what a trainer sees of it: k1, k2 and k3 from outcomes drawn from P.
-
-    Parameters
-    ----------
-    p
-        Probabilities of the policy, separated by commas.
-    q
-        Probabilities of the reference, separated by commas.
-    samples
-        Numbers of samples to estimate it from, separated by commas.
-    seed
-        Of the samples.
-    as_json
-        Print JSON instead of a table.
-    """
-    del debug  # read by `main`
-    try:
-        result = explicit_kl(numbers(p), numbers(q))
-        sizes = sample_sizes(samples) if samples else []
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    sampled = sampled_explicit_kl(result, sizes, seed=seed) if sizes else None
-    if as_json:
-        shown = explicit_as_json(result)
-        if sampled is not None:
-            shown["sampled"] = sampled_as_json(sampled)
-        print(json.dumps(shown, indent=2, allow_nan=False))
-    else:
-        print_explicit(result)
-        if sampled is not None:
-            print_sampled(sampled)
 
 
 @app.command(

@@ -22,12 +22,12 @@ from kleash.config.algorithm import (
     ValueConfig,
 )
 from kleash.config.leash import LeashConfig, ReferenceConfig
+from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import (
     Config,
     OptimizerConfig,
     PolicyConfig,
     PretrainingConfig,
-    RolloutConfig,
     ScorerConfig,
 )
 from kleash.errors import ConfigError

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kleash.config.schema import RolloutConfig
+from kleash.config.rollout import RolloutConfig
 from kleash.errors import ConfigError
 from kleash.mesh import is_distributed
 from kleash.models.policy import Policy

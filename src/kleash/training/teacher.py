@@ -9,7 +9,8 @@ import torch
 from kleash.algorithms.distill import DistillSettings
 from kleash.config.algorithm import DistillConfig, TeacherConfig
 from kleash.config.leash import LeashConfig
-from kleash.config.schema import PolicyConfig, RolloutConfig
+from kleash.config.rollout import RolloutConfig
+from kleash.config.schema import PolicyConfig
 from kleash.errors import ModelError
 from kleash.models.policy import Policy, Reference, check_compatible, load_reference
 from kleash.models.precision import weights_dtype
