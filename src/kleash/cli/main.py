@@ -241,6 +241,9 @@ def check(
     quick: Annotated[bool, Parameter(negative="")] = False,
     pairs: Path | None = None,
     framework: Literal["trl", "verl", "openrlhf"] | None = None,
+    world_size: int | None = None,
+    prompt_tokens: int = 256,
+    network: float = 25.0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -260,6 +263,13 @@ def check(
     framework
         CONFIG is that framework's own file (or its arguments follow): say what its KL settings
         amount to. Nothing is loaded or run.
+    world_size
+        Predict memory, network and time of the run on so many devices instead; of the model only
+        its config.json is read.
+    prompt_tokens
+        Longest prompt, for that prediction.
+    network
+        GB/s that each device can send, for that prediction.
     as_json
         Print JSON instead of a table.
     """
@@ -268,6 +278,11 @@ def check(
 
     from kleash.preflight.console import print_report
 
+    if world_size is not None:
+        from kleash.cli.devices import Devices, predict
+
+        devices = Devices(world_size, prompt_tokens, network)
+        return predict(arguments, devices, base=_EMBEDDED_WORLD, as_json=as_json)
     if framework is not None:
         from kleash.preflight.framework_configs import read_framework
 
@@ -477,3 +492,34 @@ def report(run: Path, /, *others: Path, output: Path | None = None, debug: _Debu
 
     page, twin = write_report([run, *others], into=output)
     print(f"{page}\n{twin}")
+
+
+@app.command(help_epilogue="Examples:\n\n    kleash push runs/stories OWNER/stories-on-a-leash")
+def push(
+    run: Path,
+    repo: str,
+    /,
+    *,
+    step: int | None = None,
+    public: Annotated[bool, Parameter(negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Put a run's policy on the Hugging Face Hub, with its tokenizer and its card.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    repo
+        `owner/name`; made if missing.
+    step
+        Whose checkpoint; by default the newest.
+    public
+        Make a new repository public.
+    """
+    del debug
+    from huggingface_hub import HfApi
+
+    from kleash.models.publishing import push_run
+
+    print(push_run(run, repo, client=HfApi(), step=step, private=not public))

@@ -16,12 +16,19 @@ from pydantic import (
 )
 
 from kleash.algorithms.common import Truncated, check_truncated
+from kleash.algorithms.distill import check_distillation_leash
 from kleash.algorithms.sampler_correction import (
     Correction,
     check_correction,
     correction_gradient,
 )
-from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
+from kleash.config.algorithm import (
+    AlgorithmConfig,
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    TeacherConfig,
+)
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
 from kleash.config.section import InputKind, Section, SettingError
 
@@ -221,6 +228,11 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, for policy and critic; the critic's learning rate is `algorithm.value.lr`."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits (needs kleash[8bit])."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of weights under `policy.precision: pure_bf16`: `stochastic` rounds up or down by chance, so
+    that no update is lost on average."""
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the policy."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -302,8 +314,12 @@ class Config(Section):
     algorithm: AlgorithmConfig = PPOConfig()
     policy: PolicyConfig
     reference: ReferenceConfig = ReferenceConfig()
-    reward_models: dict[str, RewardConfig] = Field(min_length=1)
-    """Reward models by name; the score is their weighted sum."""
+    teacher: TeacherConfig | None = None
+    """With `algorithm: distill`: the teacher, where there is a leash to another model beside it;
+    none: the model of `reference` is the teacher."""
+    reward_models: dict[str, RewardConfig] = Field(default_factory=dict)
+    """Reward models by name; the score is their weighted sum. Every algorithm needs one but
+    `distill`, which takes none."""
     score_normalisation: Literal["none", "running", "initial"] = "none"
     """Leave scores as they are; or standardise them by the statistics of all scores so far, or by
     those of responses written before the first update. Never applied to the sum with KL."""
@@ -341,6 +357,9 @@ class Config(Section):
             value = algorithm.value.model_copy(update={"lr": self.optimizer.lr})
             algorithm = algorithm.model_copy(update={"value": value})
         reference = self.reference.with_kind(adapter=self.policy.lora is not None)
+        if isinstance(algorithm, DistillConfig) and self.teacher is None:
+            # No student begins at its teacher.
+            reference = reference.model_copy(update={"reference_differs": True})
         # Nothing has seen this object yet; later it is frozen.
         object.__setattr__(self, "algorithm", algorithm)
         object.__setattr__(self, "reference", reference)
@@ -366,6 +385,20 @@ class Config(Section):
                 "normalised by itself): leave it out",
                 "score_normalisation",
             )
+        if isinstance(self.algorithm, DistillConfig):
+            self._require_distillation()
+            self._require_distillation_leash()
+            return self
+        if self.teacher is not None:
+            raise SettingError(
+                f"`teacher` is for `algorithm: distill`, got `algorithm: {name}`: leave it out",
+                "teacher",
+                "algorithm.name",
+            )
+        if not self.reward_models:
+            raise SettingError(
+                "give at least one of `reward_models`, got none to learn from", "reward_models"
+            )
         if isinstance(self.algorithm, PPOConfig):
             return self
         if self.rollout.responses_per_prompt < 2:
@@ -386,6 +419,83 @@ class Config(Section):
                 "leash.placement",
             )
         return self
+
+    def _require_distillation(self) -> None:
+        """Refuse what distillation has no use for, and what it lacks.
+
+        Raises:
+            SettingError: naming the keys.
+        """
+        rollout, leash, reference = self.rollout, self.leash, self.reference
+        faults: list[tuple[bool, str, tuple[str, ...]]] = [
+            (
+                bool(self.reward_models),
+                "`algorithm: distill` learns from the teacher alone: leave out `reward_models`, or "
+                "take another algorithm, with the teacher as its reference",
+                ("reward_models", "algorithm.name"),
+            ),
+            (
+                self.score_normalisation != "none",
+                "`algorithm: distill` has no scores for `score_normalisation`: leave it out",
+                ("score_normalisation",),
+            ),
+            (
+                rollout.truncated not in ("score", "drop"),
+                "with `algorithm: distill` a response that the limit cut is learnt from as it "
+                f"stands (`score`) or not at all (`drop`), got `truncated: {rollout.truncated}`",
+                ("rollout.truncated",),
+            ),
+            (
+                rollout.correction != "none",
+                "with `algorithm: distill` there are no advantages for `rollout.correction` to "
+                "weigh: leave it out",
+                ("rollout.correction",),
+            ),
+            (
+                self.teacher is None and reference.path is None,
+                "`algorithm: distill` needs a teacher: give it as `reference.path`, or as "
+                "`teacher.path` beside a leash to the reference",
+                ("reference.path", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.placement != "measure",
+                "`algorithm: distill` with the teacher as the reference has no other leash: give "
+                "`leash: {beta: 0, placement: measure}`, or name the teacher in `teacher.path`",
+                ("leash.placement", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.reanchor_every is not None,
+                "`leash.reanchor_every` would replace the teacher by the student: leave it out, or "
+                "name the teacher in `teacher.path`",
+                ("leash.reanchor_every",),
+            ),
+            (
+                leash.target_kl_per_token is not None,
+                "`leash.target_kl_per_token` is counted in the lengths of scored responses, which "
+                "`algorithm: distill` does not draw: give `target_kl`",
+                ("leash.target_kl_per_token",),
+            ),
+            (
+                leash.beta is None and leash.schedule is None and leash.initial_beta == "auto",
+                "with `algorithm: distill` no scores say where a moving β starts: give "
+                "`leash.initial_beta`, in nats of divergence per nat",
+                ("leash.initial_beta",),
+            ),
+        ]
+        for found, sentence, keys in faults:
+            if found:
+                raise SettingError(sentence, *keys)
+
+    def _require_distillation_leash(self) -> None:
+        """A leash beside a teacher is a term of the loss.
+
+        Raises:
+            SettingError: it charges rewards.
+        """
+        try:
+            check_distillation_leash(self.leash.placement)
+        except ValueError as error:
+            raise SettingError(f"`leash.placement`: {error}", "leash.placement") from None
 
     @model_validator(mode="after")
     def _ahead_fits(self) -> "Config":
@@ -431,6 +541,16 @@ class Config(Section):
                 "`leash.reanchor_every` moves it: take one of them",
                 "reference.kind",
                 "leash.reanchor_every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> "Config":
+        if self.optimizer.rounding == "stochastic" and self.policy.precision != "pure_bf16":
+            raise SettingError(
+                "`optimizer.rounding: stochastic` is for weights in bfloat16, and "
+                f"`policy.precision: {self.policy.precision}` updates float32: leave it out",
+                "optimizer.rounding",
             )
         return self
 
