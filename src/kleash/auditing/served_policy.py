@@ -59,9 +59,9 @@ class ServedModel(PreTrainedModel):
     base_model_prefix = "trunk"
 
     def __init__(
-        self, config: ServedArchitecture, engine: VLLMEngine, identity: Identity, words: int
+        self, architecture: ServedArchitecture, engine: VLLMEngine, identity: Identity, words: int
     ) -> None:
-        super().__init__(config)
+        super().__init__(architecture)
         self.engine = engine
         self.identity = identity
         self.trunk = _Trunk(engine, words)
