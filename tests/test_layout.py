@@ -192,7 +192,9 @@ def test_class_names_are_unique_across_the_package() -> None:
     ],
 )
 def test_few_functions_take_everything(annotated: str, named: str | None, most: int) -> None:
-    found = [f for f in EVERY if takes(f, annotated=annotated, named=named)]
+    # In `integrations` the name is that of other libraries' own settings.
+    ours = [f for f in EVERY if f.package != "integrations"]
+    found = [f for f in ours if takes(f, annotated=annotated, named=named)]
     print(f"functions that take {annotated}:", counted(found))
     assert len(found) <= most, counted(found)
 

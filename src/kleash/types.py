@@ -106,6 +106,12 @@ class ScoredRollout:
     """Value of the state after the last token: what a bootstrapped truncation continues with."""
     ref_hidden: Float[Tensor, "batch token ref_hidden"] | None = None
     """Reference hidden states, kept when the loss needs the exact KL again."""
+    teacher_kl: Float[Tensor, "batch token"] | None = None
+    """In distillation: exact KL(student‖teacher) at each position, in nats."""
+    teacher_forward_kl: Float[Tensor, "batch token"] | None = None
+    """In distillation: exact KL(teacher‖student) at each position, in nats."""
+    teacher_hidden: Float[Tensor, "batch token teacher_hidden"] | None = None
+    """Teacher hidden states, kept for the loss."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,8 @@ class Fresh:
     values: Float[Tensor, "batch token"] | None = None
     kl: Float[Tensor, "batch token"] | None = None
     """Exact KL(π‖π_ref) now; needed where the placement has a pathwise term."""
+    divergence: Float[Tensor, "batch token"] | None = None
+    """In distillation: divergence of student and teacher now."""
 
 
 @dataclass(frozen=True)

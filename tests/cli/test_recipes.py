@@ -51,7 +51,7 @@ def test_a_copy_is_the_recipe_and_never_takes_the_place_of_a_file() -> None:
     ("arguments", "error", "sentence"),
     [
         (["copy", "storys"], UsageError, "'storys': did you mean stories?"),
-        (["copy", "xyzxyz"], UsageError, "there are embedded-world, .*sample-chat-prompts"),
+        (["copy", "xyzxyz"], UsageError, "there are distill, .*sample-chat-prompts"),
         (["copy", "../ziegler"], UsageError, "the name of a recipe, got '../ziegler'"),
         (["copy", "ziegler", "--output", "no/where.yaml"], KleashError, "cannot write 'no/where"),
         (["copy", "ziegler", "--output", "."], ConfigError, "is there already"),

@@ -22,7 +22,7 @@ import yaml
 from real_vllm import NEEDS_VLLM
 
 from kleash.cli.serve_rollouts import server_command, server_environment
-from kleash.config.schema import VLLMConfig
+from kleash.config.rollout import VLLMConfig
 from kleash.errors import EngineLostError
 from kleash.models.policy import load_policy
 from kleash.rollout.engine import writing_request

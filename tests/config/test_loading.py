@@ -69,7 +69,7 @@ def test_overrides_win_and_dashes_are_underscores(tmp_path: Path) -> None:
         (minimal(rollout={"truncated": "penalise"}), "goes with `truncated: penalise`"),
         (minimal(rollout={"missing_eos_penalty": 1}), "goes with `truncated: penalise`"),
         (minimal(algorithm={"value": {"kind": "model"}}), "`path` goes with `kind: model`"),
-        (minimal(reward_models={}), "expected one entry or more, got none"),
+        (minimal(reward_models={}), "at least one of `reward_models`"),
         (minimal(reward_models={"r": {}}), "exactly one of `path` and `callable`"),
         (minimal(reward_models={"r": {"callable": "a:b", "template": "{prompt}"}}), "nothing for"),
         (minimal(algorithm={"minibatches": 3}), "does not divide the 64"),

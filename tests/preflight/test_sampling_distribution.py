@@ -27,7 +27,8 @@ def test_a_cut_by_rank_mass_or_ratio_gains_what_it_leaves_out() -> None:
     assert float(evidence.beyond_rank[2]) == pytest.approx(expected)
     assert evidence.above == pytest.approx(0.75)
     # The cut at 0.76 keeps words with less than that above them: the same three.
-    assert float(evidence.beyond_mass[38]) == pytest.approx(expected)
+    # The cut at 0.76 keeps words with less than that above them: the same three.
+    assert float(evidence.beyond_mass[76]) == pytest.approx(expected)
     assert evidence.ratio == pytest.approx(0.25)
     assert float(evidence.below_ratio[7]) == pytest.approx(expected)  # 10^−0.7 ≈ 0.2
 

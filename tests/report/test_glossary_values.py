@@ -27,6 +27,7 @@ from kleash.training.loop import train
 from kleash.training.metrics import (
     account,
     charge_measures,
+    distill_measures,
     first_ratio_error,
     objective_measures,
     reward_measures,
@@ -63,6 +64,7 @@ HELD_ELSEWHERE = {
     "rollout/kl_sampler_exact_per_token": "training/test_sampler_correction.py",
     "rollout/kl_sampler_exact_reverse_per_token": "training/test_sampler_correction.py",
     "samples/kl_by_position": "report/diagnostics/test_kl_by_position.py",
+    "loss/distill": "algorithms/test_distill.py",
     "<key>/<group>": "training/test_groups.py",
     **{
         f"controller/{name}": "kl/control/test_controllers.py"
@@ -103,6 +105,8 @@ def scored() -> ScoredRollout:
         entropy=numbers(2.5, seed=5),
         scores=torch.tensor([0.5, -1.0, 2.0, 0.25, 3.0, -0.5], dtype=torch.float64),
         values=numbers(1.0, seed=6),
+        teacher_kl=numbers(0.7, seed=12),
+        teacher_forward_kl=numbers(0.6, seed=15),
     )
 
 
@@ -128,6 +132,7 @@ def logged(scored: ScoredRollout, experience: Experience) -> dict[str, Any]:
     parts = {"helpful": scored.scores * 2, "polite": scored.scores.flip(0)}
     return {
         **objective_measures(scored, beta=BETA),
+        **distill_measures(scored),
         **rollout_measures(scored, TEXTS),
         **sampler_measures(scored, WEIGHED, floor=None),
         **reward_measures(parts, parts["helpful"] + 3 * parts["polite"]),
@@ -167,6 +172,7 @@ def token_quantities(scored: ScoredRollout) -> dict[str, np.ndarray]:
     """What each number per token or response sums, token by token."""
     rollout = scored.rollout
     assert rollout.sampler_logprobs is not None
+    assert scored.teacher_kl is not None and scored.teacher_forward_kl is not None
     ratio = np.exp(tokens_of(scored.rollout_logprobs - rollout.sampler_logprobs))
     return {
         "objective/kl_ref": tokens_of(scored.kl),
@@ -174,6 +180,9 @@ def token_quantities(scored: ScoredRollout) -> dict[str, np.ndarray]:
         "objective/kl_ref_per_token": tokens_of(scored.kl),
         "objective/entropy": tokens_of(scored.entropy),
         "objective/entropy_per_token": tokens_of(scored.entropy),
+        "distill/reverse_kl": tokens_of(scored.teacher_kl),
+        "distill/reverse_kl_per_token": tokens_of(scored.teacher_kl),
+        "distill/forward_kl": tokens_of(scored.teacher_forward_kl),
         "rollout/kl_sampler": tokens_of(rollout.sampler_logprobs - scored.rollout_logprobs),
         "rollout/kl_sampler_per_token": ratio - 1 - np.log(ratio),
         "rollout/kl_sampler_reverse_per_token": ratio * np.log(ratio) - ratio + 1,
@@ -184,7 +193,8 @@ def token_quantities(scored: ScoredRollout) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("key", [
     "objective/kl_ref", "objective/kl_ref_k1", "objective/kl_ref_per_token", "objective/entropy",
     "objective/entropy_per_token", "rollout/kl_sampler", "rollout/kl_sampler_per_token",
-    "rollout/kl_sampler_reverse_per_token", "rollout/length",
+    "rollout/kl_sampler_reverse_per_token", "rollout/length", "distill/reverse_kl",
+    "distill/reverse_kl_per_token", "distill/forward_kl",
 ])  # fmt: skip
 def test_a_sum_over_tokens_is_reduced_as_its_unit_says(
     key: str, scored: ScoredRollout, logged: dict[str, Any]
@@ -212,7 +222,14 @@ def test_standard_errors_are_clustered_by_prompt(
 ) -> None:
     sums = {key: x.sum(1) for key, x in token_quantities(scored).items()}
     each = {**sums, "objective/scores": scored.scores.numpy()}
-    keys = ("objective/kl_ref", "objective/kl_ref_k1", "objective/scores", "rollout/kl_sampler")
+    keys = (
+        "objective/kl_ref",
+        "objective/kl_ref_k1",
+        "objective/scores",
+        "rollout/kl_sampler",
+        "distill/reverse_kl",
+        "distill/forward_kl",
+    )
     for key in keys:
         metric = define(f"{key}_se")
         assert metric is not None and metric.formula == "clustered by prompt"

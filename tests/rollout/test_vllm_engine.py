@@ -15,6 +15,7 @@ from scipy import stats
 
 from kleash.config.schema import Config
 from kleash.errors import EngineError
+from kleash.models.policy import load_policy
 from kleash.preflight.probe_batch import Trial
 from kleash.preflight.sampling_distribution import Explanation, explain, weigh
 from kleash.rollout import vllm_engine
@@ -22,7 +23,7 @@ from kleash.rollout.engine import writing_request
 from kleash.rollout.hand_over import hand_over, policy_weights
 from kleash.rollout.prompts import batch_prompts
 from kleash.rollout.sampling import SamplingSpec
-from kleash.rollout.vllm_engine import VLLMEngine
+from kleash.rollout.vllm_engine import VLLMEngine, VLLMSettings, start_vllm
 from kleash.training.assembly import assemble
 from kleash.training.components import Components
 from kleash.types import Rollout
@@ -255,6 +256,21 @@ def test_a_stale_matrix_is_rejected_and_named(
     finally:
         with torch.no_grad():
             matrix.copy_(before)
+
+
+def test_a_head_that_is_the_embedding_arrives_as_well(tmp_path: Path) -> None:
+    """vLLM on a CPU leaves a tied head as it was when new weights come."""
+    folder = tiny_models.save_model(tmp_path / "qwen2", "qwen2", **SIZES)
+    policy = load_policy(folder)
+    assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
+    engine = start_vllm(policy, VLLMSettings(max_tokens=32, kv_cache_gib=0.1, enforce_eager=True))
+    try:
+        for _ in range(2):
+            assert hand_over(engine, policy)
+            with torch.no_grad():
+                policy.model.lm_head.weight.mul_(1.2)
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.9.2", "unknown"])

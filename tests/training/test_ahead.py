@@ -18,13 +18,14 @@ from training_hooks import before_each_step, interrupt_after
 from kleash.config.loading import parse_config
 from kleash.config.schema import Config
 from kleash.errors import ConfigError, EngineLostError, NonFiniteError
+from kleash.mesh import Mesh
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.run_directory import read_run
-from kleash.training import assembly
-from kleash.training.ahead import require_can_write_ahead
+from kleash.training import assembly, startup
 from kleash.training.callbacks import RolloutEvent
 from kleash.training.loop import train
 from kleash.training.optimization import PolicyUpdater
+from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.session import Session
 from kleash.types import Rollout
 
@@ -90,8 +91,8 @@ class Watch:
 
 def test_with_an_adapter_the_copy_has_it_too(material: Path, tmp_path: Path) -> None:
     watch = Watch()
-    adapter = {"lora": {"rank": 2, "targets": ["q_proj"]}}
-    config = settings(material, tmp_path / "run", policy=adapter, optimizer={"lr": 0.05}, steps=3)
+    adapter = {"lora": {"rank": 2, "targets": ["v_proj", "down_proj"]}}
+    config = settings(material, tmp_path / "run", policy=adapter, optimizer={"lr": 0.3}, steps=3)
     train(config, callbacks=[watch])
     rollout, mask = watch.rollouts[2], watch.rollouts[2].response_mask
     assert rollout.sampler_logprobs is not None
@@ -217,8 +218,8 @@ def test_an_engine_of_its_own_writes_ahead_with_the_weights_before(
     """A server's stand-in: handed over once a step, and resumed to the same numbers."""
     engines: list[StandInEngine] = []
 
-    def begin(config: Config, rewards: Any) -> Any:
-        components = assembly.assemble(config, rewards)
+    def begin(*arguments: Any, **more: Any) -> Any:
+        components = assembly.assemble(*arguments, **more)
         engines.append(StandInEngine(components.policy))
         return replace(components, engine=engines[-1])
 
@@ -256,8 +257,8 @@ def test_an_engine_that_is_lost_ahead_ends_the_run_before_the_step(
 
         writes = 0
 
-    def begin(config: Config, rewards: Any) -> Any:
-        components = assembly.assemble(config, rewards)
+    def begin(*arguments: Any, **more: Any) -> Any:
+        components = assembly.assemble(*arguments, **more)
         return replace(components, engine=Lost(components.policy))
 
     monkeypatch.setattr("kleash.training.startup.assemble", begin)
@@ -266,25 +267,16 @@ def test_an_engine_that_is_lost_ahead_ends_the_run_before_the_step(
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1]
 
 
-def test_an_engine_that_must_write_alone_is_refused(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Alone(StandInEngine):
-        @property
-        def concurrent(self) -> bool:
-            return False
+def test_several_processes_are_refused(material: Path, tmp_path: Path) -> None:
+    config = settings(material, tmp_path / "run")
+    components = assembly.assemble(config)
+    guard = ReferenceGuard.of(components.original, components.reference)
+    with pytest.raises(ConfigError, match=r"expected one process with rollout\.ahead: 1, got 2"):
+        startup._require_alike(config, replace(components, mesh=Mesh(size=2)), guard)
 
-    def begin(config: Config, rewards: Any) -> Any:
-        components = assembly.assemble(config, rewards)
-        return replace(components, engine=Alone(components.policy))
 
-    monkeypatch.setattr("kleash.training.startup.assemble", begin)
-    with pytest.raises(ConfigError, match="got one in the trainer's own process"):
-        train(settings(material, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match=r"expected one process .* got 2"):
-        require_can_write_ahead(None, processes=2)
-    require_can_write_ahead(None, processes=1)
+def test_vllm_in_the_process_of_the_trainer_is_refused() -> None:
+    """It would draw from the random numbers of the update."""
     own = minimal(rollout={"ahead": 1, "correction": "sequence_truncated", "engine": "vllm"})
     with pytest.raises(ConfigError, match=r"give `rollout\.vllm\.url` of a server"):
         parse_config(own, where="here")

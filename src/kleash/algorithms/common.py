@@ -207,8 +207,21 @@ def policy_losses(
             tokens=tokens,
         )
     }
+    spent = leash_loss(experience, fresh, placement=placement, tokens=tokens)
+    return losses if spent is None else {**losses, "loss/kl": spent}
+
+
+def leash_loss(
+    experience: Experience, fresh: Fresh, *, placement: Placement, tokens: int
+) -> Float[Tensor, ""] | None:
+    """`loss/kl` of `policy_losses`; None where the placement has no differentiable KL.
+
+    Raises:
+        ValueError: as it does.
+    """
+    scored, mask = experience.scored, experience.mask
     if experience.pathwise is None:
-        return losses
+        return None
     if fresh.kl is None and placement in DIFFERENTIATES_KL:
         raise ValueError(
             f"placement {placement!r} differentiates the exact KL, got Fresh.kl=None: score the "
@@ -227,8 +240,7 @@ def policy_losses(
             f"placement {placement!r} has no term in the loss, got an experience with pathwise "
             "weights: use the settings it was prepared with"
         )
-    losses["loss/kl"] = masked_sum(experience.pathwise * terms, mask) / tokens
-    return losses
+    return masked_sum(experience.pathwise * terms, mask) / tokens
 
 
 def finish(
@@ -295,6 +307,7 @@ def _refuse(experience: Experience, fresh: Fresh) -> NoReturn:
         "log-probability": fresh.logprobs,
         "value": fresh.values,
         "exact KL": fresh.kl,
+        "divergence from the teacher": fresh.divergence,
     }
     for name, numbers in suspects.items():
         if numbers is not None:

@@ -5,19 +5,20 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.algorithms import grpo, ppo, rloo
+from kleash.algorithms import distill, grpo, ppo, rloo
 from kleash.algorithms.advantages import group_relative
+from kleash.algorithms.distill import DistillSettings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.types import Beta, Experience, Fresh, Loss, ScoredRollout
 
-Settings = PPOSettings | GRPOSettings | RLOOSettings
+Settings = PPOSettings | GRPOSettings | RLOOSettings | DistillSettings
 
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What each algorithm's module has; see `ppo`, `grpo`, `rloo`."""
+    """What each algorithm's module has; see `ppo`, `grpo`, `rloo`, `distill`."""
 
     def prepare(self, scored: ScoredRollout, beta: Beta, settings: Any, /) -> Experience:
         """Rewards and advantages of a rollout."""
@@ -35,7 +36,9 @@ def algorithm_of(settings: Settings) -> Algorithm:
             return ppo
         case GRPOSettings():
             return grpo
-        case _:
+        case DistillSettings():
+            return distill
+        case RLOOSettings():
             return rloo
 
 
@@ -51,5 +54,8 @@ def trained_scores(scored: ScoredRollout, settings: Settings) -> Float[Tensor, "
 
 
 def price(beta: Beta, settings: Settings) -> Beta | None:
-    """β in score per nat; None for GRPO, whose β is in standard deviations of a group per nat."""
-    return None if isinstance(settings, GRPOSettings) else beta
+    """β in score per nat; None where it is in something else per nat.
+
+    GRPO's is in standard deviations of a group, that of distillation in nats of divergence.
+    """
+    return None if isinstance(settings, GRPOSettings | DistillSettings) else beta

@@ -46,7 +46,7 @@ _SPARE = 2
 """Tokens behind a text: one so that the law after its last is said, one that must be written."""
 
 
-class ServedConfig(PretrainedConfig):
+class ServedArchitecture(PretrainedConfig):
     """What is asked of a model's configuration: nothing that would transform its logits."""
 
     model_type = "served"
@@ -55,13 +55,13 @@ class ServedConfig(PretrainedConfig):
 class ServedModel(PreTrainedModel):
     """See the top of this file."""
 
-    config_class = ServedConfig
+    config_class = ServedArchitecture
     base_model_prefix = "trunk"
 
     def __init__(
-        self, config: ServedConfig, engine: VLLMEngine, identity: Identity, words: int
+        self, architecture: ServedArchitecture, engine: VLLMEngine, identity: Identity, words: int
     ) -> None:
-        super().__init__(config)
+        super().__init__(architecture)
         self.engine = engine
         self.identity = identity
         self.trunk = _Trunk(engine, words)
@@ -153,7 +153,7 @@ def open_served(path: str, *, device: str) -> Policy:
     except BaseException:
         engine.close()
         raise
-    served = ServedConfig()
+    served = ServedArchitecture()
     served.max_position_embeddings = longest - _SPARE
     model = ServedModel(served, engine, identity, words).eval()
     cast(Any, model).to(device)

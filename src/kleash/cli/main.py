@@ -10,31 +10,22 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from kleash import __version__
 from kleash.auditing.options import AuditOptions
 from kleash.cli.console import (
-    explicit_as_json,
     numbers,
-    print_explicit,
-    print_sampled,
     quiet_libraries,
-    sample_sizes,
-    sampled_as_json,
     split_overrides,
 )
+from kleash.cli.explicit_kl import kl_command
 from kleash.cli.recipes import init, recipes_app
 from kleash.cli.rollout_server import serve_rollouts
 from kleash.config.recipe_library import FOLDER
 from kleash.errors import ConfigError, KleashError, UsageError
-from kleash.kl.discrete import explicit_kl
-from kleash.kl.sampled import sampled_explicit_kl
-
-if TYPE_CHECKING:
-    pass
 
 _EXAMPLES = """Examples:
 
@@ -67,6 +58,13 @@ app = App(
 _EMBEDDED_WORLD = FOLDER / "embedded-world.yaml"
 
 app.command(recipes_app)
+app.command(
+    kl_command,
+    name="kl",
+    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
+    "\n\n    kleash kl 0.25,0.75 0.05,0.95 --samples 1,100,10000"
+    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
+)
 app.command(
     init,
     help_epilogue="Examples:\n\n    kleash init models/sft\n\n    kleash init models/sft "
@@ -107,57 +105,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"kleash: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-@app.command(
-    name="kl",
-    help_epilogue="Examples:\n\n    kleash kl 0.7,0.3 0.5,0.5\n\n    kleash kl 0.25,0.75 0.05,0.95"
-    "\n\n    kleash kl 0.25,0.75 0.05,0.95 --samples 1,100,10000"
-    "\n\n    kleash kl 0.7,0.3 0.5,0.5 --json",
-)
-def kl_command(
-    p: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    q: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    /,
-    *,
-    samples: Annotated[str, Parameter(show_default=False)] = "",
-    seed: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    debug: _Debug = False,
-) -> None:
-    """KL divergence of two explicit distributions: every term of the sum, both directions.
-
-    With `--samples`, also what a trainer sees of it: k1, k2 and k3 from outcomes drawn from P.
-
-    Parameters
-    ----------
-    p
-        Probabilities of the policy, separated by commas.
-    q
-        Probabilities of the reference, separated by commas.
-    samples
-        Numbers of samples to estimate it from, separated by commas.
-    seed
-        Of the samples.
-    as_json
-        Print JSON instead of a table.
-    """
-    del debug  # read by `main`
-    try:
-        result = explicit_kl(numbers(p), numbers(q))
-        sizes = sample_sizes(samples) if samples else []
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    sampled = sampled_explicit_kl(result, sizes, seed=seed) if sizes else None
-    if as_json:
-        shown = explicit_as_json(result)
-        if sampled is not None:
-            shown["sampled"] = sampled_as_json(sampled)
-        print(json.dumps(shown, indent=2, allow_nan=False))
-    else:
-        print_explicit(result)
-        if sampled is not None:
-            print_sampled(sampled)
 
 
 @app.command(
@@ -241,6 +188,9 @@ def check(
     quick: Annotated[bool, Parameter(negative="")] = False,
     pairs: Path | None = None,
     framework: Literal["trl", "verl", "openrlhf"] | None = None,
+    world_size: int | None = None,
+    prompt_tokens: int = 256,
+    network: float = 25.0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
     debug: _Debug = False,
 ) -> None:
@@ -260,6 +210,13 @@ def check(
     framework
         CONFIG is that framework's own file (or its arguments follow): say what its KL settings
         amount to. Nothing is loaded or run.
+    world_size
+        Predict memory, network and time of the run on so many devices instead; of the model only
+        its config.json is read.
+    prompt_tokens
+        Longest prompt, for that prediction.
+    network
+        GB/s that each device can send, for that prediction.
     as_json
         Print JSON instead of a table.
     """
@@ -268,6 +225,11 @@ def check(
 
     from kleash.preflight.console import print_report
 
+    if world_size is not None:
+        from kleash.cli.devices import Devices, predict
+
+        devices = Devices(world_size, prompt_tokens, network)
+        return predict(arguments, devices, base=_EMBEDDED_WORLD, as_json=as_json)
     if framework is not None:
         from kleash.preflight.framework_configs import read_framework
 
@@ -477,3 +439,34 @@ def report(run: Path, /, *others: Path, output: Path | None = None, debug: _Debu
 
     page, twin = write_report([run, *others], into=output)
     print(f"{page}\n{twin}")
+
+
+@app.command(help_epilogue="Examples:\n\n    kleash push runs/stories OWNER/stories-on-a-leash")
+def push(
+    run: Path,
+    repo: str,
+    /,
+    *,
+    step: int | None = None,
+    public: Annotated[bool, Parameter(negative="")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Put a run's policy on the Hugging Face Hub, with its tokenizer and its card.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    repo
+        `owner/name`; made if missing.
+    step
+        Whose checkpoint; by default the newest.
+    public
+        Make a new repository public.
+    """
+    del debug
+    from huggingface_hub import HfApi
+
+    from kleash.models.publishing import push_run
+
+    print(push_run(run, repo, client=HfApi(), step=step, private=not public))

@@ -75,6 +75,11 @@ def plan(config: Config, request: PlanRequest) -> Frontier:
     Raises:
         KleashError: something the user can fix; nothing was written.
     """
+    if config.algorithm.name == "distill":
+        raise UsageError(
+            "expected a run with rewards to plan for, got `algorithm: distill`, whose strength no "
+            "score decides: there is nothing to plan"
+        )
     if config.reference.path is not None:
         # Started from its reference, whose samples a plan needs.
         tree = config.model_dump()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from kleash.config.schema import PolicyConfig, ReferenceConfig, VLLMConfig
+from kleash.config.rollout import VLLMConfig
+from kleash.config.schema import PolicyConfig, ReferenceConfig
 from kleash.mesh import Mesh
 from kleash.rollout.vllm_engine import import_vllm, write_model
 from kleash.training.assembly import choose_device, load_models

@@ -1,4 +1,4 @@
-"""The three algorithms, each with the keys it knows.
+"""The algorithms, each with the keys it knows.
 
 `algorithm: grpo` is short for `algorithm: {name: grpo}`, and `algorithm: {epochs: 4}` for
 `algorithm: {name: ppo, epochs: 4}`.
@@ -15,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.algorithms.distill import DistillGradient
 from kleash.config.section import InputKind, Section, SettingError
 from kleash.kl.placements import Placement
+from kleash.scoring.divergences import Divergence
 
 WEIGHTED_MIN_EFFECTIVE_SAMPLES = 0.5
 """`min_effective_samples: auto` where the placement has the prefix weights in its loss."""
@@ -44,11 +46,11 @@ class ValueConfig(Section):
         return self
 
 
-Updates = TypeVar("Updates", bound="UpdateConfig")
+Passes = TypeVar("Passes", bound="PassesConfig")
 
 
-class UpdateConfig(Section):
-    """The clipped updates that all algorithms make."""
+class PassesConfig(Section):
+    """The passes that all algorithms make over a rollout."""
 
     epochs: PositiveInt = 2
     """Passes over a rollout."""
@@ -59,20 +61,25 @@ class UpdateConfig(Section):
     keep_logits_mib: NonNegativeInt = 512
     """MiB of logits kept from forward to backward; the others are computed a second time. Changes
     memory and speed, not the gradient."""
-    clip_range: PositiveFloat = 0.2
-    """ε of the clipped policy loss."""
     min_effective_samples: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
     """Least share of a minibatch's tokens that the prefix weights Π π/π_rollout may leave
     effective; below it the policy is too far from the one that sampled, and the rest of the
     updates to this rollout is left out (`policy/updates` counts those made). auto: 0.5 where the
     placement `exact_weighted` has the weights in its loss, otherwise 0, which is no bound."""
 
-    def with_min_effective_samples(self: Updates, placement: Placement) -> Updates:
+    def with_min_effective_samples(self: Passes, placement: Placement) -> Passes:
         """These settings with the number that `auto` stands for."""
         if self.min_effective_samples != "auto":
             return self
         least = WEIGHTED_MIN_EFFECTIVE_SAMPLES if placement == "exact_weighted" else 0.0
         return self.model_copy(update={"min_effective_samples": least})
+
+
+class UpdateConfig(PassesConfig):
+    """The clipped updates of policy-gradient algorithms."""
+
+    clip_range: PositiveFloat = 0.2
+    """ε of the clipped policy loss."""
 
 
 class PPOConfig(UpdateConfig):
@@ -109,6 +116,36 @@ class RLOOConfig(UpdateConfig):
     """Which algorithm."""
 
 
+class DistillConfig(PassesConfig):
+    """No rewards: the policy, as a student, is drawn towards a teacher at each of its tokens."""
+
+    name: Literal["distill"] = "distill"
+    """Which algorithm."""
+    divergence: Divergence = "reverse_kl"
+    """KL(student‖teacher), KL(teacher‖student), or Jensen–Shannon, exact over the vocabulary."""
+    gradient: DistillGradient = "token"
+    """`token`: that of each token's divergence with the sampled prefix held fixed, which is what
+    on-policy distillation usually means; `sequence`: also what a token does to those that follow,
+    by the weights of the placement `exact_weighted`."""
+
+    def with_min_effective_samples(self, placement: Placement) -> "DistillConfig":
+        """As for the others; the gradient of sequences has the weights in its loss too."""
+        weighted = self.gradient == "sequence"
+        return super().with_min_effective_samples("exact_weighted" if weighted else placement)
+
+
+class TeacherConfig(Section):
+    """The model that a student is drawn to, where it is not the reference."""
+
+    path: Annotated[str, InputKind.MODEL]
+    """Directory or hub name."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; none: its main branch."""
+    adapter: Annotated[str | None, InputKind.MODEL] = None
+    """Directory of a LoRA adapter that is merged into the model at `path`; none: the model as it
+    is."""
+
+
 def _with_name(given: object) -> object:
     """The short forms, written out."""
     if isinstance(given, str):
@@ -119,7 +156,7 @@ def _with_name(given: object) -> object:
 
 
 AlgorithmConfig = Annotated[
-    Annotated[PPOConfig | GRPOConfig | RLOOConfig, Field(discriminator="name")],
+    Annotated[PPOConfig | GRPOConfig | RLOOConfig | DistillConfig, Field(discriminator="name")],
     BeforeValidator(_with_name),
 ]
-"""One of the three, by its `name`."""
+"""One of the four, by its `name`."""

@@ -46,7 +46,7 @@ def _key_of(location: Key) -> Key:
     """The key at a location, which also names branches of unions."""
     key: Key = ()
     for position, part in enumerate(location):
-        if position == 1 and key == ("algorithm",) and part in ("ppo", "grpo", "rloo"):
+        if position == 1 and key == ("algorithm",) and part in ("ppo", "grpo", "rloo", "distill"):
             continue
         is_name = part.isdigit() or names_free(key) or bool(sections_at(key)) or not key
         if not is_name:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
+from kleash.config.algorithm import DistillConfig, GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.schema import Config, RewardConfig
 from kleash.config.section import Section
 
@@ -86,7 +86,9 @@ def moved_to(key: Sequence[str]) -> str | None:
 
 def owner_of(name: str) -> str | None:
     """The one algorithm that knows a key of `algorithm`; None if none or several do."""
-    owners = [s for s in (PPOConfig, GRPOConfig, RLOOConfig) if name in s.model_fields]
+    owners = [
+        s for s in (PPOConfig, GRPOConfig, RLOOConfig, DistillConfig) if name in s.model_fields
+    ]
     return owners[0]().name if len(owners) == 1 else None
 
 

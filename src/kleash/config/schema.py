@@ -15,14 +15,20 @@ from pydantic import (
     model_validator,
 )
 
-from kleash.algorithms.common import Truncated, check_truncated
+from kleash.algorithms.common import check_truncated
+from kleash.algorithms.distill import check_distillation_leash
 from kleash.algorithms.sampler_correction import (
-    Correction,
-    check_correction,
     correction_gradient,
 )
-from kleash.config.algorithm import AlgorithmConfig, GRPOConfig, PPOConfig
+from kleash.config.algorithm import (
+    AlgorithmConfig,
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    TeacherConfig,
+)
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
+from kleash.config.rollout import RolloutConfig
 from kleash.config.section import InputKind, Section, SettingError
 
 Precision = Literal["float32", "bf16", "pure_bf16"]
@@ -133,94 +139,14 @@ class PromptsConfig(Section):
     """Name of one of the policy's chat templates; none: its default."""
 
 
-class VLLMConfig(Section):
-    """vLLM as the engine that writes: in the trainer's process, or a server of its own."""
-
-    url: str | None = None
-    """Address of a server that `kleash serve-rollouts` started, such as `http://127.0.0.1:8000`;
-    none: vLLM runs in the trainer's own process, on its device. A server takes the three keys
-    below from this file too."""
-    gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
-    """Part of a GPU's memory that the engine may take; without effect on a CPU."""
-    kv_cache_gib: PositiveFloat | None = None
-    """GiB of keys and values that the engine keeps; none: what is left of its part of a GPU, and 1
-    on a CPU."""
-    enforce_eager: bool = False
-    """Begin at once, without compiling the model first: slower writing, much faster start."""
-    timeout_s: PositiveFloat = 600.0
-    """Seconds until one answer of a server is given up."""
-
-    def idle(self) -> dict[str, str]:
-        """See `Section.idle`: what only a server has."""
-        if self.url is None:
-            return {"timeout_s": "is for a server and does nothing without `url`"}
-        return {}
-
-
-class RolloutConfig(Section):
-    """How the policy writes."""
-
-    engine: Literal["hf", "vllm"] = "hf"
-    """What writes: the policy itself through transformers, or vLLM, which is given the weights
-    after every update; see docs/rollouts.md."""
-    vllm: VLLMConfig = VLLMConfig()
-
-    prompts_per_step: PositiveInt = 64
-    """Prompts of one step."""
-    responses_per_prompt: PositiveInt = 1
-    """Responses to each prompt; standard errors are clustered by prompt."""
-    max_new_tokens: PositiveInt = 64
-    """Length limit of a response."""
-    temperature: PositiveFloat = 1.0
-    """Divides the logits in sampling and in both scorings alike."""
-    truncated: Truncated = "score"
-    """A response cut by the limit: score it as it stands, subtract a penalty, leave it out of the
-    update, or continue it with the value of its last state."""
-    missing_eos_penalty: PositiveFloat | None = None
-    """Subtracted from the score of a truncated response when `truncated: penalise`."""
-    microbatch_size: PositiveInt = 64
-    """Responses scored at once; changes memory and speed, not results."""
-    correction: Correction = "none"
-    """How the update weighs tokens by r = π_trainer/π_sampler, where the sampler's law is not quite
-    the trainer's: not at all; each token by its own r, cut off at the clip; each response by the
-    product of its r, cut off at the clip; or each token by its r, and tokens with r beyond the clip
-    or its inverse left out. docs/placements.md has the gradient of each."""
-    correction_clip: float | None = 2.0
-    """Largest weight of a correction, above 1; none: no bound, with which `sequence_truncated` is
-    unbiased."""
-    ahead: Literal[0, 1] = 0
-    """1: the next rollout is written while this one is learnt from, by the weights before the
-    update. It is then off-policy by one update, which `correction` has to undo."""
-
-    def idle(self) -> dict[str, str]:
-        """See `Section.idle`: an engine that is not used, and a clip where nothing is weighed."""
-        idle: dict[str, str] = {}
-        if self.engine == "hf":
-            idle["vllm"] = "is for `engine: vllm`"
-        if self.correction == "none":
-            idle["correction_clip"] = "does nothing with `correction: none`"
-        return idle
-
-    @model_validator(mode="after")
-    def _penalty_belongs(self) -> "RolloutConfig":
-        try:
-            check_truncated(self.truncated, self.missing_eos_penalty, critic=True)
-        except ValueError as error:
-            raise SettingError(str(error), "missing_eos_penalty", "truncated") from None
-        return self
-
-    @model_validator(mode="after")
-    def _clip_belongs(self) -> "RolloutConfig":
-        try:
-            check_correction(self.correction, self.correction_clip)
-        except ValueError as error:
-            raise SettingError(str(error), "correction_clip", "correction") from None
-        return self
-
-
 class OptimizerConfig(Section):
     """AdamW, for policy and critic; the critic's learning rate is `algorithm.value.lr`."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the moments in 8 bits (needs kleash[8bit])."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of weights under `policy.precision: pure_bf16`: `stochastic` rounds up or down by chance, so
+    that no update is lost on average."""
     lr: PositiveFloat = 1e-5
     """Peak learning rate of the policy."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -302,8 +228,12 @@ class Config(Section):
     algorithm: AlgorithmConfig = PPOConfig()
     policy: PolicyConfig
     reference: ReferenceConfig = ReferenceConfig()
-    reward_models: dict[str, RewardConfig] = Field(min_length=1)
-    """Reward models by name; the score is their weighted sum."""
+    teacher: TeacherConfig | None = None
+    """With `algorithm: distill`: the teacher, where there is a leash to another model beside it;
+    none: the model of `reference` is the teacher."""
+    reward_models: dict[str, RewardConfig] = Field(default_factory=dict)
+    """Reward models by name; the score is their weighted sum. Every algorithm needs one but
+    `distill`, which takes none."""
     score_normalisation: Literal["none", "running", "initial"] = "none"
     """Leave scores as they are; or standardise them by the statistics of all scores so far, or by
     those of responses written before the first update. Never applied to the sum with KL."""
@@ -341,6 +271,9 @@ class Config(Section):
             value = algorithm.value.model_copy(update={"lr": self.optimizer.lr})
             algorithm = algorithm.model_copy(update={"value": value})
         reference = self.reference.with_kind(adapter=self.policy.lora is not None)
+        if isinstance(algorithm, DistillConfig) and self.teacher is None:
+            # No student begins at its teacher.
+            reference = reference.model_copy(update={"reference_differs": True})
         # Nothing has seen this object yet; later it is frozen.
         object.__setattr__(self, "algorithm", algorithm)
         object.__setattr__(self, "reference", reference)
@@ -366,6 +299,20 @@ class Config(Section):
                 "normalised by itself): leave it out",
                 "score_normalisation",
             )
+        if isinstance(self.algorithm, DistillConfig):
+            self._require_distillation()
+            self._require_distillation_leash()
+            return self
+        if self.teacher is not None:
+            raise SettingError(
+                f"`teacher` is for `algorithm: distill`, got `algorithm: {name}`: leave it out",
+                "teacher",
+                "algorithm.name",
+            )
+        if not self.reward_models:
+            raise SettingError(
+                "give at least one of `reward_models`, got none to learn from", "reward_models"
+            )
         if isinstance(self.algorithm, PPOConfig):
             return self
         if self.rollout.responses_per_prompt < 2:
@@ -386,6 +333,83 @@ class Config(Section):
                 "leash.placement",
             )
         return self
+
+    def _require_distillation(self) -> None:
+        """Refuse what distillation has no use for, and what it lacks.
+
+        Raises:
+            SettingError: naming the keys.
+        """
+        rollout, leash, reference = self.rollout, self.leash, self.reference
+        faults: list[tuple[bool, str, tuple[str, ...]]] = [
+            (
+                bool(self.reward_models),
+                "`algorithm: distill` learns from the teacher alone: leave out `reward_models`, or "
+                "take another algorithm, with the teacher as its reference",
+                ("reward_models", "algorithm.name"),
+            ),
+            (
+                self.score_normalisation != "none",
+                "`algorithm: distill` has no scores for `score_normalisation`: leave it out",
+                ("score_normalisation",),
+            ),
+            (
+                rollout.truncated not in ("score", "drop"),
+                "with `algorithm: distill` a response that the limit cut is learnt from as it "
+                f"stands (`score`) or not at all (`drop`), got `truncated: {rollout.truncated}`",
+                ("rollout.truncated",),
+            ),
+            (
+                rollout.correction != "none",
+                "with `algorithm: distill` there are no advantages for `rollout.correction` to "
+                "weigh: leave it out",
+                ("rollout.correction",),
+            ),
+            (
+                self.teacher is None and reference.path is None,
+                "`algorithm: distill` needs a teacher: give it as `reference.path`, or as "
+                "`teacher.path` beside a leash to the reference",
+                ("reference.path", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.placement != "measure",
+                "`algorithm: distill` with the teacher as the reference has no other leash: give "
+                "`leash: {beta: 0, placement: measure}`, or name the teacher in `teacher.path`",
+                ("leash.placement", "teacher"),
+            ),
+            (
+                self.teacher is None and leash.reanchor_every is not None,
+                "`leash.reanchor_every` would replace the teacher by the student: leave it out, or "
+                "name the teacher in `teacher.path`",
+                ("leash.reanchor_every",),
+            ),
+            (
+                leash.target_kl_per_token is not None,
+                "`leash.target_kl_per_token` is counted in the lengths of scored responses, which "
+                "`algorithm: distill` does not draw: give `target_kl`",
+                ("leash.target_kl_per_token",),
+            ),
+            (
+                leash.beta is None and leash.schedule is None and leash.initial_beta == "auto",
+                "with `algorithm: distill` no scores say where a moving β starts: give "
+                "`leash.initial_beta`, in nats of divergence per nat",
+                ("leash.initial_beta",),
+            ),
+        ]
+        for found, sentence, keys in faults:
+            if found:
+                raise SettingError(sentence, *keys)
+
+    def _require_distillation_leash(self) -> None:
+        """A leash beside a teacher is a term of the loss.
+
+        Raises:
+            SettingError: it charges rewards.
+        """
+        try:
+            check_distillation_leash(self.leash.placement)
+        except ValueError as error:
+            raise SettingError(f"`leash.placement`: {error}", "leash.placement") from None
 
     @model_validator(mode="after")
     def _ahead_fits(self) -> "Config":
@@ -431,6 +455,16 @@ class Config(Section):
                 "`leash.reanchor_every` moves it: take one of them",
                 "reference.kind",
                 "leash.reanchor_every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> "Config":
+        if self.optimizer.rounding == "stochastic" and self.policy.precision != "pure_bf16":
+            raise SettingError(
+                "`optimizer.rounding: stochastic` is for weights in bfloat16, and "
+                f"`policy.precision: {self.policy.precision}` updates float32: leave it out",
+                "optimizer.rounding",
             )
         return self
 

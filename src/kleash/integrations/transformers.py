@@ -134,11 +134,15 @@ class DriftAudit(TrainerCallback):
         first = "heldout" if "prompts" in found else "texts"
         headline = {f"objective/{k}": measures[f"{first}/{k}"] for k in ("kl_ref", "kl_ref_se")}
         self._record.step({"step": state.global_step, **headline, **measures})
-        for name, one in found.items():
-            if one.gate is not None and one.gate.decision == "above":
-                self.failed = f"on {name}, {_sentence(one)}"
-                self._record.event(state.global_step, "stopped", self.failed)
-                control.should_training_stop = True
+        beyond = [
+            f"on {name}, {_sentence(one)}"
+            for name, one in found.items()
+            if one.gate is not None and one.gate.decision == "above"
+        ]
+        if beyond:
+            self.failed = "; ".join(beyond)
+            self._record.event(state.global_step, "stopped", self.failed)
+            control.should_training_stop = True
 
 
 def assert_close(

@@ -88,6 +88,7 @@ def save_policy(
                 save_embedding_layers=False,
                 state_dict=None if tensors is None else dict(tensors),
             )
+            cast(Any, model.generation_config).save_pretrained(directory)
         tokenizer.save_pretrained(str(directory))
     if tensors is None:
         verify_policy(directory, model, words=words, adapter=adapter)

@@ -9,7 +9,7 @@ wrong score is learnt at once.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, cast, runtime_checkable
@@ -310,6 +310,32 @@ class WeightedSum:
             total = total + weight * parts[name]
             require_finite(total.tolist(), f"the sum of rewards up to {name!r}", responses)
         return WeightedScores(total=total, parts=parts)
+
+
+@dataclass(frozen=True)
+class NoReward:
+    """Where nothing is judged, as in distillation: every score is 0."""
+
+    rewards: Mapping[str, tuple[RewardModel, float]] = field(default_factory=dict)
+    """Empty."""
+
+    def score(
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
+    ) -> Float[Tensor, " batch"]:
+        """See `RewardModel`."""
+        return self.score_each(prompts, responses, columns).total
+
+    def score_each(
+        self,
+        prompts: Sequence[Content],
+        responses: Sequence[str],
+        columns: Columns = NO_COLUMNS,
+    ) -> WeightedScores:
+        """See `WeightedSum`."""
+        return WeightedScores(total=torch.zeros(len(responses)), parts={})
 
 
 def text_of(prompt: Content) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash.config.schema import Config
+from kleash.models import sharding
 from kleash.models.lm_head import apply_head, as_scored
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference, underlying
@@ -227,6 +228,8 @@ def own_reading(
     ids = torch.cat([prompt, response])[None]
     with as_scored(model, precision):
         states = model_states(model, trunk_of(model), {"input_ids": ids, "use_cache": False})[0]
+        inputs = {"input_ids": ids, "use_cache": False}
+        states = sharding.states_of(model, trunk_of(model), inputs)[0]
         logits = model(input_ids=ids, use_cache=False).logits[0]
     return states, logits[len(prompt) - 1 : -1].float()
 

@@ -106,6 +106,8 @@ QUICK_CHECKS = (
     learning_rate.one_update,
     resources.undo,
 )
+OF_SCORES = (*REWARD, objective.score_spread, objective.strength, objective.target)
+"""Those that have nothing to look at where nothing is scored."""
 OF_A_BATCH = (*SCORING, *SAMPLING, *MASKS, *REFERENCE)
 """Those that need no configuration."""
 
@@ -157,9 +159,12 @@ def examine_components(
         except (KleashError, ValueError) as error:
             findings.append(refused(_BATCH, error))
             return Report(tuple(findings), time.perf_counter() - began)
-        findings += run_checks(QUICK_CHECKS, trial, say=say)
+        scored = bool(components.reward.rewards)
+        chosen = [one for one in QUICK_CHECKS if scored or one not in OF_SCORES]
+        findings += run_checks(chosen, trial, say=say)
         if not quick:
-            slow = (reference.identity, reward_model.probes, _preferences(pairs))
+            judged = (reward_model.probes, _preferences(pairs)) if scored else ()
+            slow = (reference.identity, *judged)
             findings += run_checks(slow, trial, say=say)
             say("two iterations of training, for memory and time")
             findings += resources.examine(trial)

@@ -5,6 +5,7 @@
 """
 
 from kleash.report.controller_glossary import CONTROLLER
+from kleash.report.distillation_glossary import DISTILLATION
 from kleash.report.metric_definition import Metric
 from kleash.report.sampler_glossary import SAMPLER
 
@@ -205,6 +206,7 @@ GLOSSARY: tuple[Metric, ...] = (
         "below a tenth of the KL",
     ),
     *CONTROLLER,
+    *DISTILLATION,
     Metric(
         "policy/approx_kl",
         "KL of the update",
@@ -463,6 +465,6 @@ def define(key: str) -> Metric | None:
         return _BY_KEY["reward/<name>"]
     if key.startswith("heldout/"):
         rest = key.removeprefix("heldout/").removeprefix("objective/")
-        found = (_BY_KEY.get(f"{group}/{rest}") for group in ("objective", "rollout"))
+        found = (_BY_KEY.get(f"{group}/{rest}") for group in ("objective", "rollout", "distill"))
         return next((metric for metric in found if metric is not None), None)
     return None

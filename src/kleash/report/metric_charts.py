@@ -60,6 +60,30 @@ _GROUPS: tuple[tuple[str, tuple[_Plot, ...]], ...] = (
         ),
     ),
     (
+        "The teacher",
+        (
+            _Plot(
+                ("distill/reverse_kl",),
+                "KL(student‖teacher)",
+                errors=("distill/reverse_kl_se",),
+                include=(0.0,),
+            ),
+            _Plot(
+                ("distill/forward_kl",),
+                "KL(teacher‖student), same states",
+                errors=("distill/forward_kl_se",),
+                include=(0.0,),
+            ),
+            _Plot(
+                ("heldout/reverse_kl",),
+                "KL(student‖teacher), held-out prompts",
+                errors=("heldout/reverse_kl_se",),
+                include=(0.0,),
+            ),
+            _Plot(("loss/distill",), "Distillation loss", include=(0.0,)),
+        ),
+    ),
+    (
         "What it earned",
         (
             _Plot(("objective/scores",), "Score", errors=("objective/scores_se",)),

@@ -10,10 +10,12 @@ are, is not taken at all.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kleash.errors import EngineError, EngineLostError
@@ -85,19 +87,19 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
         W + (alpha / rank) · B A     for a matrix with an adapter; computed in float32
 
-    Tied matrices come once, under the name that comes first; embedding and head end with the
-    policy's words.
+    Embedding and head end with the policy's words. Where they are one matrix it comes under both
+    names: an engine keeps them apart, for vLLM on a CPU packs the head when it loads it and leaves
+    a tied one as it was when new weights come.
     """
     layers = dict(policy.model.named_modules())
     tables = _tables(policy)
-    apart = ends_are_apart(policy)
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if "lora_" in name or ".original_module." in name:
             continue
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
         table = plain.startswith(tables)
-        if id(tensor) in seen and not (table and apart):
+        if id(tensor) in seen and not table:
             continue
         seen.add(id(tensor))
         layer: Any = layers.get(name.rpartition(".base_layer.")[0])
@@ -108,12 +110,14 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield plain, value[: policy.words] if table else value
 
 
-def ends_are_apart(policy: Policy) -> bool:
-    """Whether an adapter changes the embedding or the head, which then share nothing any more."""
-    tables = _tables(policy)
-    marks = ("lora_", "modules_to_save")
-    names = (name for name in policy.model.state_dict() if name.startswith(tables))
-    return any(mark in name for name in names for mark in marks)
+def write_weights(weights: NamedTensors, file: Path) -> None:
+    """Weights as one file of safetensors, in which no two share their numbers."""
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def _tables(policy: Policy) -> tuple[str, ...]:

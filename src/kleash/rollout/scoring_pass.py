@@ -6,6 +6,7 @@ here too.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,11 +18,14 @@ from kleash.models.policy import LanguageModel
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
 from kleash.scoring import Quantity, token_scores
+from kleash.scoring.divergences import Divergence, Frozen, token_divergences
+from kleash.scoring.tiles import Tiles
 from kleash.types import Experience, Fresh, Head, Rollout, ScoredRollout
 
 __all__ = [
     "SamplingSpec",
     "TokenScorer",
+    "distilled",
     "fresh",
     "generate",
     "microbatches",
@@ -49,6 +53,9 @@ class TokenScorer(Protocol):
         ...
 
 
+_NUMBERS: tuple[Quantity, ...] = ("logprobs", "ref_logprobs", "kl", "entropy")
+
+
 @torch.no_grad()
 def score(
     rollout: Rollout,
@@ -60,6 +67,7 @@ def score(
     temperature: float = 1.0,
     microbatch: int = 16,
     keep_ref_hidden: bool = False,
+    teacher: LanguageModel | None = None,
     scorer: TokenScorer = token_scores,
 ) -> ScoredRollout:
     """Score responses with policy, reference and value model.
@@ -75,7 +83,9 @@ def score(
         value: value function, if there is one.
         temperature: that of sampling.
         microbatch: responses read at once; changes memory, not results.
-        keep_ref_hidden: keep the reference's hidden states, for a loss that needs the exact KL.
+        keep_ref_hidden: keep the hidden states of reference and teacher, for a loss that needs an
+            exact divergence.
+        teacher: in distillation, whom the student is drawn to; it may be the reference.
         scorer: from hidden states to per-token numbers.
 
     Raises:
@@ -88,24 +98,26 @@ def score(
         part, kept = _trim(rollout, rollout.response_mask, rows)
         hidden = policy.hidden_states(*part)
         ref_hidden = reference.hidden_states(*part)
-        got = scorer(
-            hidden[:, :-1][kept],
-            policy.head,
-            part[2][kept],
-            reference=(ref_hidden[:, :-1][kept], reference.head),
-            temperature=temperature,
-            want=("logprobs", "ref_logprobs", "kl", "entropy"),
+        read = partial(
+            scorer, hidden[:, :-1][kept], policy.head, part[2][kept], temperature=temperature
         )
-        for name in ("logprobs", "ref_logprobs", "kl", "entropy"):
+        got = read(reference=(ref_hidden[:, :-1][kept], reference.head), want=_NUMBERS)
+        for name in _NUMBERS:
             _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
+        if keep_ref_hidden:
+            _write_states(out, "ref_hidden", rows, ref_hidden, kept)
+        if teacher is not None:
+            own = ref_hidden if teacher is reference else teacher.hidden_states(*part)
+            both = read(reference=(own[:, :-1][kept], teacher.head), want=("kl", "reverse_kl"))
+            _write_rows(out, "teacher_kl", rows, _spread(both.kl, kept), shape)
+            _write_rows(out, "teacher_forward_kl", rows, _spread(both.reverse_kl, kept), shape)
+            if keep_ref_hidden:
+                _write_states(out, "teacher_hidden", rows, own, kept)
         if value is not None:
             states = value.state_values(*part, _states_of(part[3], hidden))
             _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
             last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
             _write_rows(out, "final_values", rows, last, shape[:1])
-        if keep_ref_hidden:
-            zeroed = torch.where(kept[..., None], ref_hidden[:, :-1], 0.0)
-            _write_rows(out, "ref_hidden", rows, zeroed, (*shape, ref_hidden.shape[-1]))
     _check(out["logprobs"], out["ref_logprobs"], out["kl"])
     return ScoredRollout(
         rollout=rollout,
@@ -117,6 +129,9 @@ def score(
         values=out.get("values"),
         final_values=out.get("final_values"),
         ref_hidden=out.get("ref_hidden"),
+        teacher_kl=out.get("teacher_kl"),
+        teacher_forward_kl=out.get("teacher_forward_kl"),
+        teacher_hidden=out.get("teacher_hidden"),
     )
 
 
@@ -175,6 +190,52 @@ def fresh(
         values = _pad_columns(torch.where(kept, states, 0.0), width)
     _check_finite(logprobs, scored.ref_logprobs, kl)
     return Fresh(logprobs=logprobs, values=values, kl=kl)
+
+
+def distilled(
+    experience: Experience,
+    *,
+    policy: LanguageModel,
+    teacher: LanguageModel,
+    divergence: Divergence,
+    reference: LanguageModel | None = None,
+    temperature: float = 1.0,
+    tiles: Tiles | None = None,
+) -> Fresh:
+    """`fresh` for distillation: the divergence from the teacher; gradients reach the student.
+
+    One walk over the vocabulary, also where the KL to a reference is wanted beside it.
+
+    Args:
+        experience: the rows to read; hidden states that it kept are not computed again.
+        policy: the student.
+        teacher: whom it is drawn to.
+        divergence: which divergence of the two.
+        reference: of the leash, where its exact KL is in the loss too; else None.
+        temperature: that of sampling.
+        tiles: how to walk over the vocabulary.
+
+    Raises:
+        NonFiniteError: if a log-probability or KL is not finite, naming response and token.
+    """
+    rollout, scored = experience.scored.rollout, experience.scored
+    rows = torch.arange(len(experience.mask), device=experience.mask.device)
+    part, kept = _trim(rollout, experience.mask, rows)
+    hidden = policy.hidden_states(*part)[:, :-1][kept]
+    states = _reference_states(scored.teacher_hidden, teacher, part)[kept]
+    frozen = [Frozen(states, teacher.head, divergence)]
+    if reference is not None:
+        states = _reference_states(scored.ref_hidden, reference, part)[kept]
+        frozen.append(Frozen(states, reference.head, "reverse_kl"))
+    found = token_divergences(
+        hidden, policy.head, part[2][kept], frozen, temperature=temperature, tiles=tiles
+    )
+    width = experience.mask.shape[1]
+    logprobs = _pad_columns(_spread(found.logprobs, kept), width)
+    divergences = [_pad_columns(_spread(each, kept), width) for each in found.divergences]
+    kl = divergences[1] if reference is not None else None
+    _check_finite(logprobs, scored.ref_logprobs, kl)
+    return Fresh(logprobs=logprobs, kl=kl, divergence=divergences[0])
 
 
 def microbatches(rollout: Rollout, size: int) -> list[Int[Tensor, " rows"]]:
@@ -240,6 +301,17 @@ def _write_rows(
         out[name][rows] = part
     else:
         out[name][rows, : part.shape[1]] = part
+
+
+def _write_states(
+    out: dict[str, Tensor], name: str, rows: Tensor, hidden: Tensor, kept: Tensor
+) -> None:
+    """Hidden states of the kept tokens of a micro-batch; 0 elsewhere."""
+    zeroed = torch.where(kept[..., None], hidden[:, :-1], 0.0)
+    if name not in out:
+        # Of the batch's width, which micro-batches are cut short of.
+        out[name] = zeroed.new_zeros((*out["kl"].shape, hidden.shape[-1]))
+    _write_rows(out, name, rows, zeroed, ())
 
 
 def _check(

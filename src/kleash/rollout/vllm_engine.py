@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kleash.errors import EngineError, KleashError
@@ -29,7 +28,7 @@ from kleash.models.policy import Policy
 from kleash.models.probing import first_lines
 from kleash.rollout.engine import NamedTensors, WritingRequest
 from kleash.rollout.engine_output import EngineResponse, rollout_of
-from kleash.rollout.hand_over import ends_are_apart, policy_weights
+from kleash.rollout.hand_over import policy_weights, write_weights
 from kleash.types import Rollout
 
 OLDEST = (0, 32)
@@ -295,20 +294,19 @@ def require_temperature(temperature: float) -> None:
 
 
 def write_configuration(policy: Policy, folder: Path) -> None:
-    """The policy's configuration as an engine is to read it: its vocabulary ends with its words."""
+    """The policy's configuration as an engine is to read it: see `hand_over.policy_weights`."""
     config = copy.deepcopy(policy.model.config)
     config.architectures = [type(policy.model).__name__]
     for part in (config, config.get_text_config()):
         part.vocab_size = policy.words
-        part.tie_word_embeddings = part.tie_word_embeddings and not ends_are_apart(policy)
+        part.tie_word_embeddings = False
     config.save_pretrained(folder)
 
 
 def write_model(policy: Policy, folder: Path) -> None:
     """The policy as an engine can open it by itself: configuration, weights and tokenizer."""
     write_configuration(policy, folder)
-    tensors = {name: value.contiguous().cpu() for name, value in policy_weights(policy)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(policy_weights(policy), folder / "model.safetensors")
     policy.tokenizer.save_pretrained(str(folder))
 
 

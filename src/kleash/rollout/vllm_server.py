@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kleash.errors import EngineError, EngineLostError
@@ -31,6 +30,7 @@ from kleash.models.policy import Policy
 from kleash.models.probing import probe_texts
 from kleash.rollout.engine import NamedTensors, WritingRequest
 from kleash.rollout.engine_output import EngineResponse, rollout_of
+from kleash.rollout.hand_over import write_weights
 from kleash.rollout.vllm_engine import require_temperature, require_version
 from kleash.types import Rollout
 
@@ -160,8 +160,7 @@ class VLLMServer:
     def load_weights(self, weights: NamedTensors) -> None:
         """See `SeparateEngine`."""
         folder = Path(self._folder.name)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in weights}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(weights, folder / "model.safetensors")
         kwargs = {"weights_path": str(folder)}
         self._answer("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
         # Keys and values of older weights, where it was started with a cache of them.

@@ -13,8 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kleash.errors import ConfigError
-from kleash.rollout.engine import RolloutEngine, SeparateEngine, writing_request
+from kleash.rollout.engine import RolloutEngine, writing_request
 from kleash.rollout.hand_over import hand_over
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.rollout.prompts import batch_prompts
@@ -84,25 +83,3 @@ def _engine(session: Session) -> RolloutEngine:
         session.policy_copy = PolicyCopy(components.policy)
     session.policy_copy.take_weights(components.policy)
     return session.policy_copy
-
-
-def require_can_write_ahead(engine: SeparateEngine | None, *, processes: int) -> None:
-    """The loop writes ahead in a thread of one process, by an engine that allows for it.
-
-    Args:
-        engine: what writes with weights of its own; None: a copy of the policy will.
-        processes: of the run.
-
-    Raises:
-        ConfigError: there are several processes, or the engine has to write alone.
-    """
-    if engine is not None and not engine.concurrent:
-        raise ConfigError(
-            "expected an engine that may write while the policy learns with rollout.ahead: 1, got "
-            "one in the trainer's own process: take a server, or set rollout.ahead: 0"
-        )
-    if processes > 1:
-        raise ConfigError(
-            f"expected one process with rollout.ahead: 1, got {processes}: start one, or set "
-            "rollout.ahead: 0"
-        )

@@ -14,14 +14,20 @@ from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.grpo import GRPOSettings
 from kleash.algorithms.ppo import PPOSettings
 from kleash.algorithms.rloo import RLOOSettings
-from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig, ValueConfig
+from kleash.config.algorithm import (
+    DistillConfig,
+    GRPOConfig,
+    PPOConfig,
+    RLOOConfig,
+    ValueConfig,
+)
 from kleash.config.leash import LeashConfig, ReferenceConfig
+from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import (
     Config,
     OptimizerConfig,
     PolicyConfig,
     PretrainingConfig,
-    RolloutConfig,
     ScorerConfig,
 )
 from kleash.errors import ConfigError
@@ -50,20 +56,18 @@ from kleash.models.reference_offload import (
 )
 from kleash.models.reward_model import (
     ClassifierReward,
+    NoReward,
     RewardModel,
     WeightedSum,
 )
 from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
 from kleash.models.trunk import trunk_of
 from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
-from kleash.rollout.engine import SeparateEngine
-from kleash.rollout.hand_over import PROBE_TOKENS, hand_over
-from kleash.rollout.prompts import Prompt
 from kleash.rollout.scoring_pass import SamplingSpec
-from kleash.rollout.vllm_engine import VLLMSettings, require_temperature, start_vllm
-from kleash.rollout.vllm_server import connect
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
+from kleash.training.engines import open_engine
+from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.prompt_assembly import (
     groups_of_prompts,
@@ -71,6 +75,7 @@ from kleash.training.prompt_assembly import (
     require_every_group,
     source_of,
 )
+from kleash.training.teacher import distill_settings, load_teacher
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
@@ -101,9 +106,16 @@ def assemble(
     sharding = None
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
-    policy, reference = load_models(
-        config.policy, config.reference, device, sharding=sharding, mesh=mesh
-    )
+    policy = _policy(config.policy, device, sharding)
+    teacher = load_teacher(config.teacher, config.policy, policy, device)
+    if teacher is not None:
+        # Tokens that the teacher lacks have probability 0 for all three.
+        policy = replace(policy, words=teacher.words)
+    reference = _reference(config.reference, config.policy, policy, device, mesh)
+    # Added tokens that the reference lacks have probability 0 for both.
+    policy = replace(policy, words=underlying(reference).words)
+    if teacher is not None:
+        teacher = replace(teacher, words=policy.words)
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -128,13 +140,13 @@ def assemble(
         if sharding is not None and isinstance(value, ValueModel):
             shard(value, sharding.mesh, precision=sharding.precision)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
-    engine = _engine(config.rollout, policy, [*prompts, *heldout])
+    engine = open_engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
         policy=policy,
         reference=reference,
         original=reference,
         value=value,
-        reward=WeightedSum(rewards),
+        reward=WeightedSum(rewards) if rewards else NoReward(),
         gold=gold,
         prompts=prompts,
         heldout=heldout,
@@ -146,6 +158,7 @@ def assemble(
         optimizer=optimizer,
         tiles=replace(default_tiles(device), keep_bytes=config.algorithm.keep_logits_mib << 20),
         engine=engine,
+        teacher=teacher,
         mesh=mesh,
     )
 
@@ -194,6 +207,8 @@ def _require_fitting(config: Config, mesh: Mesh) -> None:
             "both, whose checkpoints are whole models: merge the adapter into a model of its own "
             "first, or take ddp"
         )
+    if mesh.size > 1 and isinstance(config.algorithm, DistillConfig):
+        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
     if mesh.size > config.responses_per_step:
         raise ConfigError(
             f"expected at most as many processes as the {config.responses_per_step} responses of a "
@@ -340,45 +355,6 @@ def _reference(
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
 
 
-def _engine(
-    rollout: RolloutConfig, policy: Policy, prompts: Sequence[Prompt]
-) -> SeparateEngine | None:
-    """What writes with weights of its own; None: the policy writes by itself.
-
-    Raises:
-        ConfigError: there are several processes.
-        EngineError: it cannot be started or reached, or does not fit the run.
-    """
-    if rollout.engine == "hf":
-        return None
-    if is_distributed():
-        raise ConfigError(
-            "expected rollout.engine: hf with several processes, got vllm: a server of its own "
-            "(rollout.vllm.url) leaves the GPUs of one machine to one process each"
-        )
-    require_temperature(rollout.temperature)
-    longest = max(len(prompt.ids) for prompt in prompts) + rollout.max_new_tokens
-    section, needed = rollout.vllm, max(longest, PROBE_TOKENS)
-    engine: SeparateEngine
-    if section.url is not None:
-        engine = connect(policy, section.url, max_tokens=needed, timeout_s=section.timeout_s)
-    else:
-        settings = VLLMSettings(
-            max_tokens=needed,
-            gpu_memory_utilization=section.gpu_memory_utilization,
-            kv_cache_gib=section.kv_cache_gib,
-            enforce_eager=section.enforce_eager,
-        )
-        engine = start_vllm(policy, settings)
-    try:
-        # What it cannot do with this model shows here, before a run directory exists.
-        hand_over(engine, policy)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
 def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
     if scorer.callable is not None:
         limits = CallLimits(scorer.concurrency, scorer.timeout_s, scorer.retries)
@@ -423,9 +399,13 @@ def _pretraining(mix: PretrainingConfig | None, policy: Policy) -> PretrainingMi
 
 
 def settings_of(
-    algorithm: PPOConfig | GRPOConfig | RLOOConfig, leash: LeashConfig, rollout: RolloutConfig
+    algorithm: PPOConfig | GRPOConfig | RLOOConfig | DistillConfig,
+    leash: LeashConfig,
+    rollout: RolloutConfig,
 ) -> Settings:
     """The numbers of the algorithm that a configuration asks for."""
+    if isinstance(algorithm, DistillConfig):
+        return distill_settings(algorithm, leash, rollout)
     common: dict[str, Any] = {
         "clip_range": algorithm.clip_range,
         "placement": leash.placement,
@@ -458,19 +438,20 @@ def _optimizer(
     critic: ValueConfig | None,
     policy: Policy,
     value: ValueFunction | None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         {"params": policy.parameters(), "lr": settings.lr, "peak_lr": settings.lr}
     ]
     if critic is not None and value is not None:
         value_lr = cast(float, critic.lr)
         groups.append({"params": list(value.parameters()), "lr": value_lr, "peak_lr": value_lr})
-    return torch.optim.AdamW(
+    return make_optimizer(
         groups,
+        name=settings.name,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,  # one pass over the weights, and no temporaries as large as they are
+        rounding=settings.rounding,
     )
 
 

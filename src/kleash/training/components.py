@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
+from kleash.algorithms.distill import DistillSettings
 from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
-from kleash.models.policy import LanguageModel, Policy
+from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference
-from kleash.models.reward_model import RewardModel, WeightedSum
+from kleash.models.reward_model import NoReward, RewardModel, WeightedSum
 from kleash.models.sharding import gathered, release
 from kleash.models.value_model import ValueFunction
 from kleash.rollout import scoring_pass
@@ -37,7 +38,7 @@ from kleash.rollout.engine import (
 from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
-from kleash.rollout.scoring_pass import SamplingSpec, fresh, microbatches
+from kleash.rollout.scoring_pass import SamplingSpec, distilled, fresh, microbatches
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
@@ -71,7 +72,7 @@ class Components:
     """The reference at the start; another than `reference` once the run has re-anchored."""
     value: ValueFunction | None
     """The critic; None where the algorithm has none."""
-    reward: WeightedSum
+    reward: WeightedSum | NoReward
     gold: RewardModel | None
     """A second opinion on held-out responses, never trained on."""
     prompts: list[Prompt]
@@ -83,11 +84,13 @@ class Components:
     sampling: SamplingSpec
     settings: Settings
     """The numbers of the algorithm; their type says which algorithm it is."""
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     tiles: Tiles
     """How the update walks over the logits, and how many of them it keeps."""
     frontier: Frontier | None = None
     """The plan: what the reference's responses show to be possible, where they were drawn."""
+    teacher: Reference | None = None
+    """Whom a student is drawn to, where that is not the reference; see `teacher_of`."""
     mesh: Mesh = ALONE
     """The processes of the run."""
     engine: SeparateEngine | None = None
@@ -122,6 +125,13 @@ class Components:
     def differentiates_kl(self) -> bool:
         """Whether the loss differentiates the exact KL."""
         return self.settings.placement in DIFFERENTIATES_KL
+
+    @property
+    def teacher_of(self) -> FrozenReference | None:
+        """Whom the student is drawn to; None where nothing is distilled."""
+        if not isinstance(self.settings, DistillSettings):
+            return None
+        return self.reference if self.teacher is None else self.teacher
 
     def write(
         self,
@@ -234,6 +244,8 @@ class Components:
         # A process updates on other rows than it scored: hidden states are too much to send.
         alone = self.mesh.size == 1
         against = self.reference if reference is None else reference
+        teacher = self.teacher_of if reference is None else None
+        needed = self.differentiates_kl or teacher is not None
         local = partial(
             scoring_pass.score,
             policy=self.policy,
@@ -241,7 +253,8 @@ class Components:
             value=self.value if critic else None,
             temperature=self.sampling.temperature,
             microbatch=microbatch,
-            keep_ref_hidden=critic and self.differentiates_kl and alone and reference is None,
+            keep_ref_hidden=critic and needed and alone and reference is None,
+            teacher=teacher,
             scorer=float64_check.token_scores if spot_check else token_scores,
         )
         if alone:
@@ -308,7 +321,25 @@ class Components:
             part: the rows.
             tokens: kept tokens of the whole minibatch, which the loss divides by.
         """
-        now = fresh(
+        now = self._read_again(part)
+        return dispatch.algorithm_of(self.settings).loss(
+            part, now, self.settings, tokens=tokens
+        ), now
+
+    def _read_again(self, part: Experience) -> Fresh:
+        """What the models say of some rows now; gradients flow."""
+        if isinstance(self.settings, DistillSettings):
+            assert self.teacher_of is not None
+            return distilled(
+                part,
+                policy=self.policy,
+                teacher=self.teacher_of,
+                divergence=self.settings.divergence,
+                reference=self.reference if self.differentiates_kl else None,
+                temperature=self.sampling.temperature,
+                tiles=self.tiles,
+            )
+        return fresh(
             part,
             policy=self.policy,
             value=self.value,
@@ -317,9 +348,6 @@ class Components:
             want=("logprobs", "kl") if self.differentiates_kl else ("logprobs",),
             scorer=partial(token_scores, tiles=self.tiles),
         )
-        return dispatch.algorithm_of(self.settings).loss(
-            part, now, self.settings, tokens=tokens
-        ), now
 
     def backward(
         self,

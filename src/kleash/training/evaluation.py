@@ -23,7 +23,7 @@ from kleash.rollout.text_metrics import distinct_n
 from kleash.rollout.top_tokens import ROWS, TopTokens, distributions, text_of_id, top_tokens
 from kleash.storage.samples import Kind, Likely, Sample, Who
 from kleash.training.components import Components
-from kleash.training.metrics import Number, objective_measures
+from kleash.training.metrics import Number, distill_measures, objective_measures
 from kleash.training.responses import JudgedResponses
 from kleash.types import ScoredRollout
 
@@ -163,6 +163,10 @@ class HeldoutEvaluator:
         metrics = {
             key.replace("objective/", "heldout/"): value
             for key, value in objective_measures(scored, beta=price).items()
+        }
+        metrics |= {
+            key.replace("distill/", "heldout/"): value
+            for key, value in distill_measures(scored).items()
         }
         metrics["heldout/responses"] = len(judged.texts)
         metrics["heldout/distinct_2"] = distinct_n(judged.texts, 2)

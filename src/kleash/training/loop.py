@@ -51,6 +51,7 @@ from kleash.training.metrics import (
     Number,
     account,
     charge_measures,
+    distill_measures,
     next_mixing,
     objective_measures,
     reward_measures,
@@ -397,10 +398,11 @@ class Trainer:
         self, judged: JudgedResponses, scored: ScoredRollout, original_kl: Tensor
     ) -> dict[str, Number]:
         """What was written, the gap of its sampler and its scores; the KL to a first reference."""
-        measures = rollout_measures(scored, judged.texts)
+        measures = rollout_measures(scored, judged.texts) | distill_measures(scored)
         settings, floor = self.session.components.settings, self.session.state.sampler_floor
         measures |= sampler_measures(scored, settings, floor=floor)
-        measures |= reward_measures(judged.parts, judged.raw_scores)
+        if judged.parts:
+            measures |= reward_measures(judged.parts, judged.raw_scores)
         if self.config.leash.reanchor_every is not None:
             mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
             estimate = clustered_mean(response_kl(original_kl, mask), clusters)

@@ -10,6 +10,8 @@ import torch
 import transformers
 
 from kleash import __version__
+from kleash.config.algorithm import DistillConfig
+from kleash.config.leash import LeashConfig
 from kleash.config.schema import Config
 from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
@@ -27,6 +29,8 @@ def objective_line(config: Config, betas: Mapping[str, float | None], *, step: i
         step: the step after which they are in force; 0 before the first.
     """
     first = _beta_words(next(iter(betas.values())), step)
+    if isinstance(config.algorithm, DistillConfig):
+        return _distillation_line(config.algorithm, config.leash, first)
     score_text = " + ".join(
         name if reward.weight == 1 else f"{reward.weight:g}·{name}"
         for name, reward in config.reward_models.items()
@@ -53,6 +57,25 @@ def objective_line(config: Config, betas: Mapping[str, float | None], *, step: i
     else:
         moves = f"β = {leash.beta:.4g} fixed"
     return f"maximise E[{score_text} − β·Σ KL_t]; {moves}; placement {leash.placement}"
+
+
+_DIVERGENCES = {
+    "reverse_kl": "KL(student‖teacher)",
+    "forward_kl": "KL(teacher‖student)",
+    "jensen_shannon": "JS(student, teacher)",
+}
+_PARTS = {
+    "token": "token-local: the sampled prefixes are held fixed",
+    "sequence": "with what each token does to those that follow",
+}
+
+
+def _distillation_line(algorithm: DistillConfig, leash: LeashConfig, first: str) -> str:
+    said = f"minimise E[Σ {_DIVERGENCES[algorithm.divergence]}]; {_PARTS[algorithm.gradient]}"
+    if leash.placement == "measure" or leash.beta == 0:
+        return said
+    held = "" if leash.target_kl is None else f", moved to hold {leash.target_kl:g} nats"
+    return f"{said}; + β·Σ KL_t to the reference, {first}{held}, {leash.placement}"
 
 
 def betas_by_group(states: States) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from kleash.errors import ScoringError
 from kleash.kl.control_variate import kl_excess, mixing_coefficient
 from kleash.kl.placements import charges
 from kleash.kl.sampler_gap import sampler_gap
-from kleash.kl.statistics import Estimate, clustered_mean, response_kl, variance_of
+from kleash.kl.statistics import Estimate, clustered_mean, clustered_ratio, response_kl, variance_of
 from kleash.masked import masked_mean
 from kleash.rollout.text_metrics import distinct_n
 from kleash.types import Beta, Experience, ScoredRollout
@@ -97,6 +97,25 @@ def sampler_measures(
         numbers = correction_numbers(settings.correction, *laws, clip=settings.correction_clip)
         measures |= {f"rollout/correction_{name}": x for name, x in numbers.items()}
     return measures
+
+
+def distill_measures(scored: ScoredRollout) -> dict[str, Number]:
+    """How far student and teacher are apart on the student's responses, in nats per response.
+
+    Both directions, exact, with standard errors clustered by prompt, and the reverse KL per token;
+    nothing where nothing is distilled.
+    """
+    if scored.teacher_kl is None or scored.teacher_forward_kl is None:
+        return {}
+    mask, clusters = scored.rollout.response_mask, scored.rollout.prompt_index
+    reverse = response_kl(scored.teacher_kl, mask)
+    forward = response_kl(scored.teacher_forward_kl, mask)
+    lengths = mask.sum(-1).double()
+    return {
+        **with_error("distill/reverse_kl", clustered_mean(reverse, clusters)),
+        **with_error("distill/forward_kl", clustered_mean(forward, clusters)),
+        **with_error("distill/reverse_kl_per_token", clustered_ratio(reverse, lengths, clusters)),
+    }
 
 
 def accounting_residual(

@@ -23,6 +23,7 @@ from kleash.models.sharding import own, whole
 from kleash.training.assembly import learning_rate_factor
 from kleash.training.components import Components
 from kleash.training.metrics import Number
+from kleash.training.optimizers import set_learning_rates
 from kleash.training.pretraining_mix import PretrainingMix, pretraining_loss
 from kleash.types import Experience
 
@@ -56,8 +57,7 @@ class PolicyUpdater:
         """
         components, config = self.components, self.config
         factor = learning_rate_factor(config.optimizer, step=done, steps=config.steps)
-        for group in components.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        set_learning_rates(components.optimizer, factor)
         made: list[dict[str, float]] = []
         first_error, effective = None, 1.0
         for chosen in self._minibatches(experience):

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
+from kleash.config.algorithm import PassesConfig
 from kleash.config.leash import TripwiresConfig
 from kleash.errors import (
     EngineError,
@@ -57,7 +57,7 @@ def begin_step(session: Session, previous: PendingStep | None = None) -> Pending
     return PendingStep(step, remember(optimizer, weights=copy, reuse=reuse))
 
 
-def several_updates(algorithm: PPOConfig | GRPOConfig | RLOOConfig) -> bool:
+def several_updates(algorithm: PassesConfig) -> bool:
     """Whether a step can be refused when some of its updates are made already."""
     return algorithm.epochs * algorithm.minibatches > 1
 

@@ -4,7 +4,7 @@ Nothing is written before everything that can be wrong at the start has been loo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.errors import ConfigError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
-from kleash.storage.run_directory import RunWriter
-from kleash.training.ahead import require_can_write_ahead
+from kleash.storage.run_directory import RunWriter, read_run
 from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
@@ -37,6 +37,7 @@ from kleash.training.state import (
     restore_next_rollout,
     restore_run_state,
 )
+from kleash.training.teacher import require_same_teacher
 
 Preflight = Callable[[Config, Components], list[str]]
 """Looks at what was assembled; raises what must stop the run, and returns its warnings."""
@@ -70,8 +71,6 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    if config.rollout.ahead:
-        require_can_write_ahead(components.engine, processes=mesh.size)
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
@@ -95,6 +94,10 @@ def open_session(
         state=state,
         undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
     )
+    if components.teacher is not None:
+        meta["teacher"] = asdict(components.teacher.identity())
+    if found is not None:
+        require_same_teacher(read_run(path).meta, components.teacher, str(path))
     if not mesh.is_first:
         run = SilentRun(path)
     elif found is not None:
@@ -117,9 +120,7 @@ def open_session(
         callbacks=callbacks,
         warnings=warnings,
         fresh=checkpoint is None,
-        next_rollout=None
-        if checkpoint is None
-        else restore_next_rollout(checkpoint, components.policy.device),
+        next_rollout=restore_next_rollout(checkpoint, components.policy.device),
     )
 
 
@@ -128,7 +129,13 @@ def _require_alike(config: Config, components: Components, guard: ReferenceGuard
 
     Raises:
         RunError: one does not.
+        ConfigError: the run can only have one.
     """
+    if config.rollout.ahead:
+        raise ConfigError(
+            f"expected one process with rollout.ahead: 1, got {components.mesh.size}: start one, "
+            "or set rollout.ahead: 0"
+        )
     prompts = repr([components.prompts, components.heldout])
     code = b"".join(
         file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))

@@ -217,10 +217,9 @@ def restore_anchor(
     return anchor
 
 
-def restore_next_rollout(directory: Path, device: torch.device) -> Rollout | None:
+def restore_next_rollout(checkpoint: Path | None, device: torch.device) -> Rollout | None:
     """The rollout that was written ahead of the next step; None: it is still to be written."""
-    path = directory / _NEXT
-    if not path.exists():
+    if checkpoint is None or not (path := checkpoint / _NEXT).exists():
         return None
     tensors: dict[str, Any] = load_tensors(path, device)
     return Rollout(**tensors)

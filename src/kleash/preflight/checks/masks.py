@@ -156,7 +156,7 @@ def _consequences(trial: Trial, scored: ScoredRollout) -> dict[str, Tensor]:
     width = mask.shape[1]
     experience = dispatch.algorithm_of(settings).prepare(scored, _BETA, settings)
     kl = scored.kl if experience.pathwise is not None else None
-    now = Fresh(logprobs=scored.rollout_logprobs, values=scored.values, kl=kl)
+    now = Fresh(scored.rollout_logprobs, scored.values, kl, divergence=scored.kl)
     loss = dispatch.algorithm_of(settings).loss(
         experience, now, settings, tokens=int(experience.mask.sum())
     )

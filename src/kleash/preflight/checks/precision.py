@@ -12,8 +12,10 @@ from torch import Tensor
 from kleash.models.sharding import whole
 from kleash.preflight.findings import Check, Finding
 from kleash.preflight.probe_batch import Trial
+from kleash.training.optimizers import round_by_chance
 
 LEAST_SHARE = 0.9
+_REPEATS = 64
 _SAMPLE = 1 << 16
 """Weights of a matrix that are tried: enough for three digits of a share."""
 
@@ -55,8 +57,9 @@ def survival(trial: Trial) -> Finding:
     check = Check("precision.survival", f"at least {LEAST_SHARE:g} of an update survives rounding")
     group = trial.components.optimizer.param_groups[0]
     learning: list[Tensor] = group["params"]
+    by_chance = trial.config.optimizer.rounding == "stochastic"
     sizes = [parameter.numel() for parameter in learning]
-    shares = [_trial_share(parameter, group) for parameter in learning]
+    shares = [_trial_share(parameter, group, by_chance=by_chance) for parameter in learning]
     share = sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes)
     kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in learning})
     name, rate = " and ".join(kinds), group["peak_lr"]
@@ -68,11 +71,12 @@ def survival(trial: Trial) -> Finding:
         f"rounding leaves {share:.2g} of an AdamW update in the weights: most of what is learnt "
         "would be lost.",
         "Set policy.precision: bf16, which updates float32 weights and computes in bfloat16, or "
-        "train an adapter (policy.lora), whose weights are float32.",
+        "optimizer.rounding: stochastic, or train an adapter (policy.lora), whose weights are "
+        "float32.",
     )
 
 
-def _trial_share(parameter: Tensor, group: dict[str, object]) -> float:
+def _trial_share(parameter: Tensor, group: dict[str, object], *, by_chance: bool) -> float:
     """The share that survives of a first AdamW step on (a sample of) one matrix.
 
     The first step of AdamW does not depend on the size of a gradient, only on its sign; later
@@ -92,4 +96,12 @@ def _trial_share(parameter: Tensor, group: dict[str, object]) -> float:
     )
     copy.grad = torch.randn_like(copy)
     optimizer.step()
-    return surviving_update_share(before, copy.detach(), parameter.dtype)
+    after = copy.detach()
+    if by_chance and parameter.dtype == torch.bfloat16:
+        # What one rounding does to one weight is chance; what many do is the mean of many.
+        generator = torch.Generator(after.device).manual_seed(0)
+        repeated = after.float().expand(_REPEATS, -1)
+        mean = round_by_chance(repeated, generator).double().mean(0)
+        wanted = after - before
+        return float(((mean - before) * wanted.sign()).sum() / wanted.abs().sum())
+    return surviving_update_share(before, after, parameter.dtype)

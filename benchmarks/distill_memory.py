@@ -1,0 +1,113 @@
+"""Memory and time of a divergence and its gradient at a large vocabulary: docs/distillation.md.
+
+    python benchmarks/distill_memory.py [--tokens 512] [--width 64] [--repeats 5]
+
+`streamed` is `kleash.scoring.divergences`, `all logits` what a trainer does that has them: log-
+softmaxes of student and teacher, the divergence from those, autograd. Each way runs in a process of
+its own, one thread. Memory is how far the process's peak rises above what it held before the first
+call (the kernel's count, which knows every buffer); time is that of the fastest call.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kleash.scoring.divergences import Divergence, Frozen, token_divergences
+from kleash.types import Head
+
+WORDS = 151_936
+NAMES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "jensen_shannon")
+
+
+def streamed(name: Divergence, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    targets = torch.zeros(len(student[0]), dtype=torch.long)
+    frozen = [Frozen(teacher[0], Head(teacher[1]), name)]
+    found = token_divergences(student[0], Head(student[1]), targets, frozen)
+    return found.divergences[0].mean()
+
+
+def materialised(name: Divergence, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    log_p = (student[0] @ student[1].T).log_softmax(-1)
+    with torch.no_grad():
+        log_q = (teacher[0] @ teacher[1].T).log_softmax(-1)
+    kl = torch.nn.functional.kl_div
+    match name:
+        case "reverse_kl":
+            total = kl(log_q, log_p, reduction="sum", log_target=True)
+        case "forward_kl":
+            total = kl(log_p, log_q, reduction="sum", log_target=True)
+        case "jensen_shannon":
+            half = torch.tensor(0.5)
+            log_m = torch.logsumexp(torch.stack([log_p, log_q]) + half.log(), dim=0)
+            total = half * kl(log_m, log_q, reduction="sum", log_target=True)
+            total = total + half * kl(log_m, log_p, reduction="sum", log_target=True)
+    return total / len(student[0])
+
+
+WAYS: dict[str, Callable[[Divergence, list[Tensor], list[Tensor]], Tensor]] = {
+    "streamed": streamed,
+    "all logits": materialised,
+}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(way: str, name: Divergence, tokens: int, width: int, repeats: int) -> None:
+    torch.set_num_threads(1)
+    make = torch.Generator().manual_seed(0)
+    sizes = ((tokens, width), (WORDS, width)) * 2
+    hidden, weight, *teacher = (torch.randn(*size, generator=make) for size in sizes)
+    student = [hidden.requires_grad_(), weight.mul_(3 / width**0.5).requires_grad_()]
+    teacher[1].mul_(3 / width**0.5)
+    for each in student:  # gradients are held by both ways, and so are not counted
+        each.grad = torch.zeros_like(each)
+    before, seconds, value = peak_mib(), [], 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        loss = WAYS[way](name, student, teacher)
+        loss.backward()
+        seconds.append(time.perf_counter() - began)
+        value = float(loss.detach())
+        del loss
+    print(json.dumps({"mib": peak_mib() - before, "seconds": min(seconds), "value": value}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one", nargs=2)
+    args = parser.parse_args()
+    if args.one:
+        way, name = args.one
+        measure(way, name, args.tokens, args.width, args.repeats)
+        return
+    for name in NAMES:
+        found: dict[str, dict[str, float]] = {}
+        for way in WAYS:
+            sizes = [f"--{key}={vars(args)[key]}" for key in ("tokens", "width", "repeats")]
+            command = [sys.executable, __file__, *sizes, "--one", way, name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+        ours, theirs = found["streamed"], found["all logits"]
+        assert abs(ours["value"] / theirs["value"] - 1) < 1e-4, found
+        print(
+            f"{name:15s} memory {ours['mib']:7.0f} of {theirs['mib']:7.0f} MiB "
+            f"({ours['mib'] / theirs['mib']:.3f})   time {ours['seconds']:6.2f} of "
+            f"{theirs['seconds']:6.2f} s ({ours['seconds'] / theirs['seconds']:.2f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What a run needs of each device and of the network, from the model's configuration alone.
+
+Weights, gradients and moments are counted on a model without storage. Activations are measured on
+tensors that have shapes and no numbers: forward and backward of two small depths run as they would,
+every storage is followed from its making to its end, and the rest of the depth is added by the
+slope. What the KL over the vocabulary, the sampler and the engines of several processes take is
+counted from their shapes. Left out: what the libraries themselves take (about 0.4 GiB on a CPU,
+1 GiB with a CUDA context), fragmentation, and the reward models.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kleash.models.lora import AdapterSpec, add_adapter
+from kleash.models.precision import Precision, computing, weights_dtype
+from kleash.models.recomputation import enable_recomputation, recomputing
+from kleash.models.trunk import trunk_of
+from kleash.scoring.tiles import default_tiles
+from kleash.training.optimizers import OptimizerName
+
+Strategy = Literal["none", "ddp", "fsdp"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SAMPLED_WORD = 28
+"""Bytes a word of the vocabulary and row while a token is drawn: logits twice in float32, their
+exponentials, and what `rollout.sampling` makes of them (float32 twice, float64 sums, a choice)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What memory depends on beside the model's shape."""
+
+    precision: Precision = "float32"
+    optimizer: OptimizerName = "adamw"
+    gradient_checkpointing: bool = False
+    adapter: AdapterSpec | None = None
+    reference: bool = True
+    """Whether the reference is a copy on the device; not with an adapter off, nor offloaded."""
+    critic: bool = False
+    """Whether a value model of the policy's size is trained beside it."""
+    update_rows: int = 8
+    """Responses read at once in the update."""
+    rollout_rows: int = 64
+    """Responses written at once."""
+    prompt_tokens: int = 256
+    response_tokens: int = 256
+    keep_logits: int = 0
+    """Bytes of logits kept for backward (`algorithm.keep_logits_mib`)."""
+
+    @property
+    def tokens(self) -> int:
+        """Of one row at its longest."""
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, and bytes where types are mixed."""
+
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    """In the types that training keeps them in."""
+    trainable_bytes: int
+    layers: int
+    largest_layer: int
+    """Parameters of the largest decoder layer: what FSDP gathers at once."""
+    vocab: int
+    hidden: int
+    cache_numbers: int
+    """Keys and values of one token in all layers."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, at the highest point of each act of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    critic: int
+    """Its weights, gradients and moments."""
+    gathered: int
+    """What FSDP has whole at a moment: two layers, the head, and a layer's gradients."""
+    activations: int
+    """What the update's forward pass keeps for its backward pass."""
+    backward: int
+    """What a layer's backward pass holds beside it."""
+    head: int
+    """Tiles of logits, hidden states and their gradients, a head's gradient before it is added."""
+    generation: int
+    """Keys, values and logits, while nothing of the update is there."""
+
+    @property
+    def steady(self) -> int:
+        """What stays from step to step."""
+        parts = (self.weights, self.gradients, self.optimizer, self.reference, self.critic)
+        return sum(parts)
+
+    @property
+    def peak(self) -> int:
+        """The highest point: the update, or the writing."""
+        update = self.gathered + self.activations + max(self.backward, self.head)
+        return self.steady + max(update, self.generation)
+
+
+def predict(
+    config: PretrainedConfig, load: Workload, *, strategy: Strategy = "none", world_size: int = 1
+) -> Memory:
+    """Bytes of each device.
+
+        fsdp: (weights + gradients + moments + reference) / N + what is gathered at a moment
+        ddp:  all of it on each, and gradients once more in the buckets that are exchanged
+
+    Args:
+        config: of the model; its weights are not needed.
+        load: the run.
+        strategy: how processes share.
+        world_size: their number.
+
+    Raises:
+        ValueError: several processes that share nothing, or fewer than one.
+    """
+    if world_size < 1 or (strategy == "none" and world_size > 1):
+        raise ValueError(f"expected ddp or fsdp for several processes, got {world_size} of them")
+    size = model_size(config, load)
+    shards = world_size if strategy == "fsdp" else 1
+    half = load.precision != "float32"
+    width = 2 if half else 4
+    gradients = size.trainable_bytes
+    moments = _moment_bytes(size, load)
+    critic = 0
+    if load.critic:
+        whole = model_size(config, replace(load, adapter=None))
+        critic = whole.weight_bytes + whole.trainable_bytes + _moment_bytes(whole, load)
+    gathered = 0
+    if strategy == "fsdp":
+        trained = min(1.0, size.trainable / size.parameters)
+        layers = 2 * size.largest_layer * width + int(2 * trained * size.largest_layer * 4)
+        gathered = layers + size.vocab * size.hidden * width
+    elif load.precision == "bf16" and load.adapter is None:
+        # Autocast keeps each rounded matrix until the pass that made it is over.
+        gathered = 2 * size.parameters
+    buckets = gradients if strategy == "ddp" and world_size > 1 else 0
+    rows = load.update_rows * load.response_tokens
+    kept, backward = activation_bytes(config, load)
+    return Memory(
+        weights=size.weight_bytes // shards,
+        gradients=gradients // shards + buckets,
+        optimizer=moments // shards,
+        reference=_reference_bytes(size, load) // shards,
+        critic=critic // shards,
+        gathered=gathered,
+        activations=kept,
+        backward=backward,
+        head=_head_bytes(size, load, rows),
+        generation=_generation_bytes(size, load)
+        + (size.parameters * width if strategy == "fsdp" else gathered),
+    )
+
+
+def model_size(config: PretrainedConfig, load: Workload) -> ModelSize:
+    """Count a model that has shapes and no storage."""
+    with torch.device("meta"):
+        model = _build(config, load)
+    trunk = trunk_of(model)
+    layers = [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+    outer = [one for one in layers if not any(one is not o and one in o.modules() for o in layers)]
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    depth = int(text.num_hidden_layers)
+    return ModelSize(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trainable),
+        weight_bytes=sum(p.numel() * p.itemsize for p in model.parameters()),
+        trainable_bytes=sum(p.numel() * p.itemsize for p in trainable),
+        layers=depth,
+        largest_layer=max((sum(p.numel() for p in one.parameters()) for one in outer), default=0),
+        vocab=int(text.vocab_size),
+        hidden=int(text.hidden_size),
+        cache_numbers=2 * depth * kept * width,
+    )
+
+
+def activation_bytes(config: PretrainedConfig, load: Workload) -> tuple[int, int]:
+    """Bytes that the forward pass of a microbatch keeps, and most bytes that backward adds."""
+    depth = int(config.get_text_config().num_hidden_layers)
+    few, more = 2, 3
+    if depth <= more:
+        kept, peak = _measured(config, load)
+        return kept, peak - kept
+    kept, peak = _measured(_of_depth(config, few), load)
+    slope = _measured(_of_depth(config, more), load)[0] - kept
+    return kept + (depth - few) * slope, peak - kept
+
+
+def _measured(config: PretrainedConfig, load: Workload) -> tuple[int, int]:
+    """Bytes kept after the forward pass, and most bytes at once, of tensors without numbers."""
+    with torch.device("meta"):
+        trunk = trunk_of(_build(config, load))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _place_on_cpu(trunk)
+        if load.gradient_checkpointing:
+            enable_recomputation(trunk)
+        for parameter in trunk.parameters():
+            # They are counted apart, and there from the second microbatch on.
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        width = int(config.get_text_config().hidden_size)
+        shape = (load.update_rows, load.tokens)
+        dtype = next(trunk.parameters()).dtype
+        embedded = torch.zeros(*shape, width, dtype=dtype, requires_grad=True)
+        inputs: dict[str, Any] = {
+            "inputs_embeds": embedded,
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "use_cache": False,
+        }
+        there = [t for p in trunk.parameters() for t in (p, p.grad) if t is not None]
+        with _LiveStorages([*there, *trunk.buffers(), embedded, *inputs.values()]) as live:
+            with computing(trunk, embedded.device, load.precision), recomputing(trunk):
+                states = trunk(**inputs)[0]
+            kept = live.now
+            states.backward(torch.ones_like(states))
+        return kept, live.peak
+
+
+def _place_on_cpu(trunk: nn.Module) -> None:
+    """Give parameters and buffers a device to compute on; under a fake mode still no numbers."""
+    made: dict[int, Any] = {}
+    for module in trunk.modules():
+        for named in cast(Any, (module._parameters, module._buffers)):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in named.items():
+                if tensor is not None and id(tensor) not in made:
+                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    learns = tensor.requires_grad
+                    made[id(tensor)] = (
+                        nn.Parameter(zeros, requires_grad=learns)
+                        if isinstance(tensor, nn.Parameter)
+                        else zeros
+                    )
+                if tensor is not None:
+                    named[name] = made[id(tensor)]
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the bytes of every storage made within."""
+
+    def __init__(self, there: Iterable[object]) -> None:
+        """Follow all but the tensors that are there already, of which there may be views."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._there = [t.untyped_storage() for t in there if isinstance(t, Tensor)]
+        self._known = {id(storage) for storage in self._there}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _build(config: PretrainedConfig, load: Workload) -> PreTrainedModel:
+    frozen = load.adapter is not None and not load.adapter.modules_to_save
+    dtype = _DTYPES[weights_dtype(load.precision, frozen=frozen)]
+    made = cast(Any, AutoModelForCausalLM).from_config(copy.deepcopy(config), dtype=dtype)
+    model = cast(PreTrainedModel, made)
+    if load.adapter is not None:
+        add_adapter(model, load.adapter)
+    return model.eval()
+
+
+def _of_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with fewer layers; where kinds of layers take turns, the first of them."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shallow
+
+
+def _moment_bytes(size: ModelSize, load: Workload) -> int:
+    return 2 * size.trainable if load.optimizer == "adamw_8bit" else 2 * size.trainable_bytes
+
+
+def _reference_bytes(size: ModelSize, load: Workload) -> int:
+    if not load.reference or load.adapter is not None:
+        return 0
+    if load.precision != "bf16":
+        return size.weight_bytes
+    ends = 2 * size.vocab * size.hidden
+    return 2 * size.parameters + 2 * min(ends, size.parameters)
+
+
+def _head_bytes(size: ModelSize, load: Workload, rows: int) -> int:
+    tiles = default_tiles(torch.device("cpu"))
+    tile = 4 * min(tiles.rows, rows) * min(tiles.columns, size.vocab)
+    states = rows * size.hidden * 4
+    learns = load.adapter is None or bool(load.adapter.modules_to_save)
+    gradient = 4 * size.vocab * size.hidden if learns else 0
+    # Of both models: states, the selected ones, and of the policy's a gradient; two tiles each.
+    kept = min(load.keep_logits, 8 * rows * size.vocab)
+    return kept + 4 * tile + 5 * states + gradient
+
+
+def _generation_bytes(size: ModelSize, load: Workload) -> int:
+    width = 4 if load.precision == "float32" else 2
+    cache = load.rollout_rows * load.tokens * size.cache_numbers * width
+    return cache + load.rollout_rows * size.vocab * _SAMPLED_WORD

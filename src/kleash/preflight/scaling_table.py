@@ -1,0 +1,115 @@
+"""What `kleash check --world-size` prints: one column for each way to share a run among devices."""
+
+from dataclasses import asdict
+from typing import Any, cast
+
+from rich.console import Console
+from rich.text import Text
+
+from kleash.config.algorithm import PPOConfig
+from kleash.config.schema import Config
+from kleash.models.loading import load_config
+from kleash.models.lora import AdapterSpec
+from kleash.preflight.memory import Workload
+from kleash.preflight.scaling import Prediction, Rates, Step, measure_rates, predictions
+from kleash.report.terminal import TableColumn, print_table
+from kleash.training.assembly import choose_device
+
+_GIB = 2**30
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimiser",
+    "reference": "reference",
+    "critic": "value model",
+    "gathered": "whole for a moment",
+    "activations": "activations",
+    "backward": "backward of a layer",
+    "head": "tiles and head",
+    "generation": "writing (instead)",
+}
+
+
+def workload_of(config: Config, *, prompt_tokens: int) -> Workload:
+    """What memory depends on, out of a configuration."""
+    lora, algorithm = config.policy.lora, config.algorithm
+    critic = algorithm.value if isinstance(algorithm, PPOConfig) else None
+    return Workload(
+        precision=config.policy.precision,
+        optimizer=config.optimizer.name,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+        adapter=None
+        if lora is None
+        else AdapterSpec(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=() if lora.targets == "auto" else tuple(lora.targets),
+            modules_to_save=tuple(lora.modules_to_save),
+        ),
+        reference=config.reference.kind == "copy",
+        critic=critic is not None and critic.kind == "model",
+        update_rows=algorithm.microbatch_size,
+        rollout_rows=config.rollout.microbatch_size,
+        prompt_tokens=prompt_tokens,
+        response_tokens=config.rollout.max_new_tokens,
+        keep_logits=algorithm.keep_logits_mib << 20,
+    )
+
+
+def predict_run(
+    config: Config, *, world_size: int, prompt_tokens: int, network: float
+) -> tuple[list[Prediction], Rates]:
+    """Predict a configured run on so many devices; only the policy's `config.json` is read.
+
+    Raises:
+        ModelError: there is no such model.
+        ValueError: more devices than responses.
+    """
+    shape = load_config(config.policy.path, revision=config.policy.revision)
+    rates = measure_rates(choose_device(config.device), config.policy.precision, network=network)
+    algorithm = config.algorithm
+    step = Step(config.responses_per_step, algorithm.epochs, algorithm.minibatches)
+    load = workload_of(config, prompt_tokens=prompt_tokens)
+    return predictions(shape, load, step, world_size=world_size, rates=rates), rates
+
+
+def as_json(found: list[Prediction], rates: Rates) -> dict[str, Any]:
+    """Bytes and seconds as plain numbers."""
+    return {
+        "rates": asdict(rates),
+        "predictions": [
+            {
+                **asdict(one),
+                "steady": one.memory.steady,
+                "peak": one.memory.peak,
+                "seconds": one.seconds,
+            }
+            for one in found
+        ],
+    }
+
+
+def print_predictions(found: list[Prediction], rates: Rates, console: Console) -> None:
+    """A table of bytes for each device, of bytes sent and of seconds."""
+    columns = [TableColumn("each device", "name")]
+    columns += [TableColumn(f"{one.strategy} × {one.world_size}", "number") for one in found]
+    rows: list[tuple[str | Text, ...]] = []
+    for key, name in _ROWS.items():
+        held = [cast(int, getattr(one.memory, key)) for one in found]
+        if any(held):
+            rows.append((name, *(_size(number) for number in held)))
+    rows.append(("steady", *(_size(one.memory.steady) for one in found)))
+    rows.append(("at the highest", *(_size(one.memory.peak) for one in found)))
+    rows.append(("sent in a step", *(_size(one.sent) for one in found)))
+    for key, name in (("computing", "computing"), ("writing", "writing"), ("sending", "sending")):
+        rows.append((name, *(f"{cast(float, getattr(one, key)):.3g} s" for one in found)))
+    rows.append(("a step", *(f"{one.seconds:.3g} s" for one in found)))
+    print_table(console, tuple(columns), rows)
+    console.print(
+        f"at {rates.flops / 1e12:.3g} TFLOP/s and {rates.memory / 1e9:.3g} GB/s of memory, both "
+        f"measured on this device, and {rates.network / 1e9:.3g} GB/s of network, as given"
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / _GIB:.2f} GiB" if number >= _GIB else f"{number / 2**20:.3g} MiB"

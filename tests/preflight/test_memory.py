@@ -1,0 +1,109 @@
+"""Predicted memory against counts by hand; `benchmarks/memory.py` compares it with processes."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from kleash.models.lora import AdapterSpec
+from kleash.preflight.memory import Workload, activation_bytes, model_size, predict
+from kleash.preflight.scaling import Rates, Step, bytes_sent, predictions
+
+WIDTH, INNER, LAYERS, WORDS = 64, 160, 5, 300
+CONFIG = LlamaConfig(
+    hidden_size=WIDTH,
+    intermediate_size=INNER,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=WORDS,
+)
+LAYER = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * INNER + 2 * WIDTH
+ALL = LAYERS * LAYER + 2 * WORDS * WIDTH + WIDTH
+LOAD = Workload(update_rows=2, rollout_rows=4, prompt_tokens=10, response_tokens=20)
+
+
+def test_parameters_of_a_llama_counted_by_hand() -> None:
+    size = model_size(CONFIG, LOAD)
+    assert (size.parameters, size.trainable, size.largest_layer) == (ALL, ALL, LAYER)
+    # Two heads of 16 numbers for keys, as many for values, in each layer.
+    assert size.cache_numbers == LAYERS * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "gradients", "moments", "reference"),
+    [
+        ({}, 4, 4, 8, 4),
+        ({"optimizer": "adamw_8bit"}, 4, 4, 2, 4),
+        ({"precision": "pure_bf16"}, 2, 2, 4, 2),
+        ({"reference": False}, 4, 4, 8, 0),
+    ],
+)
+def test_bytes_a_weight(
+    changes: dict, weights: int, gradients: int, moments: int, reference: int
+) -> None:
+    found = predict(CONFIG, replace(LOAD, **changes))
+    assert found.weights == weights * ALL
+    assert found.gradients == gradients * ALL
+    assert found.optimizer == moments * ALL
+    assert found.reference == reference * ALL
+
+
+def test_an_adapter_trains_its_matrices_alone_on_a_base_in_half_precision() -> None:
+    adapter = AdapterSpec(rank=3, targets=("q_proj",))
+    found = predict(CONFIG, replace(LOAD, precision="bf16", adapter=adapter))
+    matrices = LAYERS * 3 * 2 * WIDTH
+    assert found.gradients == 4 * matrices
+    assert found.weights == 2 * ALL + 4 * matrices
+    assert found.reference == 0
+
+
+def test_fsdp_divides_what_stays_and_gathers_the_rest() -> None:
+    one = predict(CONFIG, LOAD)
+    shared = predict(CONFIG, LOAD, strategy="fsdp", world_size=4)
+    assert shared.steady == pytest.approx(one.steady / 4, abs=8)
+    assert shared.gathered == 4 * (4 * LAYER + WORDS * WIDTH)
+    copied = predict(CONFIG, LOAD, strategy="ddp", world_size=4)
+    assert copied.steady == one.steady + one.gradients
+    with pytest.raises(ValueError, match="expected ddp or fsdp for several processes, got 2"):
+        predict(CONFIG, LOAD, world_size=2)
+
+
+def test_activations_grow_with_depth_rows_and_length_as_they_must() -> None:
+    deep = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 3})
+    (kept, _), (less, _) = (activation_bytes(c, LOAD) for c in (CONFIG, deep))
+    direct = activation_bytes(LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 2}), LOAD)[0]
+    # From three depths that were run or extrapolated, each layer adds the same.
+    assert kept - less == 2 * (less - direct)
+    twice = activation_bytes(CONFIG, replace(LOAD, update_rows=4))[0]
+    assert 1.9 < twice / kept < 2.1
+    recomputed, added = activation_bytes(CONFIG, replace(LOAD, gradient_checkpointing=True))
+    inputs = LAYERS * 4 * 2 * 30 * WIDTH
+    assert inputs <= recomputed < 1.5 * inputs
+    # A layer is whole again in its own backward pass.
+    assert added > (kept - less) / 2
+
+
+def test_bytes_on_the_network_by_the_laws_of_rings() -> None:
+    size, step = model_size(CONFIG, LOAD), Step(responses=16, epochs=2, minibatches=2)
+    for ranks in (2, 4):
+        share = (ranks - 1) / ranks
+        ddp = bytes_sent(size, LOAD, step, strategy="ddp", world_size=ranks)
+        assert ddp == int(4 * 2 * share * 4 * ALL)
+    # 4 rows a rank: once to write, twice to read, 4 updates of one microbatch forward and back.
+    fsdp = bytes_sent(size, LOAD, step, strategy="fsdp", world_size=4)
+    assert fsdp == int(0.75 * 4 * ALL * (1 + 2 + 2 * 4 + 4))
+    assert bytes_sent(size, LOAD, step, strategy="none", world_size=1) == 0
+
+
+def test_one_device_has_one_way_and_more_devices_than_responses_none() -> None:
+    step, rates = Step(8, 1, 1), Rates(1e12, 1e11, 1e10)
+    (alone,) = predictions(CONFIG, LOAD, step, world_size=1, rates=rates)
+    assert alone.strategy == "none" and alone.sending == 0
+    tokens = 8 * LOAD.tokens
+    assert alone.computing == pytest.approx(tokens * ALL * (6 + 4) / 1e12)
+    both = predictions(CONFIG, LOAD, step, world_size=4, rates=rates)
+    assert [one.strategy for one in both] == ["ddp", "fsdp"]
+    assert both[0].computing == pytest.approx(alone.computing / 4)
+    with pytest.raises(ValueError, match="from 1 to 8 devices, as many as a step has responses"):
+        predictions(CONFIG, LOAD, step, world_size=9, rates=rates)
