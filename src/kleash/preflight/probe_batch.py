@@ -20,7 +20,6 @@ from kleash.models import sharding
 from kleash.models.lm_head import apply_head, as_scored
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference, underlying
-from kleash.models.sharding import states_of as model_states
 from kleash.models.trunk import trunk_of
 from kleash.training.components import Components
 from kleash.training.responses import JudgedResponses
@@ -227,7 +226,6 @@ def own_reading(
     model, precision = owner.model, owner.precision
     ids = torch.cat([prompt, response])[None]
     with as_scored(model, precision):
-        states = model_states(model, trunk_of(model), {"input_ids": ids, "use_cache": False})[0]
         inputs = {"input_ids": ids, "use_cache": False}
         states = sharding.states_of(model, trunk_of(model), inputs)[0]
         logits = model(input_ids=ids, use_cache=False).logits[0]
