@@ -35,6 +35,7 @@ from kleash.storage.run_directory import read_run
 
 PHASES = ("time/generate", "time/score", "time/update")
 CLOCK = ("seconds", "tokens_per_second")
+STRATEGIES = ["none", "ddp", "fsdp"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 MIDDLE = {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 640}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 3584}
@@ -179,13 +180,14 @@ def same(folder: Path, steps: int) -> None:
                     )
 
 
-def speed(folder: Path, steps: int) -> None:
+def speed(folder: Path, steps: int, only: list[str]) -> None:
     """Tokens a second, medians over the steps after the first."""
     place = material(folder / "middle", MIDDLE, 50_257)
     print("| processes | strategy | tokens/s | × | generate, s | score, s | update, s |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     first = None
-    for size, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp")):
+    for strategy in only:
+        size = 1 if strategy == "none" else 2
         changes = {"steps": steps, "distributed": {"strategy": strategy}}
         path = run(tree(place, folder / f"speed-{strategy}", **changes), size)
         lines = read_run(path).metrics[1:]
@@ -196,7 +198,7 @@ def speed(folder: Path, steps: int) -> None:
         print(f"| {size} | {strategy} | {fast:.0f} | {fast / first:.2f} | {cells} |", flush=True)
 
 
-def memory(folder: Path, steps: int) -> None:
+def memory(folder: Path, steps: int, only: list[str]) -> None:
     """Resident memory of the largest process: at its start, between steps, and at its peak."""
     place = material(folder / "large", LARGE, 32_000)
     size_of = sum(t.numel() for t in load_tensors(place / "model.safetensors").values())
@@ -217,7 +219,8 @@ def memory(folder: Path, steps: int) -> None:
         "max_new_tokens": 4,
         "microbatch_size": 1,
     }
-    for size, strategy in ((1, "none"), (2, "ddp"), (2, "fsdp")):
+    for strategy in only:
+        size = 1 if strategy == "none" else 2
         output = folder / f"memory-{strategy}"
         process = start(tree(place, output, **common, distributed={"strategy": strategy}), size)
         found = _watch(process, output)
@@ -235,14 +238,16 @@ def _watch(process: subprocess.Popen[str], output: Path) -> tuple[float, float, 
         file = output / "metrics.jsonl"
         if file.is_file():
             made = 1 + len(file.read_text().splitlines())
-        if held:
+        # A process that ends gives its memory back before it is gone.
+        if held and max(held) > 500:
             readings.append((made, max(held)))
         time.sleep(0.1)
     _, said = process.communicate()
     if process.returncode:
         raise SystemExit(said)
     start_up = max(held for made, held in readings if not made)
-    later = [held for made, held in readings if made >= 3]
+    last = max(made for made, _ in readings)
+    later = [held for made, held in readings if 3 <= made < last]
     return start_up, min(later), max(held for _, held in readings)
 
 
@@ -336,15 +341,16 @@ def main() -> None:
     parser.add_argument("what", choices=["same", "speed", "memory", "kills"])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--only", nargs="*", help="strategies of `speed` and `memory`")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         match given.what:
             case "same":
                 same(Path(name), given.steps or 10)
             case "speed":
-                speed(Path(name), given.steps or 6)
+                speed(Path(name), given.steps or 6, given.only or STRATEGIES)
             case "memory":
-                memory(Path(name), given.steps or 4)
+                memory(Path(name), given.steps or 5, given.only or STRATEGIES)
             case _:
                 kills(Path(name), given.steps or 6, given.times)
     print(
