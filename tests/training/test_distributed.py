@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import small_run
+import tiny_models
 import torch
 from ranks import Ranks
 from small_run import numbers, policy_weights, save_material
@@ -166,7 +167,9 @@ def test_everything_else_works_in_several_processes_too(
 def test_a_resumed_run_is_the_uninterrupted_one(
     material: Path, tmp_path: Path, ranks: Ranks, strategy: str
 ) -> None:
-    divided = {"distributed": {"strategy": strategy}}
+    """Of a model, too, whose head is its embedding."""
+    tied = tiny_models.save_model(tmp_path / "tied", tie_word_embeddings=True)
+    divided = {"distributed": {"strategy": strategy}, "policy": {"path": str(tied)}}
     whole = ranks.train(settings(material, tmp_path / "whole", **divided))
     broken = settings(material, tmp_path / "broken", **divided)
     ended = ranks.run(broken, fault={"kind": "asked to stop", "rank": 1, "step": 2})

@@ -49,7 +49,7 @@ def serve(
     """
     import_vllm()
     with tempfile.TemporaryDirectory(prefix="kleash-served-") as folder:
-        opened, _ = load_models(policy, reference, torch.device(device), mesh=Mesh())
+        opened, _, _ = load_models(policy, reference, torch.device(device), mesh=Mesh())
         write_model(opened, Path(folder))
         dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
         cpu = choose_device("auto").type == "cpu"

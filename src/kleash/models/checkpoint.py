@@ -34,7 +34,7 @@ from kleash.mesh import Mesh
 from kleash.models.loading import quiet, switch_off_dropout
 from kleash.models.merging import MERGING_TOLERANCE, is_adapter, require_same
 from kleash.models.probing import first_lines, probe_texts, text_logprobs
-from kleash.models.sharded_loading import fits, plain_names, read_slices, weight_files
+from kleash.models.sharded_loading import fits, read_slices, weight_files
 from kleash.models.sharding import is_sharded, own, own_part, release, whole
 
 _STATE = Path("adapter_state") / "adapter.safetensors"
@@ -216,21 +216,23 @@ def _restore_sharded(directory: Path, model: PreTrainedModel, adapter: Any) -> N
             with safe_open(file, framework="pt") as opened:
                 files = dict.fromkeys(opened.keys(), file)
             wanted = {name: [t] for name, t in adapter_parameters(adapter).items()}
+            _require_names(directory, wanted.keys() - files.keys(), files.keys() - wanted.keys())
+            read_slices(model, files, wanted)
+            return
+        files = weight_files(directory) or {}
+        if fits(model, files):
+            read_slices(model, files)
         else:
-            files, wanted = weight_files(directory) or {}, plain_names(model)
-            if not fits(model, files):
-                _copy_slices(model, _open(directory, model))
-                return
-        _require_names(directory, wanted.keys() - files.keys(), files.keys() - wanted.keys())
-        read_slices(model, files, wanted)
+            _copy_slices(directory, model, _open(directory, model))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{directory} cannot be read: {first_lines(error)}") from error
 
 
 @torch.no_grad()
-def _copy_slices(model: PreTrainedModel, opened: PreTrainedModel) -> None:
+def _copy_slices(directory: Path, model: PreTrainedModel, opened: PreTrainedModel) -> None:
     """For architectures whose files have names that opening translates."""
     known, theirs = model.state_dict(keep_vars=True), opened.state_dict()
+    _require_names(directory, known.keys() - theirs.keys(), theirs.keys() - known.keys())
     for name, tensor in known.items():
         own(tensor).copy_(own_part(tensor, theirs[name]))
 

@@ -19,6 +19,7 @@ from kleash.config.algorithm import (
     GRPOConfig,
     PPOConfig,
     RLOOConfig,
+    TeacherConfig,
     ValueConfig,
 )
 from kleash.config.leash import LeashConfig, ReferenceConfig
@@ -28,6 +29,7 @@ from kleash.config.schema import (
     OptimizerConfig,
     PolicyConfig,
     PretrainingConfig,
+    RewardConfig,
     ScorerConfig,
 )
 from kleash.errors import ConfigError
@@ -45,7 +47,14 @@ from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
 from kleash.models.frozen_weights import shrink_frozen
 from kleash.models.lora import AdapterSpec
-from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
+from kleash.models.policy import (
+    Policy,
+    Reference,
+    check_compatible,
+    freeze_copy,
+    load_policy,
+    load_reference,
+)
 from kleash.models.precision import weights_dtype
 from kleash.models.recomputation import enable_recomputation
 from kleash.models.reference_offload import (
@@ -106,16 +115,14 @@ def assemble(
     sharding = None
     if config.distributed.strategy == "fsdp" and mesh.size > 1:
         sharding = Sharding(device_mesh(device, mesh.size), device)
-    policy = _policy(config.policy, device, sharding)
-    teacher = load_teacher(config.teacher, config.policy, policy, device)
-    if teacher is not None:
-        # Tokens that the teacher lacks have probability 0 for all three.
-        policy = replace(policy, words=teacher.words)
-    reference = _reference(config.reference, config.policy, policy, device, mesh)
-    # Added tokens that the reference lacks have probability 0 for both.
-    policy = replace(policy, words=underlying(reference).words)
-    if teacher is not None:
-        teacher = replace(teacher, words=policy.words)
+    policy, reference, teacher = load_models(
+        config.policy,
+        config.reference,
+        device,
+        teacher_section=config.teacher,
+        sharding=sharding,
+        mesh=mesh,
+    )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
@@ -125,13 +132,7 @@ def assemble(
     prompts = prompts_of(train or [], policy, sampling, named)
     heldout = prompts_of(held, policy, sampling, named) if held else []
     require_every_group(prompts, config.leash, config.prompts.train)
-    rewards = {
-        name: (
-            as_reward_model(given[name]) if given and name in given else _reward(reward, device),
-            reward.weight,
-        )
-        for name, reward in config.reward_models.items()
-    }
+    rewards = _rewards(config.reward_models, given or {}, device)
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
     value = None
@@ -168,19 +169,27 @@ def load_models(
     reference_section: ReferenceConfig,
     device: torch.device,
     *,
+    teacher_section: TeacherConfig | None = None,
     sharding: Sharding | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Policy, FrozenReference]:
-    """The policy of a run at its start, and its reference.
+) -> tuple[Policy, FrozenReference, Reference | None]:
+    """The policy of a run at its start, its reference, and its teacher if that is another model.
+
+    Tokens that one of them lacks have probability 0 for all.
 
     Raises:
         ModelError: they cannot be used, or not together.
     """
     policy = _policy(policy_section, device, sharding)
+    teacher = load_teacher(teacher_section, policy_section, policy, device)
+    if teacher is not None:
+        policy = replace(policy, words=teacher.words)
     mesh = Mesh() if mesh is None else mesh
     reference = _reference(reference_section, policy_section, policy, device, mesh)
-    # Added tokens that the reference lacks have probability 0 for both.
-    return replace(policy, words=underlying(reference).words), reference
+    policy = replace(policy, words=underlying(reference).words)
+    if teacher is not None:
+        teacher = replace(teacher, words=policy.words)
+    return policy, reference, teacher
 
 
 def _require_fitting(config: Config, mesh: Mesh) -> None:
@@ -353,6 +362,19 @@ def _reference(
             return reference
         case "auto":
             raise AssertionError("a Config says what `reference.kind: auto` stands for")
+
+
+def _rewards(
+    sections: Mapping[str, RewardConfig], given: Mapping[str, Reward], device: torch.device
+) -> dict[str, tuple[RewardModel, float]]:
+    """Each reward model with its weight; one given in memory goes before what its section names."""
+    return {
+        name: (
+            as_reward_model(given[name]) if name in given else _reward(section, device),
+            section.weight,
+        )
+        for name, section in sections.items()
+    }
 
 
 def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:

@@ -24,7 +24,7 @@ from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
-from kleash.training.continuation import find_run
+from kleash.training.continuation import EarlierRun, find_run
 from kleash.training.metadata import run_meta
 from kleash.training.record import SilentRun
 from kleash.training.recovery import undone_in_memory
@@ -74,7 +74,7 @@ def open_session(
     warnings = preflight(config, components) if preflight is not None and not begun else []
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
-        _require_alike(config, components, guard)
+        _require_alike(dump_config(config), components, guard)
     checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
     if checkpoint is None:
         frontier, state = _begin(config, components)
@@ -98,14 +98,13 @@ def open_session(
         meta["teacher"] = asdict(components.teacher.identity())
     if found is not None:
         require_same_teacher(read_run(path).meta, components.teacher, str(path))
-    if not mesh.is_first:
-        run = SilentRun(path)
-    elif found is not None:
-        run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
-        if found.changes:
-            run.change_config(tree, found.changes, after_step=state.step)
+    if mesh.is_first:
+        through_step = -1 if checkpoint is None else state.step
+        run = _open_directory(
+            path, found, tree, {**meta, "warnings": warnings}, through_step=through_step
+        )
     else:
-        run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
+        run = SilentRun(path)
     if frontier is not None and checkpoint is None and mesh.is_first:
         write_frontier(path / PLAN_FILE, frontier)
     return Session(
@@ -124,8 +123,30 @@ def open_session(
     )
 
 
-def _require_alike(config: Config, components: Components, guard: ReferenceGuard) -> None:
+def _open_directory(
+    path: Path,
+    found: EarlierRun | None,
+    settings: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    through_step: int,
+) -> RunWriter:
+    """The run directory, new, or that of an earlier run as it was after a step."""
+    if found is None:
+        return RunWriter.create(path, settings=settings, meta=meta)
+    run = RunWriter.reopen(path, through_step=through_step)
+    if found.changes:
+        run.change_config(settings, found.changes, after_step=max(through_step, 0))
+    return run
+
+
+def _require_alike(written: str, components: Components, guard: ReferenceGuard) -> None:
     """Every process runs the same code on the same files.
+
+    Args:
+        written: the configuration as YAML.
+        components: of this process.
+        guard: of its references.
 
     Raises:
         RunError: one does not.
@@ -143,7 +164,7 @@ def _require_alike(config: Config, components: Components, guard: ReferenceGuard
     components.mesh.require_same(
         {
             "code of kleash": sha256(code).hexdigest(),
-            "configuration": dump_config(config),
+            "configuration": written,
             "policy": components.policy.identity().sha256,
             "reference": guard.original.sha256,
             "set of prompts": sha256(prompts.encode("utf-8", "surrogatepass")).hexdigest(),
