@@ -16,7 +16,7 @@ from kleash.config.rollout import VLLMConfig
 from kleash.config.schema import PolicyConfig, ReferenceConfig
 from kleash.mesh import Mesh
 from kleash.rollout.vllm_engine import import_vllm, write_model
-from kleash.training.assembly import choose_device, load_models
+from kleash.training.model_assembly import choose_device, load_models
 
 _GIB = 2**30
 

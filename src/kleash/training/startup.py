@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +16,6 @@ import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
-from kleash.errors import ConfigError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
@@ -71,7 +71,7 @@ def open_session(
     begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    warnings = preflight(config, components) if preflight is not None and not begun else []
+    warnings = [] if preflight is None or begun else preflight(config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
         _require_alike(dump_config(config), components, guard)
@@ -150,13 +150,7 @@ def _require_alike(written: str, components: Components, guard: ReferenceGuard) 
 
     Raises:
         RunError: one does not.
-        ConfigError: the run can only have one.
     """
-    if config.rollout.ahead:
-        raise ConfigError(
-            f"expected one process with rollout.ahead: 1, got {components.mesh.size}: start one, "
-            "or set rollout.ahead: 0"
-        )
     prompts = repr([components.prompts, components.heldout])
     code = b"".join(
         file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))
