@@ -65,9 +65,8 @@ from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.prompt_assembly import (
     groups_of_prompts,
-    prompts_of,
+    prompt_sets,
     require_every_group,
-    source_of,
 )
 from kleash.training.teacher import distill_settings
 
@@ -105,9 +104,8 @@ def assemble(
         responses=config.responses_per_step,
     )
     device = choose_device(config.device)
-    sharding = None
-    if config.distributed.strategy == "fsdp" and mesh.size > 1:
-        sharding = Sharding(device_mesh(device, mesh.size), device)
+    divided = config.distributed.strategy == "fsdp" and mesh.size > 1
+    sharding = Sharding(device_mesh(device, mesh.size), device) if divided else None
     policy, reference, teacher = load_models(
         config.policy,
         config.reference,
@@ -119,18 +117,12 @@ def assemble(
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
-    named = config.prompts.chat_template
-    train = source_of(config.prompts.train, "train", rows or {})
-    held = source_of(config.prompts.heldout, "heldout", rows or {})
-    prompts = prompts_of(train or [], policy, sampling, named)
-    heldout = prompts_of(held, policy, sampling, named) if held else []
+    prompts, heldout = prompt_sets(config.prompts, rows or {}, policy, sampling)
     require_every_group(prompts, config.leash, config.prompts.train)
     rewards = _rewards(config.reward_models, given or {}, device)
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
-    value = None
-    if critic is not None:
-        value = _value(critic, policy, start=config.policy, seed=config.seed, sharding=sharding)
+    value = _value(critic, policy, start=config.policy, seed=config.seed, sharding=sharding)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     engine = open_engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
@@ -287,13 +279,15 @@ def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
 
 
 def _value(
-    critic: ValueConfig,
+    critic: ValueConfig | None,
     policy: Policy,
     *,
     start: PolicyConfig,
     seed: int,
     sharding: Sharding | None,
-) -> ValueFunction:
+) -> ValueFunction | None:
+    if critic is None:
+        return None
     device = policy.device
     if critic.kind == "model":
         value = load_value_model(

@@ -68,14 +68,13 @@ def open_session(
     """
     path = Path(config.output)
     found = mesh.first(lambda: find_run(config))
-    begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    warnings = [] if preflight is None or begun else preflight(config, components)
+    warnings = [] if preflight is None or found is not None else preflight(config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
     if mesh.size > 1:
         _require_alike(dump_config(config), components, guard)
-    checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
+    checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         frontier, state = _begin(config, components)
     else:
@@ -94,19 +93,17 @@ def open_session(
         state=state,
         undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
     )
+    meta["warnings"] = warnings
     if components.teacher is not None:
         meta["teacher"] = asdict(components.teacher.identity())
     if found is not None:
         require_same_teacher(read_run(path).meta, components.teacher, str(path))
+    run = SilentRun(path)
     if mesh.is_first:
         through_step = -1 if checkpoint is None else state.step
-        run = _open_directory(
-            path, found, tree, {**meta, "warnings": warnings}, through_step=through_step
-        )
-    else:
-        run = SilentRun(path)
-    if frontier is not None and checkpoint is None and mesh.is_first:
-        write_frontier(path / PLAN_FILE, frontier)
+        run = _open_directory(path, found, tree, meta, through_step=through_step)
+        if frontier is not None and checkpoint is None:
+            write_frontier(path / PLAN_FILE, frontier)
     return Session(
         config=config,
         components=replace(components, frontier=frontier),

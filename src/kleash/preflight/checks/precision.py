@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kleash.models.sharding import whole
 from kleash.preflight.findings import Check, Finding
 from kleash.preflight.probe_batch import Trial
 from kleash.training.optimizers import round_by_chance
@@ -81,7 +82,7 @@ def _trial_share(parameter: Tensor, group: dict[str, object], *, by_chance: bool
     The first step of AdamW does not depend on the size of a gradient, only on its sign; later
     ones are smaller rather than larger. So random gradients serve, and the share is the best case.
     """
-    flat = parameter.detach().reshape(-1)
+    flat = whole(parameter.detach()).reshape(-1)
     stride = max(1, flat.numel() // _SAMPLE)
     # In float64, beside which float32 weights round too.
     before = flat[::stride][:_SAMPLE].double()
