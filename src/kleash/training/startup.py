@@ -72,12 +72,12 @@ def open_session(
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
     warnings = [] if preflight is None or found is not None else preflight(config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
-    if mesh.size > 1:
-        _require_alike(dump_config(config), components, guard)
+    _require_alike(dump_config(config), components, guard)
     checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         frontier, state = _begin(config, components)
     else:
+        require_same_teacher(read_run(path).meta, components.teacher, str(path))
         state = restore_run_state(checkpoint, components, guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, state)
         components = replace(components, reference=anchor)
@@ -96,8 +96,6 @@ def open_session(
     meta["warnings"] = warnings
     if components.teacher is not None:
         meta["teacher"] = asdict(components.teacher.identity())
-    if found is not None:
-        require_same_teacher(read_run(path).meta, components.teacher, str(path))
     run = SilentRun(path)
     if mesh.is_first:
         through_step = -1 if checkpoint is None else state.step
@@ -148,6 +146,8 @@ def _require_alike(written: str, components: Components, guard: ReferenceGuard) 
     Raises:
         RunError: one does not.
     """
+    if components.mesh.size == 1:
+        return
     prompts = repr([components.prompts, components.heldout])
     code = b"".join(
         file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))
