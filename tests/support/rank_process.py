@@ -62,14 +62,11 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
         calls[0] = 1
         raise NonFiniteError("expected a finite loss, got NaN at {place}", response=0, token=2)
 
-    def broken(components: Components, part: Any, **numbers: Any) -> Any:
-        raise RuntimeError("out of memory")
-
     match fault["kind"]:
         case "not finite":
             patch.setattr(Components, "loss", not_finite)
         case "broken":
-            patch.setattr(Components, "loss", broken)
+            patch.setattr(Components, "loss", _out_of_memory)
         case "other weights":
             at_step(shifted)
         case "other reference":
@@ -98,6 +95,11 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             patch.setattr(kleash.training.startup, "assemble", _no_file)
         case _:
             raise ValueError(fault)
+
+
+def _out_of_memory(*arguments: Any, **named: Any) -> Any:
+    del arguments, named
+    raise RuntimeError("out of memory")
 
 
 def _no_file(*arguments: Any, **named: Any) -> Any:

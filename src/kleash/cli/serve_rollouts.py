@@ -16,7 +16,7 @@ from kleash.config.rollout import VLLMConfig
 from kleash.config.schema import PolicyConfig, ReferenceConfig
 from kleash.mesh import Mesh
 from kleash.rollout.vllm_engine import import_vllm, write_model
-from kleash.training.assembly import choose_device, load_models
+from kleash.training.model_assembly import choose_device, load_models
 
 _GIB = 2**30
 
@@ -49,7 +49,7 @@ def serve(
     """
     import_vllm()
     with tempfile.TemporaryDirectory(prefix="kleash-served-") as folder:
-        opened, _ = load_models(policy, reference, torch.device(device), mesh=Mesh())
+        opened, _, _ = load_models(policy, reference, torch.device(device), mesh=Mesh())
         write_model(opened, Path(folder))
         dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")
         cpu = choose_device("auto").type == "cpu"

@@ -116,7 +116,11 @@ class Memory:
 
 
 def predict(
-    config: PretrainedConfig, load: Workload, *, strategy: Strategy = "none", world_size: int = 1
+    model_config: PretrainedConfig,
+    load: Workload,
+    *,
+    strategy: Strategy = "none",
+    world_size: int = 1,
 ) -> Memory:
     """Bytes of each device.
 
@@ -124,7 +128,7 @@ def predict(
         ddp:  all of it on each, and gradients once more in the buckets that are exchanged
 
     Args:
-        config: of the model; its weights are not needed.
+        model_config: of the model; its weights are not needed.
         load: the run.
         strategy: how processes share.
         world_size: their number.
@@ -134,7 +138,7 @@ def predict(
     """
     if world_size < 1 or (strategy == "none" and world_size > 1):
         raise ValueError(f"expected ddp or fsdp for several processes, got {world_size} of them")
-    size = model_size(config, load)
+    size = model_size(model_config, load)
     shards = world_size if strategy == "fsdp" else 1
     half = load.precision != "float32"
     width = 2 if half else 4
@@ -142,7 +146,7 @@ def predict(
     moments = _moment_bytes(size, load)
     critic = 0
     if load.critic:
-        whole = model_size(config, replace(load, adapter=None))
+        whole = model_size(model_config, replace(load, adapter=None))
         critic = whole.weight_bytes + whole.trainable_bytes + _moment_bytes(whole, load)
     gathered = 0
     if strategy == "fsdp":
@@ -154,7 +158,7 @@ def predict(
         gathered = 2 * size.parameters
     buckets = gradients if strategy == "ddp" and world_size > 1 else 0
     rows = load.update_rows * load.response_tokens
-    kept, backward = activation_bytes(config, load)
+    kept, backward = activation_bytes(model_config, load)
     return Memory(
         weights=size.weight_bytes // shards,
         gradients=gradients // shards + buckets,
@@ -170,14 +174,14 @@ def predict(
     )
 
 
-def model_size(config: PretrainedConfig, load: Workload) -> ModelSize:
+def model_size(model_config: PretrainedConfig, load: Workload) -> ModelSize:
     """Count a model that has shapes and no storage."""
     with torch.device("meta"):
-        model = _build(config, load)
+        model = _build(model_config, load)
     trunk = trunk_of(model)
     layers = [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
     outer = [one for one in layers if not any(one is not o and one in o.modules() for o in layers)]
-    text = config.get_text_config()
+    text = model_config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = getattr(text, "num_key_value_heads", None) or heads
@@ -196,22 +200,22 @@ def model_size(config: PretrainedConfig, load: Workload) -> ModelSize:
     )
 
 
-def activation_bytes(config: PretrainedConfig, load: Workload) -> tuple[int, int]:
+def activation_bytes(model_config: PretrainedConfig, load: Workload) -> tuple[int, int]:
     """Bytes that the forward pass of a microbatch keeps, and most bytes that backward adds."""
-    depth = int(config.get_text_config().num_hidden_layers)
+    depth = int(model_config.get_text_config().num_hidden_layers)
     few, more = 2, 3
     if depth <= more:
-        kept, peak = _measured(config, load)
+        kept, peak = _measured(model_config, load)
         return kept, peak - kept
-    kept, peak = _measured(_of_depth(config, few), load)
-    slope = _measured(_of_depth(config, more), load)[0] - kept
+    kept, peak = _measured(_of_depth(model_config, few), load)
+    slope = _measured(_of_depth(model_config, more), load)[0] - kept
     return kept + (depth - few) * slope, peak - kept
 
 
-def _measured(config: PretrainedConfig, load: Workload) -> tuple[int, int]:
+def _measured(model_config: PretrainedConfig, load: Workload) -> tuple[int, int]:
     """Bytes kept after the forward pass, and most bytes at once, of tensors without numbers."""
     with torch.device("meta"):
-        trunk = trunk_of(_build(config, load))
+        trunk = trunk_of(_build(model_config, load))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _place_on_cpu(trunk)
         if load.gradient_checkpointing:
@@ -219,7 +223,7 @@ def _measured(config: PretrainedConfig, load: Workload) -> tuple[int, int]:
         for parameter in trunk.parameters():
             # They are counted apart, and there from the second microbatch on.
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        width = int(config.get_text_config().hidden_size)
+        width = int(model_config.get_text_config().hidden_size)
         shape = (load.update_rows, load.tokens)
         dtype = next(trunk.parameters()).dtype
         embedded = torch.zeros(*shape, width, dtype=dtype, requires_grad=True)
@@ -291,19 +295,19 @@ class _LiveStorages(TorchDispatchMode):
         self.now -= size
 
 
-def _build(config: PretrainedConfig, load: Workload) -> PreTrainedModel:
+def _build(model_config: PretrainedConfig, load: Workload) -> PreTrainedModel:
     frozen = load.adapter is not None and not load.adapter.modules_to_save
     dtype = _DTYPES[weights_dtype(load.precision, frozen=frozen)]
-    made = cast(Any, AutoModelForCausalLM).from_config(copy.deepcopy(config), dtype=dtype)
+    made = cast(Any, AutoModelForCausalLM).from_config(copy.deepcopy(model_config), dtype=dtype)
     model = cast(PreTrainedModel, made)
     if load.adapter is not None:
         add_adapter(model, load.adapter)
     return model.eval()
 
 
-def _of_depth(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+def _of_depth(model_config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The same model with fewer layers; where kinds of layers take turns, the first of them."""
-    shallow = copy.deepcopy(config)
+    shallow = copy.deepcopy(model_config)
     text = shallow.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):

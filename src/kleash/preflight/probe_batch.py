@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash.config.schema import Config
-from kleash.models import sharding
 from kleash.models.lm_head import apply_head, as_scored
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference, underlying
+from kleash.models.sharding import states_of as model_states
 from kleash.models.trunk import trunk_of
 from kleash.training.components import Components
 from kleash.training.responses import JudgedResponses
@@ -226,8 +226,7 @@ def own_reading(
     model, precision = owner.model, owner.precision
     ids = torch.cat([prompt, response])[None]
     with as_scored(model, precision):
-        inputs = {"input_ids": ids, "use_cache": False}
-        states = sharding.states_of(model, trunk_of(model), inputs)[0]
+        states = model_states(model, trunk_of(model), {"input_ids": ids, "use_cache": False})[0]
         logits = model(input_ids=ids, use_cache=False).logits[0]
     return states, logits[len(prompt) - 1 : -1].float()
 

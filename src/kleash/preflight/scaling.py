@@ -66,7 +66,7 @@ class Prediction:
 
 
 def predictions(
-    config: PretrainedConfig, load: Workload, step: Step, *, world_size: int, rates: Rates
+    model_config: PretrainedConfig, load: Workload, step: Step, *, world_size: int, rates: Rates
 ) -> list[Prediction]:
     """Every way to share a run among so many devices; one device has one way.
 
@@ -79,7 +79,7 @@ def predictions(
             f"{world_size}"
         )
     ways: tuple[Strategy, ...] = ("none",) if world_size == 1 else ("ddp", "fsdp")
-    size, share = model_size(config, load), ceil(step.responses / world_size)
+    size, share = model_size(model_config, load), ceil(step.responses / world_size)
     own = replace(
         load,
         update_rows=min(load.update_rows, ceil(share / step.minibatches)),
@@ -89,7 +89,7 @@ def predictions(
         Prediction(
             strategy=way,
             world_size=world_size,
-            memory=predict(config, own, strategy=way, world_size=world_size),
+            memory=predict(model_config, own, strategy=way, world_size=world_size),
             sent=bytes_sent(size, own, step, strategy=way, world_size=world_size),
             computing=_flops(size, own, step, share) / rates.flops,
             writing=_writing(size, own, share, rates),

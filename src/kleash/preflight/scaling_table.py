@@ -6,14 +6,15 @@ from typing import Any, cast
 from rich.console import Console
 from rich.text import Text
 
-from kleash.config.algorithm import PPOConfig
-from kleash.config.schema import Config
+from kleash.config.algorithm import DistillConfig, GRPOConfig, PPOConfig, RLOOConfig
+from kleash.config.rollout import RolloutConfig
+from kleash.config.schema import Config, PolicyConfig
 from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
-from kleash.preflight.memory import Workload
+from kleash.preflight.memory import OptimizerName, Workload
 from kleash.preflight.scaling import Prediction, Rates, Step, measure_rates, predictions
 from kleash.report.terminal import TableColumn, print_table
-from kleash.training.assembly import choose_device
+from kleash.training.model_assembly import choose_device
 
 _GIB = 2**30
 _ROWS = {
@@ -30,14 +31,22 @@ _ROWS = {
 }
 
 
-def workload_of(config: Config, *, prompt_tokens: int) -> Workload:
-    """What memory depends on, out of a configuration."""
-    lora, algorithm = config.policy.lora, config.algorithm
+def workload_of(
+    policy: PolicyConfig,
+    algorithm: PPOConfig | GRPOConfig | RLOOConfig | DistillConfig,
+    rollout: RolloutConfig,
+    *,
+    optimizer: OptimizerName,
+    copied_reference: bool,
+    prompt_tokens: int,
+) -> Workload:
+    """What memory depends on, out of the sections of a configuration."""
+    lora = policy.lora
     critic = algorithm.value if isinstance(algorithm, PPOConfig) else None
     return Workload(
-        precision=config.policy.precision,
-        optimizer=config.optimizer.name,
-        gradient_checkpointing=config.policy.gradient_checkpointing,
+        precision=policy.precision,
+        optimizer=optimizer,
+        gradient_checkpointing=policy.gradient_checkpointing,
         adapter=None
         if lora is None
         else AdapterSpec(
@@ -46,12 +55,12 @@ def workload_of(config: Config, *, prompt_tokens: int) -> Workload:
             targets=() if lora.targets == "auto" else tuple(lora.targets),
             modules_to_save=tuple(lora.modules_to_save),
         ),
-        reference=config.reference.kind == "copy",
+        reference=copied_reference,
         critic=critic is not None and critic.kind == "model",
         update_rows=algorithm.microbatch_size,
-        rollout_rows=config.rollout.microbatch_size,
+        rollout_rows=rollout.microbatch_size,
         prompt_tokens=prompt_tokens,
-        response_tokens=config.rollout.max_new_tokens,
+        response_tokens=rollout.max_new_tokens,
         keep_logits=algorithm.keep_logits_mib << 20,
     )
 
@@ -69,7 +78,14 @@ def predict_run(
     rates = measure_rates(choose_device(config.device), config.policy.precision, network=network)
     algorithm = config.algorithm
     step = Step(config.responses_per_step, algorithm.epochs, algorithm.minibatches)
-    load = workload_of(config, prompt_tokens=prompt_tokens)
+    load = workload_of(
+        config.policy,
+        algorithm,
+        config.rollout,
+        optimizer=config.optimizer.name,
+        copied_reference=config.reference.kind == "copy",
+        prompt_tokens=prompt_tokens,
+    )
     return predictions(shape, load, step, world_size=world_size, rates=rates), rates
 
 

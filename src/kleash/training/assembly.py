@@ -6,7 +6,7 @@ run directory exists.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -21,13 +21,14 @@ from kleash.config.algorithm import (
     RLOOConfig,
     ValueConfig,
 )
-from kleash.config.leash import LeashConfig, ReferenceConfig
+from kleash.config.leash import LeashConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import (
     Config,
     OptimizerConfig,
     PolicyConfig,
     PretrainingConfig,
+    RewardConfig,
     ScorerConfig,
 )
 from kleash.errors import ConfigError
@@ -40,42 +41,34 @@ from kleash.kl.control.controllers import (
 )
 from kleash.kl.control.groups import Leash
 from kleash.kl.planning.initial_beta import Start
-from kleash.mesh import Mesh, is_distributed, own_gpu
+from kleash.mesh import Mesh
 from kleash.models.async_calls import CallLimits
 from kleash.models.callable_reward import CallableReward, as_reward_model
-from kleash.models.frozen_weights import shrink_frozen
-from kleash.models.lora import AdapterSpec
-from kleash.models.policy import Policy, check_compatible, freeze_copy, load_policy, load_reference
-from kleash.models.precision import weights_dtype
-from kleash.models.recomputation import enable_recomputation
-from kleash.models.reference_offload import (
-    FrozenReference,
-    OffloadedReference,
-    open_cache,
-    underlying,
+from kleash.models.policy import (
+    Policy,
 )
+from kleash.models.recomputation import enable_recomputation
 from kleash.models.reward_model import (
     ClassifierReward,
     NoReward,
     RewardModel,
     WeightedSum,
 )
-from kleash.models.sharding import Sharding, device_mesh, is_sharded, shard
-from kleash.models.trunk import trunk_of
-from kleash.models.value_model import ValueFunction, ValueHead, ValueModel, load_value_model
+from kleash.models.sharding import Sharding, device_mesh, shard
+from kleash.models.value_model import ValueFunction, ValueHead, load_value_model
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.engines import open_engine
+from kleash.training.model_assembly import choose_device, load_models
 from kleash.training.optimizers import make_optimizer
 from kleash.training.pretraining_mix import PretrainingMix, read_texts
 from kleash.training.prompt_assembly import (
     groups_of_prompts,
-    prompts_of,
+    prompt_sets,
     require_every_group,
-    source_of,
 )
-from kleash.training.teacher import distill_settings, load_teacher
+from kleash.training.teacher import distill_settings
 
 Reward = Callable[..., Any] | RewardModel
 """A reward given in memory: a function, an object, an async function, or a reward model."""
@@ -101,44 +94,35 @@ def assemble(
         ModelError, PromptError, RewardError: what they say.
     """
     mesh = Mesh() if mesh is None else mesh
-    _require_fitting(config, mesh)
+    _require_fitting(
+        mesh.size,
+        config.distributed.strategy,
+        policy=config.policy,
+        engine=config.rollout.engine,
+        ahead=config.rollout.ahead == 1,
+        distilled=isinstance(config.algorithm, DistillConfig),
+        responses=config.responses_per_step,
+    )
     device = choose_device(config.device)
-    sharding = None
-    if config.distributed.strategy == "fsdp" and mesh.size > 1:
-        sharding = Sharding(device_mesh(device, mesh.size), device)
-    policy = _policy(config.policy, device, sharding)
-    teacher = load_teacher(config.teacher, config.policy, policy, device)
-    if teacher is not None:
-        # Tokens that the teacher lacks have probability 0 for all three.
-        policy = replace(policy, words=teacher.words)
-    reference = _reference(config.reference, config.policy, policy, device, mesh)
-    # Added tokens that the reference lacks have probability 0 for both.
-    policy = replace(policy, words=underlying(reference).words)
-    if teacher is not None:
-        teacher = replace(teacher, words=policy.words)
+    divided = config.distributed.strategy == "fsdp" and mesh.size > 1
+    sharding = Sharding(device_mesh(device, mesh.size), device) if divided else None
+    policy, reference, teacher = load_models(
+        config.policy,
+        config.reference,
+        device,
+        teacher_section=config.teacher,
+        sharding=sharding,
+        mesh=mesh,
+    )
     sampling = SamplingSpec(
         max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature
     )
-    named = config.prompts.chat_template
-    train = source_of(config.prompts.train, "train", rows or {})
-    held = source_of(config.prompts.heldout, "heldout", rows or {})
-    prompts = prompts_of(train or [], policy, sampling, named)
-    heldout = prompts_of(held, policy, sampling, named) if held else []
+    prompts, heldout = prompt_sets(config.prompts, rows or {}, policy, sampling)
     require_every_group(prompts, config.leash, config.prompts.train)
-    rewards = {
-        name: (
-            as_reward_model(given[name]) if given and name in given else _reward(reward, device),
-            reward.weight,
-        )
-        for name, reward in config.reward_models.items()
-    }
+    rewards = _rewards(config.reward_models, given or {}, device)
     gold = None if config.heldout.gold is None else _reward(config.heldout.gold, device)
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
-    value = None
-    if critic is not None:
-        value = _value(critic, policy, device, start=config.policy, seed=config.seed)
-        if sharding is not None and isinstance(value, ValueModel):
-            shard(value, sharding.mesh, precision=sharding.precision)
+    value = _value(critic, policy, start=config.policy, seed=config.seed, sharding=sharding)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
     engine = open_engine(config.rollout, policy, [*prompts, *heldout])
     return Components(
@@ -163,78 +147,51 @@ def assemble(
     )
 
 
-def load_models(
-    policy_section: PolicyConfig,
-    reference_section: ReferenceConfig,
-    device: torch.device,
+def _require_fitting(
+    size: int,
+    strategy: Literal["auto", "none", "ddp", "fsdp"],
     *,
-    sharding: Sharding | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Policy, FrozenReference]:
-    """The policy of a run at its start, and its reference.
-
-    Raises:
-        ModelError: they cannot be used, or not together.
-    """
-    policy = _policy(policy_section, device, sharding)
-    mesh = Mesh() if mesh is None else mesh
-    reference = _reference(reference_section, policy_section, policy, device, mesh)
-    # Added tokens that the reference lacks have probability 0 for both.
-    return replace(policy, words=underlying(reference).words), reference
-
-
-def _require_fitting(config: Config, mesh: Mesh) -> None:
+    policy: PolicyConfig,
+    engine: Literal["hf", "vllm"],
+    ahead: bool,
+    distilled: bool,
+    responses: int,
+) -> None:
     """Every process has something to do, and a way to do it.
 
     Raises:
         ConfigError: there are several for a strategy of one, or more than responses of a step.
     """
-    if mesh.size > 1 and config.distributed.strategy == "none":
+    if size > 1 and strategy == "none":
         raise ConfigError(
-            f"expected one process with `distributed.strategy: none`, got {mesh.size}: take ddp or "
+            f"expected one process with `distributed.strategy: none`, got {size}: take ddp or "
             "fsdp, or start without a launcher"
         )
-    if mesh.size > 1 and config.rollout.engine != "hf":
+    if size > 1 and engine != "hf":
         raise ConfigError(
             f"expected `rollout.engine: hf` with several processes, got "
-            f"{config.rollout.engine!r} with {mesh.size}: an engine that writes by itself serves "
+            f"{engine!r} with {size}: an engine that writes by itself serves "
             "one process; start one, or leave the engine out"
         )
-    both = config.policy.adapter is not None and config.policy.lora is not None
-    if mesh.size > 1 and config.distributed.strategy == "fsdp" and both:
+    if size > 1 and ahead:
+        raise ConfigError(
+            f"expected one process with rollout.ahead: 1, got {size}: start one, or set "
+            "rollout.ahead: 0"
+        )
+    both = policy.adapter is not None and policy.lora is not None
+    if size > 1 and strategy == "fsdp" and both:
         raise ConfigError(
             "expected `policy.adapter` or `policy.lora` with `distributed.strategy: fsdp`, got "
             "both, whose checkpoints are whole models: merge the adapter into a model of its own "
             "first, or take ddp"
         )
-    if mesh.size > 1 and isinstance(config.algorithm, DistillConfig):
+    if size > 1 and distilled:
         raise ConfigError("`algorithm: distill` does not go with several processes: run one")
-    if mesh.size > config.responses_per_step:
+    if size > responses:
         raise ConfigError(
-            f"expected at most as many processes as the {config.responses_per_step} responses of a "
-            f"step, got {mesh.size}: start fewer, or raise rollout.prompts_per_step"
+            f"expected at most as many processes as the {responses} responses of a "
+            f"step, got {size}: start fewer, or raise rollout.prompts_per_step"
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one (of several processes each its own), else the CPU.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        name = f"cuda:{own_gpu()}" if is_distributed() else "cuda"
-    elif is_distributed() and name != "cpu":
-        raise ConfigError(f"with several processes each takes a GPU of its own, got {name!r}: auto")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"expected a device this machine has, got {name!r}: {reason}") from None
-    return device
 
 
 def target_per_response(leash: LeashConfig, response_length: float | None) -> float | None:
@@ -294,65 +251,17 @@ def make_controller(
             )
 
 
-def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | None) -> Policy:
-    lora = section.lora
-    adapter = None
-    if lora is not None:
-        targets = () if lora.targets == "auto" else tuple(lora.targets)
-        adapter = AdapterSpec(
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=targets,
-            modules_to_save=tuple(lora.modules_to_save),
+def _rewards(
+    sections: Mapping[str, RewardConfig], given: Mapping[str, Reward], device: torch.device
+) -> dict[str, tuple[RewardModel, float]]:
+    """Each reward model with its weight; one given in memory goes before what its section names."""
+    return {
+        name: (
+            as_reward_model(given[name]) if name in given else _reward(section, device),
+            section.weight,
         )
-    policy = load_policy(
-        section.path,
-        dtype=weights_dtype(section.precision, frozen=section.base_is_frozen),
-        device=str(device),
-        attention=section.attention,
-        adapter=adapter,
-        revision=section.revision,
-        merge=section.adapter,
-        sharding=sharding,
-    )
-    if section.gradient_checkpointing:
-        enable_recomputation(trunk_of(policy.model))
-    return replace(policy, precision=section.precision)
-
-
-def _reference(
-    wanted: ReferenceConfig, start: PolicyConfig, policy: Policy, device: torch.device, mesh: Mesh
-) -> FrozenReference:
-    """The reference, where the configuration wants it to live."""
-    own = wanted.path is None
-    kind = wanted.kind
-    if kind == "adapter_off" or (kind == "copy" and own and policy.adapter is None):
-        return freeze_copy(policy)
-    # What the policy was loaded from, if no path is given: base and merged adapter, nothing new.
-    source = start if wanted.path is None else wanted
-    reference = load_reference(
-        cast(str, source.path),
-        dtype=weights_dtype(start.precision, frozen=start.base_is_frozen),
-        device="cpu" if kind == "cpu_offload" else str(device),
-        attention=start.attention,
-        revision=source.revision,
-        merge=source.adapter,
-        sharding=None if kind == "cpu_offload" else policy.sharding,
-    )
-    if not is_sharded(reference.model):
-        shrink_frozen(reference.model, start.precision)
-    words = check_compatible(policy, reference).words
-    reference = replace(reference, words=words, precision=start.precision)
-    match kind:
-        case "cpu_offload":
-            return OffloadedReference(reference, device)
-        case "cached":
-            opened = mesh.first(lambda: open_cache(reference, cast(str, wanted.cache)))
-            return opened if mesh.size == 1 else opened.of_process(mesh.rank, mesh.size)
-        case "copy":
-            return reference
-        case "auto":
-            raise AssertionError("a Config says what `reference.kind: auto` stands for")
+        for name, section in sections.items()
+    }
 
 
 def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
@@ -370,8 +279,16 @@ def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
 
 
 def _value(
-    critic: ValueConfig, policy: Policy, device: torch.device, *, start: PolicyConfig, seed: int
-) -> ValueFunction:
+    critic: ValueConfig | None,
+    policy: Policy,
+    *,
+    start: PolicyConfig,
+    seed: int,
+    sharding: Sharding | None,
+) -> ValueFunction | None:
+    if critic is None:
+        return None
+    device = policy.device
     if critic.kind == "model":
         value = load_value_model(
             cast(str, critic.path),
@@ -382,6 +299,8 @@ def _value(
         )
         if start.gradient_checkpointing:
             enable_recomputation(value.trunk)
+        if sharding is not None:
+            shard(value, sharding.mesh, precision=sharding.precision)
         return value
     # The head's random numbers come from the run's seed, whatever was drawn while loading.
     torch.manual_seed(seed)

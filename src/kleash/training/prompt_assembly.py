@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from kleash.config.inputs import IN_MEMORY
 from kleash.config.leash import LeashConfig
+from kleash.config.schema import PromptsConfig
 from kleash.errors import PromptError
 from kleash.kl.control.groups import OTHERS, group_of
 from kleash.models.policy import Policy
@@ -13,7 +14,31 @@ from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.scoring_pass import SamplingSpec
 
 
-def source_of(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
+def prompt_sets(
+    section: PromptsConfig,
+    rows: Mapping[str, Sequence[object]],
+    policy: Policy,
+    sampling: SamplingSpec,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those held out.
+
+    Args:
+        section: of the configuration.
+        rows: prompts in memory, `train` and `heldout`, which take the place of the files.
+        policy: which is given them.
+        sampling: how long a response may be.
+
+    Raises:
+        PromptError: they cannot be read, or one cannot be given to the policy.
+    """
+    named = section.chat_template
+    train = _source(section.train, "train", rows)
+    held = _source(section.heldout, "heldout", rows)
+    prompts = _read(train or [], policy, sampling, named)
+    return prompts, _read(held, policy, sampling, named) if held else []
+
+
+def _source(path: str | None, name: str, rows: Mapping[str, Sequence[object]]) -> Source | None:
     """Where prompts come from: rows in memory, or a file.
 
     Raises:
@@ -27,7 +52,7 @@ def source_of(path: str | None, name: str, rows: Mapping[str, Sequence[object]])
     return rows.get(name, path)
 
 
-def prompts_of(
+def _read(
     source: Source, policy: Policy, sampling: SamplingSpec, chat_template: str | None
 ) -> list[Prompt]:
     """Read prompts that the policy can be given.

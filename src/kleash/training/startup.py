@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +16,6 @@ import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
-from kleash.errors import ConfigError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
@@ -24,7 +24,7 @@ from kleash.training.assembly import Reward, assemble, make_leash
 from kleash.training.calibration import begin
 from kleash.training.callbacks import Callbacks
 from kleash.training.components import Components
-from kleash.training.continuation import find_run
+from kleash.training.continuation import EarlierRun, find_run
 from kleash.training.metadata import run_meta
 from kleash.training.record import SilentRun
 from kleash.training.recovery import undone_in_memory
@@ -68,17 +68,16 @@ def open_session(
     """
     path = Path(config.output)
     found = mesh.first(lambda: find_run(config))
-    begun = found is not None
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    warnings = preflight(config, components) if preflight is not None and not begun else []
+    warnings = [] if preflight is None or found is not None else preflight(config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
-    if mesh.size > 1:
-        _require_alike(config, components, guard)
-    checkpoint = latest_checkpoint(path / "checkpoints") if begun else None
+    _require_alike(dump_config(config), components, guard)
+    checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         frontier, state = _begin(config, components)
     else:
+        require_same_teacher(read_run(path).meta, components.teacher, str(path))
         state = restore_run_state(checkpoint, components, guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, state)
         components = replace(components, reference=anchor)
@@ -94,20 +93,15 @@ def open_session(
         state=state,
         undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
     )
+    meta["warnings"] = warnings
     if components.teacher is not None:
         meta["teacher"] = asdict(components.teacher.identity())
-    if found is not None:
-        require_same_teacher(read_run(path).meta, components.teacher, str(path))
-    if not mesh.is_first:
-        run = SilentRun(path)
-    elif found is not None:
-        run = RunWriter.reopen(path, through_step=-1 if checkpoint is None else state.step)
-        if found.changes:
-            run.change_config(tree, found.changes, after_step=state.step)
-    else:
-        run = RunWriter.create(path, settings=tree, meta={**meta, "warnings": warnings})
-    if frontier is not None and checkpoint is None and mesh.is_first:
-        write_frontier(path / PLAN_FILE, frontier)
+    run = SilentRun(path)
+    if mesh.is_first:
+        through_step = -1 if checkpoint is None else state.step
+        run = _open_directory(path, found, tree, meta, through_step=through_step)
+        if frontier is not None and checkpoint is None:
+            write_frontier(path / PLAN_FILE, frontier)
     return Session(
         config=config,
         components=replace(components, frontier=frontier),
@@ -124,18 +118,36 @@ def open_session(
     )
 
 
-def _require_alike(config: Config, components: Components, guard: ReferenceGuard) -> None:
+def _open_directory(
+    path: Path,
+    found: EarlierRun | None,
+    settings: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    through_step: int,
+) -> RunWriter:
+    """The run directory, new, or that of an earlier run as it was after a step."""
+    if found is None:
+        return RunWriter.create(path, settings=settings, meta=meta)
+    run = RunWriter.reopen(path, through_step=through_step)
+    if found.changes:
+        run.change_config(settings, found.changes, after_step=max(through_step, 0))
+    return run
+
+
+def _require_alike(written: str, components: Components, guard: ReferenceGuard) -> None:
     """Every process runs the same code on the same files.
+
+    Args:
+        written: the configuration as YAML.
+        components: of this process.
+        guard: of its references.
 
     Raises:
         RunError: one does not.
-        ConfigError: the run can only have one.
     """
-    if config.rollout.ahead:
-        raise ConfigError(
-            f"expected one process with rollout.ahead: 1, got {components.mesh.size}: start one, "
-            "or set rollout.ahead: 0"
-        )
+    if components.mesh.size == 1:
+        return
     prompts = repr([components.prompts, components.heldout])
     code = b"".join(
         file.read_bytes() for file in sorted(Path(kleash.__file__).parent.rglob("*.py"))
@@ -143,7 +155,7 @@ def _require_alike(config: Config, components: Components, guard: ReferenceGuard
     components.mesh.require_same(
         {
             "code of kleash": sha256(code).hexdigest(),
-            "configuration": dump_config(config),
+            "configuration": written,
             "policy": components.policy.identity().sha256,
             "reference": guard.original.sha256,
             "set of prompts": sha256(prompts.encode("utf-8", "surrogatepass")).hexdigest(),
