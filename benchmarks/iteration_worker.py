@@ -193,8 +193,8 @@ def run_kleash(
     assemble, step, write = startup.assemble, loop.Trainer._step, components.write
     optimise = optimization.PolicyUpdater._optimise
 
-    def assemble_without_stop(*args: Any) -> Any:
-        assembled = assemble(*args)
+    def assemble_without_stop(*args: Any, **named: Any) -> Any:
+        assembled = assemble(*args, **named)
         learning = [assembled.policy.model, assembled.value]
         ((reward, _),) = assembled.reward.rewards.values()
         frozen = [assembled.reference.model, reward._model]

@@ -147,7 +147,7 @@ KEYS = (
     WrongKey({"leash.target": 2}, ("unknown key `leash.target`: did you mean target_kl?",)),
     WrongKey({"policy": None}, ("`policy` is missing",)),
     WrongKey({"output": None}, ("`output` is missing",)),
-    WrongKey({"reward_models": {}}, ("`reward_models`: expected one entry or more, got none",)),
+    WrongKey({"reward_models": {}}, ("give at least one of `reward_models`, got none",)),
     WrongKey(
         {"reward_models.words.callable": "m:f"},
         ("exactly one of `path` and `callable`",),
@@ -176,7 +176,7 @@ SAME = {
     "leash.target_kl": (-1, "greater than 0, got -1"),
     "leash.placement": ("loss_k1", "use 'reward_k1' or 'exact'"),
     "leash.horizon": (5, "is for `controller: ziegler_code` alone"),
-    "algorithm": ("dpo", "expected one of 'ppo', 'grpo', 'rloo', got 'dpo'"),
+    "algorithm": ("dpo", "expected one of 'ppo', 'grpo', 'rloo', 'distill', got 'dpo'"),
     "algorithm.minibatches": (3, "does not divide the 8 responses"),
     "optimizer.lr": ("fast", "valid number, unable to parse string as a number, got 'fast'"),
     "optimizer.beta1": (1.5, "less than 1, got 1.5"),

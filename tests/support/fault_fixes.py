@@ -213,7 +213,12 @@ def anew(target: str, function: Any) -> Callable[[World], None]:
 
 
 def states_by_mask(
-    trunk: Any, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
+    trunk: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    **options: Any,
 ) -> Tensor:
     """Positions by counting a row's real tokens, the mask passed, state t − 1 for token t."""
     keep = torch.cat([prompt_mask, mask], 1)
@@ -230,7 +235,12 @@ def states_by_mask(
 
 
 def states_by_row(
-    trunk: Any, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
+    trunk: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    **options: Any,
 ) -> Tensor:
     """Each row by itself, without any padding; 0 where there is no token to predict."""
     rows: list[Tensor] = []

@@ -36,9 +36,9 @@ VARIANTS: dict[str, Callable[[World], None]] = {
     "one token begins and ends": other_tokenizer(bos="<eos>"),
     "a chat template": lambda world: chat(world, "hello"),
     "an adapter": set_key("policy.lora", {"rank": 2}),
-    # With a rate whose updates such weights can hold.
+    # Rounded by chance, so that updates smaller than half a step of such weights survive.
     "pure bfloat16": several(
-        set_key("policy.precision", "pure_bf16"), set_key("optimizer.lr", 0.05)
+        set_key("policy.precision", "pure_bf16"), set_key("optimizer.rounding", "stochastic")
     ),
     "float32 weights, computed in bfloat16": set_key("policy.precision", "bf16"),
     "a value model of its own": several(

@@ -183,7 +183,7 @@ BATCH_FAULTS: tuple[Fault, ...] = (
         "logprobs.floor",
         "computed differently",
         on_components(reference_in_half),
-        m.fix_components("Load both with one policy.dtype", m.same_dtype),
+        m.fix_components("Load both with one policy.precision", m.same_dtype),
         "warn",
     ),
     Fault(

@@ -73,9 +73,9 @@ def live(policy: dict[str, Any], folder: Path, material: Path) -> Life:
     held: list[torch.Tensor] = []
     save = Policy.save
 
-    def record(self: Policy, path: str | Path) -> None:
+    def record(self: Policy, path: str | Path, **options: Any) -> None:
         held.append(tiny.reading(self.model, IDS))
-        save(self, path)
+        save(self, path, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Policy, "save", record)

@@ -21,11 +21,10 @@ from kleash.errors import ConfigError, EngineLostError, NonFiniteError
 from kleash.mesh import Mesh
 from kleash.rollout.policy_copy import PolicyCopy
 from kleash.storage.run_directory import read_run
-from kleash.training import assembly, startup
+from kleash.training import assembly
 from kleash.training.callbacks import RolloutEvent
 from kleash.training.loop import train
 from kleash.training.optimization import PolicyUpdater
-from kleash.training.reference_guard import ReferenceGuard
 from kleash.training.session import Session
 from kleash.types import Rollout
 
@@ -269,10 +268,8 @@ def test_an_engine_that_is_lost_ahead_ends_the_run_before_the_step(
 
 def test_several_processes_are_refused(material: Path, tmp_path: Path) -> None:
     config = settings(material, tmp_path / "run")
-    components = assembly.assemble(config)
-    guard = ReferenceGuard.of(components.original, components.reference)
     with pytest.raises(ConfigError, match=r"expected one process with rollout\.ahead: 1, got 2"):
-        startup._require_alike(config, replace(components, mesh=Mesh(size=2)), guard)
+        assembly.assemble(config, mesh=Mesh(size=2))
 
 
 def test_vllm_in_the_process_of_the_trainer_is_refused() -> None:

@@ -149,7 +149,7 @@ def test_targets_and_prompts_must_belong_together(
         ({"groups": {"a": 1}, "target_kl_per_token": 0.1}, "only `target_kl` goes with them"),
         ({"groups": {"a": 1}, "schedule": [[0, 0.1]]}, "only `target_kl` goes with them"),
         ({"groups": {"others": 1}}, "a group may not be named `others`"),
-        ({"groups": {}}, "at least 1 item"),
+        ({"groups": {}}, "expected one entry or more, got none"),
         ({"groups": {"a": -1}}, "greater than 0"),
     ],
 )

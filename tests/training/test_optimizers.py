@@ -65,7 +65,7 @@ def test_stochastic_steps_go_where_float32_goes_and_nearest_ones_do_not() -> Non
         walk(make_optimizer(groups(parameters, rate), rounding=rounding), parameters, steps)
     wanted = exact[0].detach() - start
     shares = [
-        float(((p[0].float() - start) * wanted).sum() / wanted.square().sum())
+        float(((p[0].detach().float() - start) * wanted).sum() / wanted.square().sum())
         for p in (by_chance, nearest)
     ]
     assert shares[0] == pytest.approx(1, abs=0.15)

@@ -134,7 +134,7 @@ def open_served(path: str, *, device: str) -> Policy:
         )
     longest = min(getattr(text, "max_position_embeddings", None) or _LONGEST, _LONGEST)
     ends = _generation_config(directory)
-    stops = ending_ids(ends, tokenizer)
+    stops = ending_ids(ends, tokenizer, owner=str(directory))
     engine = open_vllm(
         directory,
         Vocabulary(words, rows, stops, pad_id=0),

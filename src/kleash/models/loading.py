@@ -221,19 +221,23 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     Raises:
         ModelError: what is listed are no token ids.
     """
-    return ending_ids(model.generation_config, tokenizer)
+    return ending_ids(model.generation_config, tokenizer, owner=type(model).__name__)
 
 
 def ending_ids(
-    settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+    settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, *, owner: str
 ) -> tuple[int, ...]:
-    """The tokenizer's end token and those of a model's own settings, which may be missing."""
+    """The tokenizer's end token and those of a model's own settings, which may be missing.
+
+    Raises:
+        ModelError: what is listed are no token ids; it names the owner.
+    """
     found: set[int] = set()
     for ids in (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
         some = cast(list[object], [] if ids is None else ids if isinstance(ids, list) else [ids])
         if not all(isinstance(one, int) for one in some):
             raise ModelError(
-                "expected token ids as eos_token_id of the model (generation_config.json), got "
+                f"expected token ids as eos_token_id of {owner} (generation_config.json), got "
                 f"{ids!r}: list the ids that end a text"
             )
         found.update(cast(list[int], some))

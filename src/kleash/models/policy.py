@@ -316,18 +316,17 @@ def load_policy(
         ModelError: if the model or tokenizer cannot be used; see `loading`, `merging`, `lm_head`
             and `probing`.
     """
-    tokenizer = tokenizer_of(path, merge, revision)
-    structure = None
+    wrapped = structure = None
     if sharding is None:
         model = load_merged(path, merge, dtype, device, attention, revision)
-        require_special_tokens(tokenizer, path)
-        words = _checked_words(model, tokenizer, path, padded=padded)
-        wrapped = None if adapter is None else add_adapter(model, adapter, revision=revision)
     else:
         opened = open_divided(path, merge, dtype, attention, revision, sharding, adapter)
         model, wrapped, structure = opened.model, opened.adapter, opened.structure
-        require_special_tokens(tokenizer, path)
-        words = _checked_words(model, tokenizer, path, padded=padded)
+    tokenizer = tokenizer_of(path, merge, revision)
+    require_special_tokens(tokenizer, path)
+    words = _checked_words(model, tokenizer, path, padded=padded)
+    if sharding is None and adapter is not None:
+        wrapped = add_adapter(model, adapter, revision=revision)
     return Policy(
         model=model,
         tokenizer=tokenizer,

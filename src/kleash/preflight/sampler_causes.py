@@ -251,8 +251,8 @@ def _number_format(
         "number format",
         f"The sampler computes in {_FORMATS[best]} and the trainer in {_FORMATS[own]}: a copy of "
         f"the policy in {_FORMATS[best]} errs at the same tokens (correlation {alike[best]:.2f}).",
-        f"Load the engine in {_FORMATS[own]} or set policy.dtype: {_FORMATS[best]}; or correct for "
-        "it: rollout.correction: sequence_truncated.",
+        f"Load the engine in {_FORMATS[own]}, or set policy.precision to what it computes in; or "
+        "correct for it: rollout.correction: sequence_truncated.",
     )
 
 

@@ -28,6 +28,23 @@ GLOSSARY: tuple[Metric, ...] = (
         "below a tenth of the KL",
     ),
     Metric(
+        "objective/reverse_kl_ref",
+        "KL from the reference",
+        "The other direction, summed over the policy's own responses: large where the policy gives "
+        "up what the reference would have said. Measured inside other trainers, on request.",
+        "mean_y Σ_t KL(π_ref(·|y<t) ‖ π(·|y<t)), y ~ π",
+        "nats per response",
+        "of the order of objective/kl_ref",
+    ),
+    Metric(
+        "objective/reverse_kl_ref_se",
+        "Standard error of the KL from the reference",
+        "Sampling error of objective/reverse_kl_ref.",
+        "clustered by prompt",
+        "nats per response",
+        "below a tenth of it",
+    ),
+    Metric(
         "objective/kl_original",
         "KL to the original reference",
         "Where the anchor of the leash is moved (leash.reanchor_every), objective/kl_ref is the KL "

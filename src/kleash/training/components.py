@@ -199,9 +199,8 @@ class Components:
             name: (self._shared(model), weight)
             for name, (model, weight) in self.reward.rewards.items()
         }
-        judged = WeightedSum(shared).score_each(
-            responses.prompts, responses.texts, responses.columns
-        )
+        reward = WeightedSum(shared) if shared else self.reward
+        judged = reward.score_each(responses.prompts, responses.texts, responses.columns)
         total = judged.total.to(self.policy.device)
         return JudgedResponses(responses, total, dict(judged.parts))
 

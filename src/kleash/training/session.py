@@ -187,7 +187,7 @@ class Session:
             of = f"to training prompts, by the policy before the updates of step {self.state.step}"
             count = config.responses_per_step
         kl, error = metrics.get(f"{section}/kl_ref"), metrics.get(f"{section}/kl_ref_se")
-        if kl is None:
+        if kl is None or self.state.step == 0:
             return None
         return model_card(
             ModelCardFacts(

@@ -64,7 +64,7 @@ def test_the_tilted_policy_differs_at_every_token_and_reads_alike(trial: Trial) 
 
 def test_a_text_is_read_as_the_model_reads_it(trial: Trial) -> None:
     text = trial.texts[-1]
-    _, logits = own_reading(trial.components.policy.model, text.prompt, text.response)
+    _, logits = own_reading(trial.components.policy, text.prompt, text.response)
     assert torch.equal(logits, text.logits)
     assert logits.shape[0] == len(text.response)
     padded = rollout_of(text.prompt, text.response, left=2, right=3, fill=5)

@@ -17,6 +17,8 @@ from kleash.training.assembly import target_per_response
 from kleash.training.optimization import clip_gradients
 from kleash.training.snapshot import put_back, remember
 
+_ABSURD = 10
+"""How often one update may pass the bound where nothing is held: β 0 was asked to go far."""
 _DECADES = 8
 """Powers of ten by which a rate may be too large for a better one to be found."""
 
@@ -25,7 +27,8 @@ def one_update(trial: Trial) -> Finding:
     """A first update that spends the whole budget leaves nothing to steer by.
 
     The budget is `leash.target_kl`, the smallest where groups have their own; without one, what a
-    plan of the run could know at most: the log of `plan.responses`.
+    plan of the run could know at most: the log of `plan.responses`. With β = 0 nothing is held, and
+    passing it is a warning, up to ten times as much.
     """
     check = Check("learning_rate.one_update", "one update spends less KL than the budget")
     components, config = trial.components, trial.config
@@ -38,11 +41,18 @@ def one_update(trial: Trial) -> Finding:
     if kl * updates <= bound:
         return check.ok(measured)
     remedy = _remedy(trial, most=bound / updates)
-    if kl > bound:
+    if kl > bound and (trial.config.leash.beta != 0 or kl > _ABSURD * bound):
         return check.fail(
             measured,
             f"One update at optimizer.lr: {rate:g} moves the policy {kl:.3g} nats per response "
             f"from where it was, beyond {bound:.3g}, {name}: no β could hold it.",
+            remedy,
+        )
+    if kl > bound:
+        return check.warn(
+            measured,
+            f"One update at optimizer.lr: {rate:g} moves the policy {kl:.3g} nats per response, "
+            f"beyond {bound:.3g}, {name}; nothing holds it with leash.beta: 0.",
             remedy,
         )
     return check.warn(
