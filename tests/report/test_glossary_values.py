@@ -58,6 +58,7 @@ OF_A_RUN = {
 HELD_ELSEWHERE = {
     "objective/kl_efficiency": "training/test_loop.py",
     "objective/kl_original": "training/test_recovery.py",
+    "objective/reverse_kl_ref": "integrations/test_trl.py",
     "objective/kl_after": "training/test_recovery.py",
     "policy/effective_samples": "training/test_algorithms.py",
     "loss/pretraining": "training/test_loop.py",
