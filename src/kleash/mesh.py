@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m kleash train stories
 
 Heavy passes are divided by rows. Their results (a few numbers a token) go to every process, so that
-whatever decides is the same function of the same numbers everywhere, and nobody has to be told.
+whatever decides is the same function of the same numbers everywhere.
 Processes exchange tensors and JSON, never pickles; with one process nothing is exchanged at all.
 
 An error that belongs to the run (`KleashError`) is exchanged by `Mesh.agree` and raised everywhere.
@@ -37,7 +37,7 @@ from kleash.errors import (
 T = TypeVar("T")
 _BUCKET = 1 << 24
 """Numbers that are summed at once: 64 MiB of float32."""
-_LAST_WORDS = 8.0
+_SECONDS_FOR_REASONS = 8.0
 """Seconds in which a process that lost another waits to read why."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ERRORS = {
@@ -58,7 +58,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this process writes the files and the terminal."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -122,8 +122,8 @@ class Mesh:
         result = self.agree(lambda: work() if self.is_first else None)
         return cast(T, result) if self.is_first else work()
 
-    def told(self, work: Callable[[], Any]) -> Any:
-        """What something that the first process alone does comes to; plain JSON.
+    def broadcast(self, work: Callable[[], Any]) -> Any:
+        """The result, plain JSON, of what the first process alone does; in every process.
 
         Raises:
             KleashError: it failed.
@@ -200,7 +200,7 @@ def own_gpu() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def speaks() -> bool:
+def is_first_process() -> bool:
     """Whether this process is the one that prints for all: the first, or alone."""
     return not is_distributed() or int(os.environ["RANK"]) == 0
 
@@ -229,7 +229,7 @@ def joined(timeout_s: float = 600.0) -> Generator[Mesh]:
     try:
         yield mesh
     except BaseException as error:
-        explained = _last_words(mesh, error)
+        explained = _exchange_reasons(mesh, error)
         if explained is error:
             raise
         raise explained from error
@@ -240,16 +240,16 @@ def joined(timeout_s: float = 600.0) -> Generator[Mesh]:
 
 
 @contextlib.contextmanager
-def one_voice() -> Generator[None]:
+def reported_once() -> Generator[None]:
     """What the first process says, the others do not say again: they only end, with its exit code.
 
-    Where the first one was lost, another speaks for it.
+    Where the first one was lost, another reports it.
     """
     try:
         yield
     except (KleashError, KeyboardInterrupt) as error:
         lost = error.ranks if isinstance(error, LostProcessError) else ()
-        rank = 0 if speaks() else int(os.environ["RANK"])
+        rank = 0 if is_first_process() else int(os.environ["RANK"])
         if all(other in lost for other in range(rank)):
             raise
         raise SystemExit(getattr(error, "exit_code", 130)) from error
@@ -320,8 +320,8 @@ def _lost_connection(error: BaseException | None) -> bool:
     return False
 
 
-def _last_words(mesh: Mesh, error: BaseException) -> BaseException:
-    """Tell the others why this process ends, or be told why another did.
+def _exchange_reasons(mesh: Mesh, error: BaseException) -> BaseException:
+    """Leave the reason why this process ends, or read why another did.
 
     Returns:
         What this process raises: the error, or which process was lost and why.
@@ -332,11 +332,11 @@ def _last_words(mesh: Mesh, error: BaseException) -> BaseException:
         mesh.store.set(f"kleash/{mesh.rank}", json.dumps(None if lost else sentence))
         # Whoever still waits for this process, waits no more.
         dist.destroy_process_group()
-        said = _listen(mesh, until_cause=lost)
+        said = _read_reasons(mesh, until_cause=lost)
     except Exception:
         if not lost:
             return error
-        return LostProcessError(_WORDLESS.format(rank=0, size=mesh.size), ranks=(0,))
+        return LostProcessError(_NO_REASON.format(rank=0, size=mesh.size), ranks=(0,))
     if not lost:
         return error
     for rank, words in said.items():
@@ -349,20 +349,20 @@ def _last_words(mesh: Mesh, error: BaseException) -> BaseException:
             f"places until distributed.timeout_s: {error}; the run can be resumed from its newest "
             "checkpoint"
         )
-    return LostProcessError(_WORDLESS.format(rank=silent[0], size=mesh.size), ranks=silent)
+    return LostProcessError(_NO_REASON.format(rank=silent[0], size=mesh.size), ranks=silent)
 
 
-_WORDLESS = (
+_NO_REASON = (
     "process {rank} of {size} ended without a word or did not answer in time: it was killed, ran "
     "out of memory or hangs; the run can be resumed from its newest checkpoint (a slow judge needs "
     "a longer distributed.timeout_s)"
 )
 
 
-def _listen(mesh: Mesh, *, until_cause: bool) -> dict[int, str | None]:
+def _read_reasons(mesh: Mesh, *, until_cause: bool) -> dict[int, str | None]:
     """The last words of the processes, as far as they come; None: it only lost another."""
     said: dict[int, str | None] = {}
-    end = time.monotonic() + _LAST_WORDS
+    end = time.monotonic() + _SECONDS_FOR_REASONS
     while time.monotonic() < end and len(said) < mesh.size:
         for rank in range(mesh.size):
             key = f"kleash/{rank}"

@@ -145,7 +145,7 @@ def train(
     from rich.console import Console
 
     from kleash.config.loading import load_config
-    from kleash.mesh import joined, one_voice, speaks
+    from kleash.mesh import is_first_process, joined, reported_once
     from kleash.playground.build import with_world
     from kleash.preflight.runner import require_sound
     from kleash.preflight.runtime_monitor import RuntimeMonitor
@@ -154,8 +154,8 @@ def train(
     from kleash.training.progress import saying
 
     quiet_libraries()
-    with one_voice():
-        console = Console(quiet=not speaks())
+    with reported_once():
+        console = Console(quiet=not is_first_process())
         with saying("train", console) as say:
             if resume is None:
                 config = load_config(path, overrides, base=_EMBEDDED_WORLD, say=say)
@@ -173,7 +173,7 @@ def train(
                 argv=sys.argv,
             )
             directory = trainer.fit()
-        if speaks():
+        if is_first_process():
             print(f"{directory}: finished. Look at it with: kleash report {directory}")
 
 

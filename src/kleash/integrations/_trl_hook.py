@@ -38,7 +38,7 @@ _STATE = "kleash"
 
 @runtime_checkable
 class Subscriber(Protocol):
-    """What is told about batches of completions."""
+    """What is called with each batch of completions."""
 
     def wants(self, step: int) -> bool:
         """Whether to measure the batch made for this step."""
@@ -270,7 +270,7 @@ def watcher_of(trainer: Any) -> Watcher:
 
 
 def watch(trainer: Any, subscriber: Subscriber, reference: ReferenceSource | None) -> Watcher:
-    """Have a subscriber told about a trainer's batches.
+    """Have a subscriber called with a trainer's batches.
 
     Raises:
         ConfigError: if the trainer is not supported, or another reference was named before.

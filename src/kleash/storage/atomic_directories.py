@@ -93,7 +93,7 @@ def write_directory(
         RunError: it cannot be written; what was there before is still there.
     """
     parent = final.parent
-    temporary = parent / mesh.told(lambda: f".{final.name}.{os.getpid()}.tmp")
+    temporary = parent / mesh.broadcast(lambda: f".{final.name}.{os.getpid()}.tmp")
 
     def begin() -> None:
         with _undoing(final, temporary, what):

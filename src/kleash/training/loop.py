@@ -28,7 +28,7 @@ from kleash.errors import EngineError, ModelError, RefusedError
 from kleash.kl.control.groups import States, betas_of, is_grouped
 from kleash.kl.statistics import clustered_mean, response_kl
 from kleash.masked import masked_mean
-from kleash.mesh import joined, speaks
+from kleash.mesh import is_first_process, joined
 from kleash.storage.events import new_event
 from kleash.storage.samples import Sample
 from kleash.training.ahead import writing_ahead
@@ -126,7 +126,7 @@ class Trainer:
         self._argv = argv
         self._rewards = rewards or {}
         self._rows = rows or {}
-        first = speaks()
+        first = is_first_process()
         self._trackers = Trackers(config.logging.trackers if first else (), Path(config.output))
         self._display = TrainingDisplay(
             config.steps,

@@ -104,7 +104,7 @@ class Session:
             return False
         waited = 60 * logging.checkpoint_minutes
         # The clock of the first process is that of all.
-        return self.components.mesh.told(lambda: monotonic() - self.saved_at >= waited)
+        return self.components.mesh.broadcast(lambda: monotonic() - self.saved_at >= waited)
 
     def note_warning_signs(self) -> list[str]:
         """At the end of a run: what looks wrong in its numbers, also in run.json and as events.
@@ -128,7 +128,7 @@ class Session:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest finished checkpoint, as the first process sees it; None: there is none."""
-        found = self.components.mesh.told(
+        found = self.components.mesh.broadcast(
             lambda: None if (at := latest_checkpoint(self.run.checkpoints)) is None else str(at)
         )
         return None if found is None else Path(found)
@@ -152,7 +152,7 @@ class Session:
             keep: how many remain.
             metrics: of the run's last step; None: they are read from the run directory.
         """
-        known = self.components.mesh.told(self._last_metrics) if metrics is None else metrics
+        known = self.components.mesh.broadcast(self._last_metrics) if metrics is None else metrics
         path = save_run_state(
             self.run.checkpoints,
             self.components,
