@@ -344,6 +344,12 @@ def test_a_correction_that_cannot_be_is_refused(
         RLOOSettings(correction=correction, correction_clip=clip)
 
 
+def test_an_unknown_correction_is_refused_by_its_name() -> None:
+    unknown: Any = "clipped"
+    with pytest.raises(ValueError, match=r"must be one of none, .*, got 'clipped'"):
+        check_correction(unknown, None)
+
+
 def test_without_the_samplers_logprobs_there_is_nothing_to_correct_by() -> None:
     scored, _ = ragged()
     silent = replace(scored, rollout=replace(scored.rollout, sampler_logprobs=None))

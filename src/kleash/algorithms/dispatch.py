@@ -38,7 +38,7 @@ def algorithm_of(settings: Settings) -> Algorithm:
             return grpo
         case DistillSettings():
             return distill
-        case RLOOSettings():
+        case _:
             return rloo
 
 

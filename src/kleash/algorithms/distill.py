@@ -151,9 +151,7 @@ def distillation_terms(
 ) -> Float[Tensor, "batch token"]:
     """Each token's term in the loss, 0 outside the mask."""
     kept = torch.where(experience.mask, divergence, 0.0)
-    match gradient:
-        case "token":
-            return kept
-        case "sequence":
-            then = experience.scored.rollout_logprobs
-            return prefix_weights(fresh.logprobs, then, experience.mask) * kept
+    if gradient == "token":
+        return kept
+    then = experience.scored.rollout_logprobs
+    return prefix_weights(fresh.logprobs, then, experience.mask) * kept

@@ -56,7 +56,7 @@ class CorrectionGradient:
     """One sentence."""
 
 
-def check_correction(correction: Correction, clip: float | None) -> None:
+def check_correction(correction: str, clip: float | None) -> None:
     """Refuse a name that does not exist and a clip that does not fit it.
 
     Args:

@@ -37,7 +37,7 @@ def recipes() -> list[Recipe]:
 
     Example:
         >>> [recipe.name for recipe in recipes()][:2]
-        ['embedded-world', 'embedded-world-free']
+        ['distill', 'embedded-world']
     """
     found = [_described(path) for path in sorted(FOLDER.glob("*.yaml"), key=lambda p: p.stem)]
     samples = [
