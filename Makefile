@@ -22,7 +22,7 @@ test: check .venv-trl112
 
 # The tests that need vLLM, on the real engine, without a GPU.
 test-vllm: .venv-vllm/.installed
-	timeout 900 $(VLLM)/python -m pytest -q -rs --noconftest $(shell grep -l NEEDS_VLLM tests/*/test_*.py)
+	timeout 1800 $(VLLM)/python -m pytest -q -rs --noconftest $(shell grep -l NEEDS_VLLM tests/*/test_*.py)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
