@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Precision = Literal["float32", "bf16", "pure_bf16"]
 
@@ -43,7 +43,8 @@ def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
     """What `fully_shard` is given: gathered weights in bfloat16 for `bf16`, sums in float32.
 
     The shards keep the type of the weights, so the optimiser updates float32; gradients are added
-    over ranks in float32, whichever type they were computed in.
+    over ranks in float32, whichever type they were computed in. No run passes it yet: it would
+    gather the head in bfloat16 too, whose product is in float32 on a CPU.
     """
     if precision == "float32":
         return MixedPrecisionPolicy()
@@ -54,14 +55,16 @@ def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
 def computing(trunk: nn.Module, device: torch.device, precision: Precision) -> Generator[None]:
     """Within, a trunk's matrix products are in the precision's type.
 
-    A trunk under FSDP2 is left alone: there `mixed_precision_policy` has said it already.
+    The same under FSDP2, whose weights are gathered in their own type and cast here: one law,
+    however many processes there are.
 
     Args:
         trunk: what will read.
         device: where its inputs are.
         precision: only `bf16` changes anything; the other two compute in the weights' own type.
     """
-    if precision != "bf16" or isinstance(trunk, FSDPModule):
+    del trunk
+    if precision != "bf16":
         yield
         return
     with torch.autocast(device.type, dtype=torch.bfloat16):
