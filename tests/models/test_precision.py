@@ -112,7 +112,7 @@ def test_logits_of_the_sampler_are_not_rounded(
     policy = load_policy(models[kind], dtype="bfloat16" if "pure" in precision else "float32")
     model, ids = policy.model, torch.randint(3, 20, (3, 8))
     trunk, device = trunk_of(model), torch.device("cpu")
-    with torch.no_grad(), computing(trunk, device, precision):
+    with torch.no_grad(), computing(device, precision):
         states = trunk(input_ids=ids, use_cache=False)[0].double()
         rounded = model(input_ids=ids, use_cache=False).logits.double()
         with unrounded_logits(model, precision):
@@ -164,9 +164,9 @@ def test_float32_changes_nothing(models: dict[str, Path]) -> None:
     copy = frozen_copy(policy.model, "float32")
     assert {p.dtype for p in copy.parameters()} == {torch.float32}
     inner = nn.Linear(3, 3)
-    with computing(inner, states.device, "pure_bf16"):
+    with computing(states.device, "pure_bf16"):
         assert inner(states).dtype == torch.float32
-    with computing(inner, states.device, "bf16"):
+    with computing(states.device, "bf16"):
         assert inner(states).dtype == torch.bfloat16
 
 

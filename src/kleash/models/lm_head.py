@@ -169,7 +169,7 @@ def as_scored(model: PreTrainedModel, precision: Precision) -> Generator[None]:
     """Within, a model's own `forward` and `generate` follow the law that scoring computes."""
     trunk = trunk_of(model)
     device = next(trunk.parameters()).device
-    with computing(trunk, device, precision), unrounded_logits(model, precision):
+    with computing(device, precision), unrounded_logits(model, precision):
         yield
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Precision = Literal["float32", "bf16", "pure_bf16"]
@@ -52,18 +52,16 @@ def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
 
 
 @contextlib.contextmanager
-def computing(trunk: nn.Module, device: torch.device, precision: Precision) -> Generator[None]:
+def computing(device: torch.device, precision: Precision) -> Generator[None]:
     """Within, a trunk's matrix products are in the precision's type.
 
     The same under FSDP2, whose weights are gathered in their own type and cast here: one law,
     however many processes there are.
 
     Args:
-        trunk: what will read.
         device: where its inputs are.
         precision: only `bf16` changes anything; the other two compute in the weights' own type.
     """
-    del trunk
     if precision != "bf16":
         yield
         return

@@ -74,7 +74,7 @@ def trunk_states(
         inputs["attention_mask"] = mask.long()
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    with computing(trunk, ids.device, precision), recomputing(trunk):
+    with computing(ids.device, precision), recomputing(trunk):
         if weights is None:
             states = states_of(trunk if model is None else model, trunk, inputs)
         else:

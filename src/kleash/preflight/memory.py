@@ -234,7 +234,7 @@ def _measured(model_config: PretrainedConfig, load: Workload) -> tuple[int, int]
         }
         there = [t for p in trunk.parameters() for t in (p, p.grad) if t is not None]
         with _LiveStorages([*there, *trunk.buffers(), embedded, *inputs.values()]) as live:
-            with computing(trunk, embedded.device, load.precision), recomputing(trunk):
+            with computing(embedded.device, load.precision), recomputing(trunk):
                 states = trunk(**inputs)[0]
             kept = live.now
             states.backward(torch.ones_like(states))
