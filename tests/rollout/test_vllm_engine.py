@@ -21,7 +21,7 @@ from kleash.preflight.sampling_distribution import Explanation, explain, weigh
 from kleash.rollout import vllm_engine
 from kleash.rollout.engine import writing_request
 from kleash.rollout.hand_over import hand_over, policy_weights
-from kleash.rollout.prompts import batch_prompts
+from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec
 from kleash.rollout.vllm_engine import VLLMEngine, VLLMSettings, start_vllm
 from kleash.training.assembly import assemble
@@ -190,6 +190,22 @@ def test_the_same_seeds_write_the_same_and_nothing_else_is_drawn_from(
     assert torch.equal(first.response_ids, second.response_ids)
     other = engine.write(replace(request, seeds=tuple(seed + 1 for seed in request.seeds)))
     assert not torch.equal(first.response_ids[:, :3], other.response_ids[:, :3])
+
+
+def test_more_prompts_than_it_reads_at_once_are_read_whole(components: Components) -> None:
+    """A seeded response whose prompt is read in parts cannot be written on a CPU."""
+    engine = engine_of(components)
+    hand_over(engine, components.policy)
+    at_once = engine._open().llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = [Prompt("", tuple(4 + (i + j) % 15 for j in range(31)), i) for i in range(200)]
+    assert 31 * len(prompts) > at_once and at_once % 31
+    batch = batch_prompts(prompts, pad_id=components.policy.pad_id)
+    request = writing_request(engine, batch, SamplingSpec(3), microbatch=200)
+    whole = engine.write(request)
+    last = replace(request.prompts, ids=batch.ids[-2:], mask=batch.mask[-2:], index=batch.index[-2:])
+    again = engine.write(replace(request, prompts=last, seeds=request.seeds[-2:]))
+    width = again.response_ids.shape[1]
+    assert torch.equal(whole.response_ids[-2:, :width], again.response_ids)
 
 
 def test_whole_laws_are_those_of_the_trainer(components: Components) -> None:

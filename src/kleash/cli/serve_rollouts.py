@@ -88,7 +88,7 @@ def server_command(
     if gib is not None:
         flags["--kv-cache-memory-bytes"] = str(int(gib * _GIB))
     command += [part for pair in flags.items() for part in pair]
-    command.append("--no-enable-prefix-caching")
+    command += ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
     return command + (["--enforce-eager"] if vllm.enforce_eager else [])
 
 

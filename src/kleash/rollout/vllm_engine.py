@@ -232,10 +232,13 @@ SAMPLER: dict[str, Any] = {
     "max_logprobs": -1,
     "generation_config": "vllm",
     "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
     "seed": 0,
 }
 """Settings that decide what is sampled and what is said of it: log-probabilities after the
-temperature, as many as asked for, nothing from the model's own generation_config.json."""
+temperature, as many as asked for, nothing from the model's own generation_config.json. Prompts are
+read whole, for after a part of one the generator of its response is turned back, which that of a
+CPU cannot be."""
 
 
 def import_vllm() -> Any:
