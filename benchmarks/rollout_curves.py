@@ -1,7 +1,8 @@
 """Does it matter who writes? The same training with `hf` and with `vllm`, by its curves.
 
-`python benchmarks/rollout_curves.py --output FOLDER`: thirty steps of the recipe `stories` with
-three seeds and either engine, on the real model and reward of ../shared/real. The model is written
+`python benchmarks/rollout_curves.py --output FOLDER`: thirty steps of the recipe `stories`, its
+batches and responses halved, with three seeds and either engine, on the real model and reward of
+../shared/real. The model is written
 with heads of 32 numbers, the least that vLLM attends to on a CPU: the other numbers of each head
 are zero and stay so, and every logit is what it was (see `with_heads_of`). Runs that are finished
 are read and not made again, so engines and seeds may be divided among several calls. Needs vLLM:
@@ -69,7 +70,9 @@ def with_heads_of(source: Path, folder: Path, size: int) -> Path:
     model.config.head_dim = size
     wider = type(model)(model.config)
     wider.load_state_dict(state)
-    ids = torch.randint(wider.config.vocab_size, (4, 40), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        wider.config.vocab_size, (4, 40), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         apart = (wider(ids).logits - model(ids).logits).abs().max()
     assert float(apart) < 1e-4, f"the model with longer heads is another one: {float(apart):.3g}"
@@ -89,6 +92,7 @@ def make_run(arguments: argparse.Namespace, model: Path, engine: str, seed: int)
         "policy.path": model,
         "rollout.engine": engine,
         "rollout.prompts_per_step": arguments.prompts,
+        "rollout.max_new_tokens": arguments.tokens,
         "leash.target_kl": arguments.target,
         "optimizer.lr": arguments.lr,
         "heldout": None,
@@ -158,8 +162,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--target", type=float, default=5.0, help="nats per response")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--target", type=float, default=3.0, help="nats per response")
     parser.add_argument("--lr", type=float, default=3e-4)
     arguments = parser.parse_args()
     name = REAL / "models/stories260K"

@@ -112,7 +112,9 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             request = writing_request(engine, batch, spec, microbatch=arguments.microbatch)
             times[which].append(measured(lambda e=engine, r=request, k=kept: k.append(e.write(r))))
         ids = torch.cat([rows, kept[0].response_ids], dim=1)
-        times["update"].append(measured(lambda i=ids: update(policy, i, 16)))
+        part = ids[: arguments.update_rows]
+        one = measured(lambda i=part: update(policy, i, 16))
+        times["update"].append({unit: x * len(ids) / len(part) for unit, x in one.items()})
         times["hand_over"].append(measured(lambda: hand_over(served, policy)))
     served.close()
     found: dict[str, Any] = {
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--microbatch", type=int, default=256, help="responses hf writes at once")
+    parser.add_argument("--update-rows", type=int, default=64, help="then scaled to all of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--eager", action="store_true", help="start vLLM without compiling")

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from stand_in_engine import StandInEngine
 
 from kleash.errors import EngineError, EngineLostError
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import Policy, load_policy
 from kleash.rollout.engine import WritingRequest, writing_request
-from kleash.rollout.hand_over import hand_over, policy_weights, write_with
+from kleash.rollout.hand_over import hand_over, policy_weights, write_weights, write_with
 from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec
 
@@ -117,3 +118,18 @@ def test_an_adapter_is_merged_into_what_is_handed_over(
     with torch.no_grad():
         got = rebuilt(input_ids=ids).logits
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_written_in_pieces_and_nothing_older_stays(
+    policy: Policy, tmp_path: Path
+) -> None:
+    write_weights(policy_weights(policy), tmp_path, piece=4096)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    found = {name: x for file in files for name, x in load_file(file).items()}
+    wanted = dict(policy_weights(policy))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    write_weights([("model.norm.weight", wanted["model.norm.weight"])], tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert list(load_file(file)) == ["model.norm.weight"]

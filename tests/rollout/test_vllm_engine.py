@@ -202,7 +202,9 @@ def test_more_prompts_than_it_reads_at_once_are_read_whole(components: Component
     batch = batch_prompts(prompts, pad_id=components.policy.pad_id)
     request = writing_request(engine, batch, SamplingSpec(3), microbatch=200)
     whole = engine.write(request)
-    last = replace(request.prompts, ids=batch.ids[-2:], mask=batch.mask[-2:], index=batch.index[-2:])
+    last = replace(
+        request.prompts, ids=batch.ids[-2:], mask=batch.mask[-2:], index=batch.index[-2:]
+    )
     again = engine.write(replace(request, prompts=last, seeds=request.seeds[-2:]))
     width = again.response_ids.shape[1]
     assert torch.equal(whole.response_ids[-2:, :width], again.response_ids)

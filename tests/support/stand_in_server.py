@@ -51,7 +51,9 @@ class StandInServer:
                     return {"data": [{"id": "policy", "max_model_len": self.length}]}
                 case "/collective_rpc":
                     folder = Path(body["kwargs"]["weights_path"])
-                    self.engine.load_weights(load_file(folder / "model.safetensors").items())
+                    files = sorted(folder.glob("*.safetensors"))
+                    parts = [pair for file in files for pair in load_file(file).items()]
+                    self.engine.load_weights(parts)
                     return {"results": [None]}
                 case "/v1/completions":
                     time.sleep(self.delay)

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kleash.errors import EngineError, EngineLostError
+from kleash.mesh import ALONE, Mesh
 from kleash.models.fingerprint import weights_sum
 from kleash.models.policy import Policy
 from kleash.models.probing import LENGTH, probe_texts, text_logprobs
+from kleash.models.sharding import release, whole
 from kleash.rollout.engine import NamedTensors, SeparateEngine, WritingRequest
 from kleash.types import Rollout
 
@@ -30,12 +32,13 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 least 1); in half precision every layer rounds, and two implementations round in other places."""
 PROBE_TOKENS = LENGTH + 1
 """What an engine must be able to read to be verified: a fixed text and one more token."""
+_PIECE = 2**30
 _CHANGED = 1e-7
 """A smaller change of the answers is none."""
 _LAYER = re.compile(r"(.+?\.\d+)\.")
 
 
-def hand_over(engine: SeparateEngine, policy: Policy) -> bool:
+def hand_over(engine: SeparateEngine, policy: Policy, *, mesh: Mesh = ALONE) -> bool:
     """Make sure that the engine holds the policy's weights as they are now.
 
     They are sent if they are others than those sent last, or if the engine, restarted in the
@@ -44,6 +47,7 @@ def hand_over(engine: SeparateEngine, policy: Policy) -> bool:
     Args:
         engine: what writes.
         policy: whose weights; those of an adapter are merged into the matrices they change.
+        mesh: the processes of the run, all of which call this together.
 
     Returns:
         Whether anything was sent.
@@ -52,8 +56,9 @@ def hand_over(engine: SeparateEngine, policy: Policy) -> bool:
         EngineError: the engine holds other weights afterwards, which names the groups of
             parameters that differ; or it did not answer.
     """
+    release(policy.model)
     current = weights_sum(policy.model.named_parameters())
-    probe = _Probe(engine, policy)
+    probe = _Probe(engine, policy, mesh)
     if engine.loaded == current and probe.difference() <= probe.tolerance:
         return False
     # Whatever happens from here on, the engine's weights are unproven.
@@ -64,7 +69,9 @@ def hand_over(engine: SeparateEngine, policy: Policy) -> bool:
     return True
 
 
-def write_with(engine: SeparateEngine, policy: Policy, request: WritingRequest) -> Rollout:
+def write_with(
+    engine: SeparateEngine, policy: Policy, request: WritingRequest, *, mesh: Mesh = ALONE
+) -> Rollout:
     """Let an engine write with the policy's weights; if it is lost on the way, once more.
 
     The second time it is given the same seeds, and the weights again, so what it writes is what it
@@ -74,11 +81,11 @@ def write_with(engine: SeparateEngine, policy: Policy, request: WritingRequest) 
         EngineError: as `hand_over` and `RolloutEngine.write`.
     """
     try:
-        hand_over(engine, policy)
+        hand_over(engine, policy, mesh=mesh)
         return engine.write(request)
     except EngineLostError:
         engine.wait_until_back()
-        hand_over(engine, policy)
+        hand_over(engine, policy, mesh=mesh)
         return engine.write(request)
 
 
@@ -87,6 +94,7 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
         W + (alpha / rank) · B A     for a matrix with an adapter; computed in float32
 
+    A divided weight is gathered when it is asked for, and every process has to ask for it.
     Embedding and head end with the policy's words. Where they are one matrix it comes under both
     names: an engine keeps them apart, for vLLM on a CPU packs the head when it loads it and leaves
     a tied one as it was when new weights come.
@@ -103,21 +111,38 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             continue
         seen.add(id(tensor))
         layer: Any = layers.get(name.rpartition(".base_layer.")[0])
-        value = tensor.detach()
+        value = whole(tensor.detach())
         if layer is not None and name.endswith(".base_layer.weight"):
-            delta = layer.get_delta_weight("default").detach()
+            delta = whole(layer.get_delta_weight("default").detach())
             value = (value.float() + delta.float()).to(value.dtype)
         yield plain, value[: policy.words] if table else value
 
 
-def write_weights(weights: NamedTensors, file: Path) -> None:
-    """Weights as one file of safetensors, in which no two share their numbers."""
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in weights}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        file,
-        metadata={"format": "pt"},
-    )
+def write_weights(weights: NamedTensors, folder: Path, *, piece: int = _PIECE) -> None:
+    """Weights as files of safetensors, in the place of those that a folder holds.
+
+    Args:
+        weights: names and tensors; no two of the written ones share their numbers.
+        folder: where the files go.
+        piece: bytes from which on a file is finished; no more of the model is held here at once.
+    """
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    held: dict[str, Tensor] = {}
+    files = 0
+
+    def finish() -> None:
+        nonlocal files
+        save_file(held, folder / f"weights-{files:05d}.safetensors", metadata={"format": "pt"})
+        held.clear()
+        files += 1
+
+    for name, tensor in weights:
+        held[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if sum(t.nbytes for t in held.values()) >= piece:
+            finish()
+    if held:
+        finish()
 
 
 def _tables(policy: Policy) -> tuple[str, ...]:
@@ -145,6 +170,7 @@ class _Probe:
 
     engine: SeparateEngine
     policy: Policy
+    mesh: Mesh
 
     @property
     def tolerance(self) -> float:
@@ -154,6 +180,7 @@ class _Probe:
     def ours(self) -> Float[Tensor, "text token"]:
         ids = probe_texts(self.policy.words, device=self.policy.device)
         laws = text_logprobs(self.policy.model, ids, self.policy.words)[:, :-1]
+        release(self.policy.model)
         return laws.gather(2, ids[:, 1:, None].cpu()).squeeze(2)
 
     def theirs(self) -> Float[Tensor, "text token"]:
@@ -161,8 +188,11 @@ class _Probe:
         return torch.stack(self.engine.text_logprobs(ids.tolist()))
 
     def difference(self) -> float:
-        """Between the two, relative to the largest log-probability; see `_apart`."""
-        return _apart(self.ours(), self.theirs())
+        """Between the two, relative to the largest log-probability; see `_apart`.
+
+        That of the first process, for what follows from it must be the same in all.
+        """
+        return self.mesh.gather(_apart(self.ours(), self.theirs()))[0]
 
 
 def _apart(ours: Float[Tensor, "text token"], theirs: Float[Tensor, "text token"]) -> float:

@@ -309,7 +309,7 @@ def write_configuration(policy: Policy, folder: Path) -> None:
 def write_model(policy: Policy, folder: Path) -> None:
     """The policy as an engine can open it by itself: configuration, weights and tokenizer."""
     write_configuration(policy, folder)
-    write_weights(policy_weights(policy), folder / "model.safetensors")
+    write_weights(policy_weights(policy), folder)
     policy.tokenizer.save_pretrained(str(folder))
 
 

@@ -160,7 +160,7 @@ class VLLMServer:
     def load_weights(self, weights: NamedTensors) -> None:
         """See `SeparateEngine`."""
         folder = Path(self._folder.name)
-        write_weights(weights, folder / "model.safetensors")
+        write_weights(weights, folder)
         kwargs = {"weights_path": str(folder)}
         self._answer("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
         # Keys and values of older weights, where it was started with a cache of them.

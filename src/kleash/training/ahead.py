@@ -77,7 +77,7 @@ def _engine(session: Session) -> RolloutEngine:
     """What writes beside the update, with the weights before it."""
     components = session.components
     if components.engine is not None:
-        hand_over(components.engine, components.policy)
+        hand_over(components.engine, components.policy, mesh=components.mesh)
         return components.engine
     if session.policy_copy is None:
         session.policy_copy = PolicyCopy(components.policy)

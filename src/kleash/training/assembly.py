@@ -98,7 +98,7 @@ def assemble(
         mesh.size,
         config.distributed.strategy,
         policy=config.policy,
-        engine=config.rollout.engine,
+        colocated=config.rollout.engine != "hf" and config.rollout.vllm.url is None,
         ahead=config.rollout.ahead == 1,
         distilled=isinstance(config.algorithm, DistillConfig),
         responses=config.responses_per_step,
@@ -124,7 +124,7 @@ def assemble(
     critic = config.algorithm.value if isinstance(config.algorithm, PPOConfig) else None
     value = _value(critic, policy, start=config.policy, seed=config.seed, sharding=sharding)
     optimizer = _optimizer(config.optimizer, critic, policy, value)
-    engine = open_engine(config.rollout, policy, [*prompts, *heldout])
+    engine = open_engine(config.rollout, policy, [*prompts, *heldout], mesh=mesh)
     return Components(
         policy=policy,
         reference=reference,
@@ -152,7 +152,7 @@ def _require_fitting(
     strategy: Literal["auto", "none", "ddp", "fsdp"],
     *,
     policy: PolicyConfig,
-    engine: Literal["hf", "vllm"],
+    colocated: bool,
     ahead: bool,
     distilled: bool,
     responses: int,
@@ -167,11 +167,11 @@ def _require_fitting(
             f"expected one process with `distributed.strategy: none`, got {size}: take ddp or "
             "fsdp, or start without a launcher"
         )
-    if size > 1 and engine != "hf":
+    if size > 1 and colocated:
         raise ConfigError(
-            f"expected `rollout.engine: hf` with several processes, got "
-            f"{engine!r} with {size}: an engine that writes by itself serves "
-            "one process; start one, or leave the engine out"
+            f"expected a server of its own with several processes, got rollout.engine: vllm in the "
+            f"process of the trainer with {size} of them: start one with `kleash serve-rollouts` "
+            "and give its address as rollout.vllm.url, or take rollout.engine: hf"
         )
     if size > 1 and ahead:
         raise ConfigError(

@@ -20,7 +20,7 @@ from kleash.algorithms.common import select
 from kleash.algorithms.dispatch import Settings
 from kleash.algorithms.distill import DistillSettings
 from kleash.algorithms.sampler_correction import prefix_start
-from kleash.errors import ConfigError, RefusedError
+from kleash.errors import RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
 from kleash.models.policy import LanguageModel, Policy, Reference
@@ -153,11 +153,11 @@ class Components:
             batch = batch_prompts(rows, pad_id=self.policy.pad_id, device=self.policy.device)
             engine = self.current_engine()
             request = writing_request(engine, batch, self.sampling, microbatch=microbatch)
-            with gathered(self.policy.model):
-                if self.engine is None:
+            if self.engine is None:
+                with gathered(self.policy.model):
                     rollout = engine.write(request)
-                else:
-                    rollout = write_with(self.engine, self.policy, request)
+            else:
+                rollout = write_with(self.engine, self.policy, request, mesh=self.mesh)
         tokenizer = self.policy.tokenizer
         return Responses(
             rollout,
@@ -167,20 +167,11 @@ class Components:
         )
 
     def current_engine(self) -> RolloutEngine:
-        """What writes: an engine with weights of its own, or the policy by itself.
-
-        Raises:
-            ConfigError: there are several processes beside an engine.
-        """
+        """What writes: an engine with weights of its own, or the policy by itself."""
         if self.engine is None:
             alone = self.mesh.size == 1
             return TransformersEngine(
                 self.policy, scoring_pass.generate if alone else partial(generate, mesh=self.mesh)
-            )
-        if self.mesh.size > 1:
-            raise ConfigError(
-                f"expected one process beside an engine that writes by itself, got "
-                f"{self.mesh.size}: leave the engine out, or start one"
             )
         return self.engine
 
