@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ import small_run
 import tiny_models
 import torch
 import yaml
+from ranks import Ranks
 from real_vllm import NEEDS_VLLM
 
 from kleash.cli.serve_rollouts import server_command, server_environment
 from kleash.config.rollout import VLLMConfig
+from kleash.config.schema import Config
 from kleash.errors import EngineLostError
 from kleash.models.policy import load_policy
 from kleash.rollout.engine import writing_request
@@ -30,6 +31,8 @@ from kleash.rollout.hand_over import hand_over, write_with
 from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec
 from kleash.rollout.vllm_server import connect
+from kleash.storage.run_directory import read_run
+from kleash.training.loop import train
 from kleash.types import Rollout
 
 SIZES: dict[str, Any] = {
@@ -71,82 +74,143 @@ def test_the_servers_flags_leave_the_law_to_the_request() -> None:
     assert given["--generation-config"] == "vllm"
     assert given["--kv-cache-memory-bytes"] == str(2**29)
     assert (given["--host"], given["--port"]) == ("127.0.0.1", "8123")
-    assert {"--no-enable-prefix-caching", "--enforce-eager"} <= set(line)
+    wanted = {"--no-enable-prefix-caching", "--no-enable-chunked-prefill", "--enforce-eager"}
+    assert wanted <= set(line)
     assert server_environment(eager=True)["VLLM_SERVER_DEV_MODE"] == "1"
 
 
-@contextmanager
-def served(config: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that answers, in a process group of its own."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command(str(config), "--port", str(port)),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
+class Place:
+    """A server of one configuration that is started, killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        tiny_models.save_model(folder / "policy", **SIZES)
+        for name in ("prompts", "heldout"):
+            lines = [json.dumps({"prompt": text}) for text in small_run.two_words(range(4))]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.folder, self.log, self.file = folder, folder / "server.log", folder / "run.yaml"
+        tree = self.settings("out").model_dump(mode="json", exclude_none=True)
+        self.file.write_text(yaml.safe_dump(tree))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def settings(self, name: str, **changes: Any) -> Config:
+        """A run that this server writes for."""
+        vllm = {"url": self.url, "enforce_eager": True, "kv_cache_gib": 0.2, "timeout_s": 3.0}
+        rollout = {"engine": "vllm", "vllm": vllm, "prompts_per_step": 5}
+        layer = {
+            "rollout": rollout,
+            "prompts": {"heldout": None},
+            "logging": {"samples_per_step": 5},
+            "steps": 5,
+        }
+        return small_run.settings(self.folder, self.folder / name, layer, **changes)
+
+    def start(self) -> None:
+        """Until it answers, in a process group of its own."""
+        if self._process is not None:
+            return
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command(str(self.file), "--port", str(self.port)),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         for _ in range(600):
-            assert process.poll() is None, log.read_text()[-3000:]
+            assert self._process.poll() is None, self.log.read_text()[-3000:]
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
             time.sleep(0.3)
-        yield process
-    finally:
-        with_group(process, signal.SIGKILL)
-        process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
 
 
-def with_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, number)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    made = Place(tmp_path_factory.mktemp("served"))
+    yield made
+    made.kill()
 
 
 @pytest.mark.parametrize("_", [pytest.param(None, marks=NEEDS_VLLM)])
 def test_a_server_killed_in_mid_rollout_writes_it_again_when_it_is_back(
-    tmp_path: Path, _: None
+    place: Place, _: None
 ) -> None:
-    tiny_models.save_model(tmp_path / "policy", **SIZES)
-    for name in ("prompts", "heldout"):
-        lines = [json.dumps({"prompt": text}) for text in small_run.two_words(range(4))]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    vllm = {"url": url, "enforce_eager": True, "kv_cache_gib": 0.2}
-    tree = small_run.settings(
-        tmp_path, tmp_path / "out", {"rollout": {"engine": "vllm", "vllm": vllm}}
-    ).model_dump(mode="json", exclude_none=True)
-    file, log = tmp_path / "run.yaml", tmp_path / "server.log"
-    file.write_text(yaml.safe_dump(tree))
-    policy = load_policy(tmp_path / "policy")
+    policy = load_policy(place.folder / "policy")
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(1.2)  # other weights than the server starts with
     rows = [Prompt("", (4 + i % 15, 5), i) for i in range(64)]
     batch = batch_prompts(rows, pad_id=policy.pad_id)
-    with served(file, port, log) as first:
-        server = connect(policy, url, max_tokens=40, timeout_s=400.0)
-        request = writing_request(server, batch, SamplingSpec(30), microbatch=64)
-        hand_over(server, policy)
-        whole = server.write(request)
-        law = server.next_token_logprobs([[4, 5, 6]])[0]
-        with torch.no_grad():
-            logits = policy.model(input_ids=torch.tensor([[4, 5, 6]])).logits[0, :-1]
-        expected = logits[:, : policy.words].double().log_softmax(-1)
-        torch.testing.assert_close(law, expected, atol=1e-4, rtol=0)
-        many = batch_prompts(rows * 30, pad_id=policy.pad_id)
-        long = replace(writing_request(server, many, SamplingSpec(30), microbatch=64))
-        threading.Timer(1.0, with_group, (first, signal.SIGKILL)).start()
-        with pytest.raises(EngineLostError):
-            server.write(long)
+    place.start()
+    server = connect(policy, place.url, max_tokens=40, timeout_s=400.0)
+    request = writing_request(server, batch, SamplingSpec(30), microbatch=64)
+    hand_over(server, policy)
+    whole = server.write(request)
+    law = server.next_token_logprobs([[4, 5, 6]])[0]
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([[4, 5, 6]])).logits[0, :-1]
+    expected = logits[:, : policy.words].double().log_softmax(-1)
+    torch.testing.assert_close(law, expected, atol=1e-4, rtol=0)
+    many = batch_prompts(rows * 30, pad_id=policy.pad_id)
+    long = replace(writing_request(server, many, SamplingSpec(30), microbatch=64))
+    threading.Timer(1.0, place.kill).start()
+    with pytest.raises(EngineLostError):
+        server.write(long)
     found: list[Rollout] = []
     waiting = threading.Thread(target=lambda: found.append(write_with(server, policy, request)))
     waiting.start()
-    with served(file, port, log):
-        waiting.join()
+    place.kill()
+    place.start()
+    waiting.join()
     (again,) = found
     assert torch.equal(again.response_ids, whole.response_ids)
     assert torch.equal(again.response_mask, whole.response_mask)
     server.close()
+
+
+@pytest.mark.parametrize("_", [pytest.param(None, marks=NEEDS_VLLM)])
+def test_several_processes_train_with_one_server(place: Place, _: None) -> None:
+    """The oracle is one process with it, and for a killed server the run that it was there for."""
+    place.start()
+    ranks = Ranks()
+    try:
+        alone = train(place.settings("alone"))
+        for strategy in ("ddp", "fsdp"):
+            divided = {"distributed": {"strategy": strategy}}
+            many = ranks.train(place.settings(strategy, **divided))
+            assert responses(many) == responses(alone)
+            floor = max(line["rollout/kl_sampler_floor"] for line in read_run(many).metrics)
+            for line in read_run(many).metrics:
+                assert line["rollout/kl_sampler_per_token"] < 10 * floor < 1e-9
+        broken = place.settings("broken", distributed={"strategy": "fsdp"})
+        killing = threading.Thread(target=lambda: kill_after_a_step(place, place.folder / "broken"))
+        killing.start()
+        ended = ranks.run(broken)
+        killing.join()
+        assert [answer and answer["error"] for answer in ended] == ["EngineLostError"] * 2
+        assert ended[0] == ended[1] and "kleash train --resume" in str(ended[0])
+        place.start()
+        assert responses(ranks.train(broken)) == responses(alone)
+    finally:
+        ranks.close()
+
+
+def kill_after_a_step(place: Place, run: Path) -> None:
+    file = run / "metrics.jsonl"
+    while not (file.is_file() and file.read_text().count("\n")):
+        time.sleep(0.01)
+    place.kill()
+
+
+def responses(path: Path) -> list[tuple[int, str]]:
+    return sorted((sample.step, sample.response) for sample in read_run(path).samples)

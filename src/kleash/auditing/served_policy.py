@@ -1,13 +1,17 @@
 """A model as vLLM computes it, in the form that an audit reads: `vllm:DIR` in place of `DIR`.
 
 vLLM says the log-probability of every word at every place of a text. Those stand here as hidden
-states, with a head that is the identity: the softmax of log-probabilities is their distribution.
+states, in reverse order, with a head that puts them back: the softmax of log-probabilities is
+their distribution.
 
-    z = I · log π,    softmax(z / T) ∝ π^(1/T)
+    z = J · (J · log π),    J_ij = 1 where i + j = V − 1,    softmax(z / T) ∝ π^(1/T)
 
 So everything that an audit does with a model it does with this one, and every KL is exact: that of
-the kernels, types and quantisation that serve. Responses are written by vLLM's own sampler. Left
-out: vocabularies too large for an identity matrix, which are refused.
+the kernels, types and quantisation that serve. Responses are written by vLLM's own sampler.
+
+J is a window that slides over one line of 2V − 1 numbers, so it takes no memory; the product with
+it costs V² operations a token. Left out: more log-probabilities at once than main memory holds,
+which bounds the length of a text (`_ENTRIES`).
 """
 
 from collections.abc import Iterator
@@ -38,10 +42,12 @@ from kleash.rollout.vllm_engine import VLLMEngine, VLLMSettings, Vocabulary, ope
 from kleash.types import Rollout
 
 PREFIX = "vllm:"
-MOST_WORDS = 32768
-"""Of a vocabulary: its identity matrix takes 4 GiB."""
 _LONGEST = 4096
 """Tokens that the engine keeps room for, where the model can read more."""
+_ENTRIES = 2**27
+"""Tokens × words of the longest text; vLLM gives them as Python's numbers, some 70 bytes each."""
+_AT_ONCE = 2**23
+"""Tokens × words of the texts that are read together, where there are several."""
 _SPARE = 2
 """Tokens behind a text: one so that the law after its last is said, one that must be written."""
 
@@ -65,12 +71,10 @@ class ServedModel(PreTrainedModel):
         self.engine = engine
         self.identity = identity
         self.trunk = _Trunk(engine, words)
-        self.lm_head = nn.Linear(words, words, bias=False)
-        with torch.no_grad():
-            self.lm_head.weight.copy_(torch.eye(words))
+        self.lm_head = Reversal(words)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The identity."""
+        """What puts the words in their order again."""
         return self.lm_head
 
     def forward(self, input_ids: Int[Tensor, "batch token"], **given: Any) -> Any:
@@ -82,6 +86,28 @@ class ServedModel(PreTrainedModel):
         return self.engine.write(
             writing_request(self.engine, prompts, spec, microbatch=len(prompts.ids))
         )
+
+
+class Reversal(nn.Module):
+    """A head whose matrix reverses a vector: J of the top of this file.
+
+    Example:
+        >>> Reversal(3).weight
+        tensor([[0., 0., 1.],
+                [0., 1., 0.],
+                [1., 0., 0.]])
+    """
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.line = nn.Parameter(torch.zeros(2 * words - 1), requires_grad=False)
+        self.line[words - 1] = 1.0
+
+    @property
+    def weight(self) -> Float[Tensor, "words words"]:
+        """[i, j]: the number i + j of the line; a view."""
+        words = (len(self.line) + 1) // 2
+        return self.line.detach().as_strided((words, words), (1, 1))
 
 
 class _Trunk(nn.Module):
@@ -99,15 +125,29 @@ class _Trunk(nn.Module):
         attention_mask: Int[Tensor, "batch token"] | None = None,
         use_cache: bool = False,
     ) -> tuple[Float[Tensor, "batch token words"]]:
-        """[batch, token, word] log π after each token; 0 where there is none."""
+        """[batch, token, word] log π after each token, the last word first; 0 without a token."""
         del use_cache
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         real = mask.bool()
         texts = [row[kept].tolist() for row, kept in zip(input_ids, real, strict=True)]
-        laws = self._engine.next_token_logprobs([[*text, 0] for text in texts])
         states = torch.zeros(*input_ids.shape, self._words, device=self.place.device)
-        states[real] = torch.cat(laws).to(states)
+        for rows in self._together(texts):
+            laws = self._engine.next_token_logprobs([[*texts[row], 0] for row in rows])
+            for row, law in zip(rows, laws, strict=True):
+                states[row, real[row]] = law.flip(-1).to(states)
         return (states,)
+
+    def _together(self, texts: list[list[int]]) -> Iterator[list[int]]:
+        """Rows that are read at once, a single one however long it is."""
+        rows, held = list[int](), 0
+        for row, text in enumerate(texts):
+            entries = len(text) * self._words
+            if rows and held + entries > _AT_ONCE:
+                yield rows
+                rows, held = [], 0
+            rows.append(row)
+            held += entries
+        yield rows
 
 
 def open_served(path: str, *, device: str) -> Policy:
@@ -118,7 +158,7 @@ def open_served(path: str, *, device: str) -> Policy:
         device: where the reference is; on a GPU vLLM takes its own part of it.
 
     Raises:
-        ModelError: the tokenizer or configuration cannot be used, or has too many words.
+        ModelError: the tokenizer or configuration cannot be used.
         EngineError: vLLM is not installed, or cannot serve it.
     """
     directory = path.removeprefix(PREFIX)
@@ -127,12 +167,8 @@ def open_served(path: str, *, device: str) -> Policy:
     text = config.get_text_config()
     rows = int(text.vocab_size)
     words = number_of_words(tokenizer, rows, directory)
-    if words > MOST_WORDS:
-        raise ModelError(
-            f"expected at most {MOST_WORDS:,} words in {directory!r} for an exact audit of what "
-            f"vLLM serves, got {words:,}: audit the directory itself, without {PREFIX!r}"
-        )
-    longest = min(getattr(text, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    readable = getattr(text, "max_position_embeddings", None) or _LONGEST
+    longest = min(readable, _LONGEST, _ENTRIES // rows)
     ends = _generation_config(directory)
     stops = ending_ids(ends, tokenizer, owner=str(directory))
     engine = open_vllm(

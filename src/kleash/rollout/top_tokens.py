@@ -3,8 +3,9 @@
 Whole next-token distributions are held here, so this is for the few responses that a report shows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,8 @@ TOP = 5
 """Words named at a token."""
 ROWS = 64
 """Distributions that a caller may hold at once."""
+COLUMNS = 4096
+"""Rows of a head that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,17 @@ def distributions(
         hidden: final hidden states, some dozens.
         temperature: that of sampling.
     """
-    return (apply_head(head, hidden)[:, : head.words] / temperature).softmax(-1)
+    # Some columns at a time: a head that is a window over few numbers must not be written out.
+    logits = [
+        apply_head(_columns(head, slice(start, min(start + COLUMNS, head.words))), hidden)
+        for start in range(0, head.words, COLUMNS)
+    ]
+    return (torch.cat(logits, dim=1) / temperature).softmax(-1)
+
+
+def _columns(head: Head, span: slice) -> Head:
+    bias = None if head.bias is None else head.bias[span]
+    return replace(head, weight=head.weight[span], bias=bias, vocab_size=-1)
 
 
 def top_tokens(probabilities: Float[Tensor, "N vocab"]) -> list[TopTokens]:
