@@ -43,9 +43,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--mean", type=int, default=32)
     arguments = parser.parse_args()
-    policy = random_policy(SHAPES[arguments.shape])
-    stops = tuple(range(0, policy.words, arguments.mean))
-    object.__setattr__(policy, "stop_ids", stops)
+    policy = random_policy(SHAPES[arguments.shape], ragged=arguments.mean)
+    stops = policy.stop_ids
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(policy.words, (arguments.prompts, PROMPT), generator=generator).tolist()
     prompts = [Prompt("", tuple(row), i) for i, row in enumerate(rows)]

@@ -1,7 +1,8 @@
 """Tokens per second of both engines that write: `python benchmarks/rollouts.py`.
 
-256 prompts of 32 tokens × 128 new ones, no early stop, float32, random weights: the shape of 9.7 M
-parameters (a) that other benchmarks have, and one of 40 M. Both engines write the same prompts in
+256 prompts of 32 tokens × 128 new ones, float32, random weights: the shape of 9.7 M parameters (a)
+that other benchmarks have, and one of 40 M. No response ends before the limit, or with `--ragged N`
+one word in N ends it, so that lengths are geometric. Both engines write the same prompts in
 turn, in one process, after a warm-up of each; a rate is the median of the rounds. Beside them the
 time of a hand-over with its proof, and of an update, of which an iteration consists. CPU seconds
 stand next to wall seconds: on a machine that does other work only their ratios mean something.
@@ -47,13 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_policy(sizes: dict[str, Any]) -> Policy:
-    """A model with random weights; no token ends a response."""
+def random_policy(sizes: dict[str, Any], *, ragged: int = 0) -> Policy:
+    """A model with random weights; no token ends a response, or one in `ragged`."""
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=512)
     model = LlamaForCausalLM(config).eval()
     tokenizer: Any = _NoTokenizer()
-    return Policy(model, tokenizer, "random", sizes["vocab_size"], ())
+    stops = tuple(range(1, sizes["vocab_size"], ragged)) if ragged else ()
+    return Policy(model, tokenizer, "random", sizes["vocab_size"], stops)
 
 
 class _NoTokenizer:
@@ -89,7 +91,7 @@ def update(policy: Policy, ids: torch.Tensor, microbatch: int) -> None:
 
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both engines on one shape, in turn."""
-    policy = random_policy(SHAPES[name])
+    policy = random_policy(SHAPES[name], ragged=arguments.ragged)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(policy.words, (arguments.prompts, PROMPT), generator=generator)
     batch = batch_prompts([Prompt("", tuple(r), i) for i, r in enumerate(rows.tolist())], pad_id=0)
@@ -105,12 +107,14 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     small = batch_prompts([Prompt("", (5,) * PROMPT, i) for i in range(8)], pad_id=0)
     for engine in engines.values():
         engine.write(writing_request(engine, small, SamplingSpec(8), microbatch=8))
+    lengths: list[int] = []
     times: dict[str, list[dict[str, float]]] = {"hf": [], "vllm": [], "update": [], "hand_over": []}
     for _ in range(arguments.rounds):
         kept: list[Any] = []
         for which, engine in engines.items():
             request = writing_request(engine, batch, spec, microbatch=arguments.microbatch)
             times[which].append(measured(lambda e=engine, r=request, k=kept: k.append(e.write(r))))
+        lengths += [int(one.response_mask.sum()) for one in kept]
         ids = torch.cat([rows, kept[0].response_ids], dim=1)
         part = ids[: arguments.update_rows]
         one = measured(lambda i=part: update(policy, i, 16))
@@ -121,7 +125,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         key: {unit: statistics.median(one[unit] for one in each) for unit in each[0]}
         for key, each in times.items()
     }
-    total = arguments.prompts * arguments.tokens
+    total = statistics.median(lengths)
     iteration = sum(found[key]["wall_s"] for key in ("vllm", "update", "hand_over"))
     return {
         "parameters": sum(p.numel() for p in policy.model.parameters()),
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--microbatch", type=int, default=256, help="responses hf writes at once")
+    parser.add_argument("--ragged", type=int, default=0, help="one word in so many ends a response")
     parser.add_argument("--update-rows", type=int, default=64, help="then scaled to all of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
