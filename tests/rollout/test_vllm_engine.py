@@ -266,7 +266,7 @@ def test_a_stale_matrix_is_rejected_and_named(
         monkeypatch.setattr(VLLMEngine, "load_weights", without_the_update)
         with pytest.raises(EngineError, match=r"model\.layers\.1 had not arrived, and arrived"):
             hand_over(engine, policy)
-        # Where nobody looks, the words show it.
+        # Where the answers are not compared, the words show it.
         load(engine, (dict(policy_weights(policy)) | {STALE: before}).items())
         batch = batch_prompts(components.prompts * 100, pad_id=policy.pad_id)
         rollout = engine.write(writing_request(engine, batch, SamplingSpec(LENGTH), microbatch=1))

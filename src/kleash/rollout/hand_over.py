@@ -89,7 +89,7 @@ def write_with(
         return engine.write(request)
 
 
-def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+def policy_weights(policy: Policy, *, group: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """The weights by the names of a checkpoint of the plain model, one tensor at a time.
 
         W + (alpha / rank) · B A     for a matrix with an adapter; computed in float32
@@ -98,24 +98,36 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     Embedding and head end with the policy's words. Where they are one matrix it comes under both
     names: an engine keeps them apart, for vLLM on a CPU packs the head when it loads it and leaves
     a tied one as it was when new weights come.
+
+    Args:
+        policy: whose weights.
+        group: those of one `parameter_group` alone; None: all.
     """
     layers = dict(policy.model.named_modules())
+    tables = _tables(policy)
+    for plain, name, tensor in _plain_weights(policy):
+        if group is not None and parameter_group(plain) != group:
+            continue
+        layer: Any = layers.get(name.rpartition(".base_layer.")[0])
+        value = whole(tensor.detach())
+        if layer is not None and name.endswith(".base_layer.weight"):
+            delta = whole(layer.get_delta_weight("default").detach())
+            value = (value.float() + delta.float()).to(value.dtype)
+        yield plain, value[: policy.words] if plain.startswith(tables) else value
+
+
+def _plain_weights(policy: Policy) -> Iterator[tuple[str, str, Tensor]]:
+    """Name in a checkpoint of the plain model, name here, and the weight, as it lies here."""
     tables = _tables(policy)
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if "lora_" in name or ".original_module." in name:
             continue
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-        table = plain.startswith(tables)
-        if id(tensor) in seen and not table:
+        if id(tensor) in seen and not plain.startswith(tables):
             continue
         seen.add(id(tensor))
-        layer: Any = layers.get(name.rpartition(".base_layer.")[0])
-        value = whole(tensor.detach())
-        if layer is not None and name.endswith(".base_layer.weight"):
-            delta = whole(layer.get_delta_weight("default").detach())
-            value = (value.float() + delta.float()).to(value.dtype)
-        yield plain, value[: policy.words] if table else value
+        yield plain, name, tensor
 
 
 def write_weights(weights: NamedTensors, folder: Path, *, piece: int = _PIECE) -> None:
@@ -208,10 +220,10 @@ def _require_agreement(probe: _Probe) -> None:
     found, tolerance = probe.difference(), probe.tolerance
     if found <= tolerance:
         return
-    stale, deaf = _groups_at_fault(probe)
+    stale, refused = _groups_at_fault(probe)
     still = probe.difference()
-    if deaf:
-        cause = f"whatever is sent for {_listed(deaf)} changes nothing in it"
+    if refused:
+        cause = f"whatever is sent for {_listed(refused)} changes nothing in it"
     elif stale:
         cause = f"{_listed(stale)} had not arrived, and arrived when sent again"
     else:
@@ -231,9 +243,9 @@ def _require_agreement(probe: _Probe) -> None:
 def _groups_at_fault(probe: _Probe) -> tuple[list[str], list[str]]:
     """Groups that had not arrived, and groups that the engine does not take."""
     stale: list[str] = []
-    deaf: list[str] = []
+    refused: list[str] = []
     answers = probe.theirs()
-    groups = dict.fromkeys(parameter_group(name) for name, _ in policy_weights(probe.policy))
+    groups = dict.fromkeys(parameter_group(name) for name, _, _ in _plain_weights(probe.policy))
     for group in groups:
         probe.engine.load_weights(_of_group(probe.policy, group, 1.0))
         again = probe.theirs()
@@ -243,17 +255,16 @@ def _groups_at_fault(probe: _Probe) -> tuple[list[str], list[str]]:
             # The same answers: because they were right before, or because nothing is taken.
             probe.engine.load_weights(_of_group(probe.policy, group, 1.5))
             if _apart(again, probe.theirs()) <= _CHANGED:
-                deaf.append(group)
+                refused.append(group)
             probe.engine.load_weights(_of_group(probe.policy, group, 1.0))
             again = probe.theirs()
         answers = again
-    return stale, deaf
+    return stale, refused
 
 
 def _of_group(policy: Policy, group: str, factor: float) -> NamedTensors:
-    for name, tensor in policy_weights(policy):
-        if parameter_group(name) == group:
-            yield name, tensor * factor
+    for name, tensor in policy_weights(policy, group=group):
+        yield name, tensor * factor
 
 
 def _listed(groups: list[str]) -> str:
