@@ -107,7 +107,7 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_new_place(
 @pytest.mark.parametrize("section", ["algorithm", "rollout"])
 def test_a_microbatch_has_one_size(section: str) -> None:
     both = {"microbatch_size": 64, "microbatch_tokens": 4096}
-    why = f"`{section}.microbatch_size` does nothing beside `{section}.microbatch_tokens`"
+    why = f"in `{section}`: `microbatch_size` does nothing beside `microbatch_tokens`"
     with pytest.raises(ConfigError, match=f"{why}: leave it out"):
         read(**{section: both})
     with pytest.raises(ConfigError, match="greater than 0"):

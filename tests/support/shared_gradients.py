@@ -1,7 +1,6 @@
 """Gradients of one minibatch whose rows are divided among processes, for a test to compare."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import tiny_models
@@ -16,6 +15,7 @@ from kleash.algorithms.rloo import prepare as prepare_rloo
 from kleash.mesh import Mesh
 from kleash.models.batching import TokenBudget
 from kleash.models.policy import Policy
+from kleash.models.reward_model import NoReward
 from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, blueprint, device_mesh, materialise, shard, whole
 from kleash.rollout.sampling import SamplingSpec
@@ -144,13 +144,12 @@ def components_of(
     if not isinstance(policy, Policy):
         policy.__dict__["sharding"] = None
     parameters = [*policy.parameters(), *([] if value is None else value.parameters())]
-    none: Any = None
     return Components(
         policy=policy,
         reference=reference,
         original=reference,
         value=value,
-        reward=none,
+        reward=NoReward(),
         gold=None,
         prompts=[],
         heldout=[],
@@ -159,7 +158,7 @@ def components_of(
         pretraining=None,
         sampling=SamplingSpec(),
         settings=settings,
-        optimizer=cast(Any, SimpleNamespace(param_groups=[{"params": parameters}])),
+        optimizer=torch.optim.SGD(parameters, lr=1.0),
         tiles=default_tiles(torch.device("cpu")),
         mesh=mesh,
     )

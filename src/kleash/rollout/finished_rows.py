@@ -7,7 +7,7 @@ batch, so that every response is the same.
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -28,6 +28,7 @@ _ENDED = 0.25
 values costs about what one step costs, and there are some log(rows)/log(4/3) copies."""
 
 
+@runtime_checkable
 class RowSampler(Protocol):
     """A processor of logits that draws a word for each row that goes on."""
 
