@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from kleash.algorithms.rloo import RLOOSettings, prepare
 from kleash.mesh import ALONE
 from kleash.models.batching import TokenBudget
-from kleash.models.policy import Policy
+from kleash.models.policy import Policy, freeze_copy
 from kleash.rollout.scoring_pass import score
 from kleash.training.components import Components
 from kleash.types import Experience, Rollout
@@ -44,7 +44,7 @@ def ragged_rollout() -> Rollout:
 
 @pytest.fixture
 def read() -> tuple[Components, Experience]:
-    policy, reference, rollout = model(0), model(1), ragged_rollout()
+    policy, reference, rollout = model(0), freeze_copy(model(1)), ragged_rollout()
     scores = torch.randn(ROWS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     scored = score(rollout, policy=policy, reference=reference, scores=scores, microbatch=ROWS)
     settings = RLOOSettings(placement="exact")
