@@ -1,6 +1,6 @@
 """Microbatches and shares of processes, by enumeration and by Graham's bound."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -22,15 +22,18 @@ def test_a_budget_of_tokens_takes_each_row_once_and_is_kept(
         longest = max(lengths[row] for row in group)
         # A row beyond the budget is alone; every other group fits, padding and all.
         assert len(group) == 1 or len(group) * longest <= budget
-    # Longest first, and no group could have had the first row of the next one too.
+    # Longest first, and no group could have had the first row of the next one too, unless it is
+    # shorter than two thirds of the longest: no more than a third of a group is padding.
     order = [lengths[row] for group in groups for row in group]
     assert order == sorted(lengths, reverse=True)
-    for group in groups[:-1]:
-        assert (len(group) + 1) * lengths[group[0]] > budget
+    for group, following in pairwise(groups):
+        longest, first = lengths[group[0]], lengths[following[0]]
+        assert (len(group) + 1) * longest > budget or first / longest < 2 / 3
+        assert 3 * sum(lengths[row] for row in group) >= 2 * len(group) * longest
 
 
 def test_a_row_longer_than_the_budget_is_alone_and_whole() -> None:
-    assert microbatches([3, 50, 3, 2], TokenBudget(6)) == [[1], [0, 2], [3]]
+    assert microbatches([3, 50, 3, 1], TokenBudget(6)) == [[1], [0, 2], [3]]
 
 
 @pytest.mark.parametrize("limit", [2, TokenBudget(8)])

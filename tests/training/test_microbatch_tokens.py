@@ -62,7 +62,7 @@ def test_any_budget_has_the_gradient_of_one_microbatch(read: tuple[Components, E
         return torch.cat([cast(torch.Tensor, p.grad).flatten() for p in components.parameters()])
 
     whole = gradient(ROWS)
-    # The largest holds everything; of the smallest every row is longer than the budget.
+    # The largest has room for everything; of the smallest every row is longer than the budget.
     for tokens in (10_000, 70, 33, 12, 1):
         part = gradient(TokenBudget(tokens))
         assert float((part - whole).norm() / whole.norm()) < 1e-10, tokens

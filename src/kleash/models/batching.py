@@ -31,8 +31,9 @@ Limit = int | TokenBudget
 def microbatches(lengths: Sequence[int], limit: Limit) -> list[list[int]]:
     """Numbers of rows in groups of similar length, longest first: if memory fails, it does at once.
 
-    Each group takes as many of the next shorter rows as the limit allows. A row that is longer than
-    a whole budget is a group of its own: it is neither split nor left out.
+    Each group takes as many of the next shorter rows as the limit allows, with a budget of tokens
+    none that is shorter than two thirds of its longest: one more pass costs less than that padding.
+    A row that is longer than a whole budget is a group of its own, neither split nor left out.
 
     Args:
         lengths: tokens of each row.
@@ -47,6 +48,8 @@ def microbatches(lengths: Sequence[int], limit: Limit) -> list[list[int]]:
     Example:
         >>> microbatches([2, 9, 4, 3], TokenBudget(8))
         [[1], [2, 3], [0]]
+        >>> microbatches([9, 9, 5], TokenBudget(27))
+        [[0, 1], [2]]
         >>> microbatches([2, 9, 4, 3], 2)
         [[1, 2], [3, 0]]
     """
@@ -55,11 +58,17 @@ def microbatches(lengths: Sequence[int], limit: Limit) -> list[list[int]]:
     groups: list[list[int]] = []
     for row in _longest_first(lengths):
         last = groups[-1] if groups else []
-        if last and len(last) < most_rows(limit, lengths[last[0]]):
+        if last and _joins(lengths[row], limit, len(last), lengths[last[0]]):
             last.append(row)
         else:
             groups.append([row])
     return groups
+
+
+def _joins(length: int, limit: Limit, rows: int, longest: int) -> bool:
+    """Whether a row goes into a group that has so many rows."""
+    similar = isinstance(limit, int) or 3 * length >= 2 * longest
+    return similar and rows < most_rows(limit, longest)
 
 
 def most_rows(limit: Limit, longest: int) -> int:
