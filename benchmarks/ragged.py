@@ -246,12 +246,15 @@ def writing(world: World, prompts: PromptBatch, *, drop: bool) -> tuple[float, R
         words = torch.where(lengths[rows] == written, STOP, words)
         return torch.zeros_like(chosen).scatter_(1, words[:, None], 1.0)
 
+    def no_cache(model: object) -> None:
+        """Carry ended rows."""
+
     sampler_class = cast(Any, sampling)._Sampler
     module = cast(Any, finished_rows)
     own_call, own_cache = sampler_class.__call__, module._cache_by_rows
     sampler_class.__call__ = call
     if not drop:
-        module._cache_by_rows = lambda model: None
+        module._cache_by_rows = no_cache
     spec = sampling.SamplingSpec(max_new_tokens=LONGEST[1])
     torch.manual_seed(1)
     start = time.process_time()
@@ -305,7 +308,8 @@ def compare(shape: str, *, rows: int, runs: int, generate: bool) -> bool:
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     total = {n: statistics.median(a + b for a, b, _ in each) for n, each in found.items()}
     for name, each in found.items():
-        scoring, updating = (statistics.median(one[i] for one in each) for i in (0, 1))
+        scoring = statistics.median(one[0] for one in each)
+        updating = statistics.median(one[1] for one in each)
         off = float((each[0][2] - wanted).norm() / wanted.norm())
         good = good and off <= 1e-6
         cells = [f"{scoring:.2f}", f"{updating:.2f}", f"{real / total[name]:,.0f}"]
