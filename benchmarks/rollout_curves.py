@@ -88,6 +88,8 @@ def run_of(arguments: argparse.Namespace, engine: str, seed: int) -> Path:
 
 def make_run(arguments: argparse.Namespace, model: Path, engine: str, seed: int) -> None:
     """One training run, if it is not there yet."""
+    if last_third(arguments, engine, seed) is not None:
+        return
     given: dict[str, Any] = {
         "policy.path": model,
         "rollout.engine": engine,

@@ -98,11 +98,12 @@ class Place:
 
     def settings(self, name: str, **changes: Any) -> Config:
         """A run that this server writes for."""
-        vllm = {"url": self.url, "enforce_eager": True, "kv_cache_gib": 0.2, "timeout_s": 3.0}
+        vllm = {"url": self.url, "enforce_eager": True, "kv_cache_gib": 0.2, "timeout_s": 15.0}
         rollout = {"engine": "vllm", "vllm": vllm, "prompts_per_step": 5}
         layer = {
             "rollout": rollout,
             "prompts": {"heldout": None},
+            "algorithm": {"minibatches": 1},
             "logging": {"samples_per_step": 5},
             "steps": 5,
         }
