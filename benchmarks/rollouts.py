@@ -25,7 +25,7 @@ from kleash.rollout.engine import TransformersEngine, writing_request
 from kleash.rollout.hand_over import hand_over
 from kleash.rollout.prompts import Prompt, batch_prompts
 from kleash.rollout.sampling import SamplingSpec, generate
-from kleash.rollout.vllm_engine import VLLMEngine, VLLMSettings, start_vllm
+from kleash.rollout.vllm_engine import VLLMEngine, VLLMSettings, import_vllm, start_vllm
 
 PROMPT = 32
 SHAPES: dict[str, dict[str, Any]] = {
@@ -89,6 +89,24 @@ def update(policy: Policy, ids: torch.Tensor, microbatch: int) -> None:
                 parameter.grad = None
 
 
+def vocabulary_parts(sizes: dict[str, Any], rows: int = 64) -> dict[str, float]:
+    """CPU milliseconds of one core that vLLM spends on the vocabulary for each token, by part."""
+    import_vllm()
+    torch.set_num_threads(1)
+    words, width = sizes["vocab_size"], sizes["hidden_size"]
+    hidden, weight = torch.randn(rows, width), torch.randn(words, width)
+    logits, seeds = torch.randn(rows, words), torch.randint(0, 2**31, (rows,))
+    parts: dict[str, Callable[[], Any]] = {
+        "head": lambda: hidden @ weight.T,
+        "draw": lambda: torch.ops._C.fused_gumbel_argmax(logits, seeds),
+        "rank of the drawn word": lambda: (logits >= logits[:, :1]).sum(-1),
+        "log-softmax": lambda: logits.log_softmax(-1),
+    }
+    for work in parts.values():
+        work()
+    return {name: 1e3 * measured(work)["cpu_s"] / rows for name, work in parts.items()}
+
+
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both engines on one shape, in turn."""
     policy = random_policy(SHAPES[name], ragged=arguments.ragged)
@@ -149,7 +167,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--eager", action="store_true", help="start vLLM without compiling")
     parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--parts", action="store_true", help="only the cost of the vocabulary")
     arguments = parser.parse_args()
+    if arguments.parts:
+        for name in arguments.shapes:
+            print(name, json.dumps(vocabulary_parts(SHAPES[name]), indent=1))
+        return
     found = {name: compare(name, arguments) for name in arguments.shapes}
     text = json.dumps(found, indent=1)
     if arguments.output is not None:
