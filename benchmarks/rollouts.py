@@ -10,6 +10,7 @@ Needs vLLM: see docs/rollouts.md.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -92,6 +93,7 @@ def update(policy: Policy, ids: torch.Tensor, microbatch: int) -> None:
 def vocabulary_parts(sizes: dict[str, Any], rows: int = 64) -> dict[str, float]:
     """CPU milliseconds of one core that vLLM spends on the vocabulary for each token, by part."""
     import_vllm()
+    importlib.import_module("vllm._C")  # its kernels
     torch.set_num_threads(1)
     words, width = sizes["vocab_size"], sizes["hidden_size"]
     hidden, weight = torch.randn(rows, width), torch.randn(words, width)
