@@ -75,7 +75,7 @@ def tabular_gradient(placement: str, mesh: Mesh) -> torch.Tensor:
     pathwise = None if batch.pathwise is None else batch.pathwise * p
     batch = replace(batch, advantages=batch.advantages * p, pathwise=pathwise)
     value = TableOfValues(baseline)
-    components = components_of(cast(Any, policy), reference, value, settings, mesh)
+    components = _components(cast(Any, policy), reference, value, settings, mesh)
     components.backward_of_minibatch(batch, microbatch=7)
     components.add_gradients()
     # A loss is divided by the tokens of its minibatch, and an expectation is not.
@@ -110,7 +110,7 @@ def language_model(mesh: Mesh) -> list[float]:
         materialise(model, device)
         start(model, device)
         policy = replace(policy, sharding=sharding, structure=structure)
-    components = components_of(policy, reference, None, settings, mesh)
+    components = _components(policy, reference, None, settings, mesh)
     components.backward_of_minibatch(batch, microbatch=3)
     components.add_gradients()
     gradients = [whole(cast(torch.Tensor, p.grad)).flatten() for p in components.parameters()]
@@ -135,7 +135,7 @@ def _experience(policy: Policy, reference: Policy) -> tuple[Experience, RLOOSett
     return prepare_rloo(scored, BETA, settings), settings
 
 
-def components_of(
+def _components(
     policy: Policy, reference: Any, value: Any, settings: PPOSettings | RLOOSettings, mesh: Mesh
 ) -> Components:
     if not isinstance(policy, Policy):
