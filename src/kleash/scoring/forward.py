@@ -30,6 +30,10 @@ Kept = dict[tuple[int, int], list[Tensor]]
 """Bare products of tiles by the tile's first row and first column: one for each model, or the
 policy's alone."""
 
+_BLOCK = 1 << 24
+"""Numbers of a block of kept tiles. The C library gives blocks of 32 MiB and more back at once, and
+may keep smaller ones for itself."""
+
 
 @dataclass(frozen=True)
 class Summed:
@@ -160,6 +164,7 @@ class _Products:
         self._buffers = [Buffer(side, tiles) for side in sides]
         self._left = keep_bytes
         self._held = len(sides) if tiles.keep_reference else 1
+        self._block = sides[0].new_empty(0)
         self.kept: Kept = {}
 
     def tile(self, hidden: list[Tensor], rows: slice, cols: slice) -> list[Bare]:
@@ -168,13 +173,22 @@ class _Products:
         outs = [buffer.tile(*shape) for buffer in self._buffers]
         if size <= self._left:
             self._left -= size
-            held = [side.new_empty(*shape) for side in self._sides[: self._held]]
+            outs[: self._held] = held = [self._hold(*shape) for _ in range(self._held)]
             self.kept[rows.start, cols.start] = held
-            outs[: self._held] = held
         return [
             side.bare(side.product(block, side.columns(cols).T, out), cols)
             for side, block, out in zip(self._sides, hidden, outs, strict=True)
         ]
+
+    def _hold(self, rows: int, columns: int) -> Float[Tensor, "R C"]:
+        """Memory for one tile, of a block large enough to go back to the system when it is free."""
+        size = rows * columns
+        if len(self._block) < size:
+            side = self._sides[0]
+            within_budget = self._left // side.dtype.itemsize
+            self._block = side.new_empty(max(size, min(_BLOCK, within_budget)))
+        tile, self._block = self._block[:size], self._block[size:]
+        return tile.view(rows, columns)
 
 
 class Aim:
