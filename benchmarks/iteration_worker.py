@@ -431,8 +431,8 @@ def main() -> None:
     algorithm, system, name, size, passes, threads, *trl = sys.argv[1:]
     folder, shape, epochs = Path(name), SHAPES[size], int(passes)
     torch.set_num_threads(int(threads))
-    # Behind everything that is installed: nothing but TRL itself is to come from there.
-    sys.path += trl
+    # Before an installed TRL, which may be another; the folder holds nothing but TRL itself.
+    sys.path[:0] = trl
     if system == "build":
         build(folder, shape)
     elif system == "trl" and algorithm == "ppo":

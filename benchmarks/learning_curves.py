@@ -68,7 +68,7 @@ def run_kleash(options: argparse.Namespace, seed: int, output: Path) -> Curve:
 
 def run_trl(options: argparse.Namespace, seed: int, output: Path) -> Curve:
     """A run of TRL's `GRPOTrainer`."""
-    sys.path.append(str(options.trl))
+    sys.path.insert(0, str(options.trl))
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
