@@ -24,6 +24,8 @@ from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
+from kleash.models import batching
+from kleash.models.batching import Limit
 from kleash.models.gradients_in_place import embedding_gradient_in_place
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference
@@ -40,11 +42,23 @@ from kleash.rollout.engine import (
 from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
-from kleash.rollout.scoring_pass import SamplingSpec, distilled, fresh, microbatches
+from kleash.rollout.scoring_pass import (
+    SamplingSpec,
+    distilled,
+    fresh,
+    microbatches,
+    row_lengths,
+)
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
-from kleash.training.data_parallel import SharedReward, generate, scored_columns, strides, together
+from kleash.training.data_parallel import (
+    SharedReward,
+    balanced_rows,
+    generate,
+    scored_columns,
+    together,
+)
 from kleash.training.metrics import first_ratio_error
 from kleash.training.pretraining_mix import PretrainingMix
 from kleash.training.responses import JudgedResponses, Responses
@@ -224,7 +238,7 @@ class Components:
         rollout: Rollout,
         scores: Float[Tensor, " batch"],
         *,
-        microbatch: int,
+        microbatch: Limit,
         critic: bool = True,
         spot_check: bool = False,
         reference: LanguageModel | None = None,
@@ -234,7 +248,7 @@ class Components:
         Args:
             rollout: what was written.
             scores: of the reward models, passed through.
-            microbatch: responses read at once.
+            microbatch: responses read at once, or a budget of tokens.
             critic: whether the value model reads them too.
             spot_check: compare a few numbers with an obvious implementation in float64.
             reference: another model to measure the KL to.
@@ -260,7 +274,7 @@ class Components:
         )
         if alone:
             return local(rollout, scores=scores)
-        shares = strides(rollout, self.mesh.size)
+        shares = balanced_rows(rollout, self.mesh.size)
         share = shares[self.mesh.rank]
 
         def read() -> dict[str, Tensor]:
@@ -273,7 +287,7 @@ class Components:
                 # The others may have more to read, and of divided models not without this process.
                 refused = error
             with torch.no_grad():
-                for _ in range(self._idle_passes(shares, microbatch)):
+                for _ in range(self._idle_passes(rollout, shares, microbatch)):
                     self._idle(rollout, _each(against, teacher), critic=critic)
             if refused is not None:
                 raise refused
@@ -293,16 +307,21 @@ class Components:
             weight_gradients="returned" if self.divided else "in_place",
         )
 
-    def _idle_passes(self, shares: Sequence[Tensor], microbatch: int) -> int:
-        """How many more microbatches the process with the most rows reads; 0 if models are whole.
+    def _idle_passes(self, rollout: Rollout, shares: Sequence[Tensor], microbatch: Limit) -> int:
+        """How many more microbatches the process with the most reads; 0 if models are whole.
 
         Args:
-            shares: rows of each process.
-            microbatch: rows at once.
+            rollout: the rows of all processes.
+            shares: which of them each process has.
+            microbatch: rows at once, or a budget of tokens.
         """
         if not self.divided:
             return 0
-        passes = [-(-len(share) // microbatch) for share in shares]
+        lengths = row_lengths(rollout)
+        passes = [
+            len(batching.microbatches([lengths[i] for i in share.tolist()], microbatch))
+            for share in shares
+        ]
         return max(passes) - passes[self.mesh.rank]
 
     def _idle(self, rollout: Rollout, frozen: Sequence[LanguageModel], *, critic: bool) -> Tensor:
@@ -371,7 +390,7 @@ class Components:
         rows: Experience,
         *,
         tokens: int,
-        microbatch: int,
+        microbatch: Limit,
         numbers: Sequence[int] | None = None,
         kept: Fresh | None = None,
     ) -> BackwardPass:
@@ -380,7 +399,7 @@ class Components:
         Args:
             rows: a minibatch, or some responses of it.
             tokens: kept tokens of the whole minibatch.
-            microbatch: responses at once.
+            microbatch: responses at once, or a budget of tokens.
             numbers: which responses of the minibatch the rows are; all of them by default.
             kept: what `kept_reading.score_and_keep` said of them; they are one microbatch then.
 
@@ -408,13 +427,13 @@ class Components:
         return BackwardPass(metrics, error, weights)
 
     def backward_of_minibatch(
-        self, minibatch: Experience, *, microbatch: int, kept: Fresh | None = None
+        self, minibatch: Experience, *, microbatch: Limit, kept: Fresh | None = None
     ) -> BackwardPass:
         """`backward` of a whole minibatch; of several processes each has gradients of its rows.
 
         Args:
             minibatch: the rows of an optimiser step.
-            microbatch: responses at once.
+            microbatch: responses at once, or a budget of tokens.
             kept: as in `backward`, in one process.
 
         Raises:
@@ -423,7 +442,7 @@ class Components:
         tokens, mesh = int(minibatch.mask.sum()), self.mesh
         if mesh.size == 1:
             return self.backward(minibatch, tokens=tokens, microbatch=microbatch, kept=kept)
-        shares = strides(minibatch.scored.rollout, mesh.size)
+        shares = balanced_rows(minibatch.scored.rollout, mesh.size)
         share = shares[mesh.rank]
         work = partial(
             self.backward,
@@ -437,7 +456,7 @@ class Components:
             rollout = minibatch.scored.rollout
             # In the order in which an update reads them.
             frozen = _each(self.teacher_of, self.reference if self.differentiates_kl else None)
-            for _ in range(self._idle_passes(shares, microbatch)):
+            for _ in range(self._idle_passes(rollout, shares, microbatch)):
                 mesh.agree(partial(self._idle, rollout, frozen, critic=True)).backward()
             self.release()
         else:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kleash.algorithms.distill import DistillSettings
+from kleash.models.batching import Limit
 from kleash.models.gradients_in_place import embedding_gradient_in_place
 from kleash.rollout import scoring_pass
 from kleash.scoring import token_scores
@@ -24,13 +25,13 @@ from kleash.training.components import Components
 from kleash.types import Fresh, Rollout, ScoredRollout
 
 
-def is_read_at_once(components: Components, rollout: Rollout, limits: Sequence[int]) -> bool:
+def is_read_at_once(components: Components, rollout: Rollout, limits: Sequence[Limit]) -> bool:
     """Whether the graph of scoring a rollout can be kept for its first update.
 
     Args:
         components: of the run.
         rollout: what was written.
-        limits: responses of a microbatch, in scoring and in the update.
+        limits: of a microbatch, in scoring and in the update.
     """
     if components.mesh.size > 1 or isinstance(components.settings, DistillSettings):
         return False

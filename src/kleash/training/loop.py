@@ -305,7 +305,7 @@ class Trainer:
         ratios of two readings show whether the model is deterministic.
         """
         config, components = self.config, self.session.components
-        at_once = (config.rollout.microbatch_size, config.algorithm.microbatch_size)
+        at_once = (config.rollout.microbatch, config.algorithm.microbatch)
         spot_check = _is_due(config.logging.spot_check_every, step)
         whole = config.algorithm.minibatches == 1 and step > 1 and not spot_check
         if whole and is_read_at_once(components, rollout, at_once):
@@ -323,7 +323,7 @@ class Trainer:
             scored.scores,
             reference=components.original,
             critic=False,
-            microbatch=self.config.rollout.microbatch_size,
+            microbatch=self.config.rollout.microbatch,
         ).kl
 
     def _require_sound(
@@ -442,7 +442,8 @@ class Trainer:
         evaluator = HeldoutEvaluator(
             self.session.components,
             responses_per_prompt=config.heldout.responses_per_prompt,
-            microbatch=max(256, config.rollout.microbatch_size),
+            written_at_once=max(256, config.rollout.microbatch_size),
+            microbatch=config.rollout.microbatch,
             samples=_HELDOUT_SAMPLES,
         )
         metrics, samples = evaluator.evaluate(

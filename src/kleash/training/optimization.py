@@ -70,7 +70,7 @@ class PolicyUpdater:
                 components.optimizer.zero_grad(set_to_none=True)
                 passed = components.backward_of_minibatch(
                     minibatch,
-                    microbatch=config.algorithm.microbatch_size,
+                    microbatch=config.algorithm.microbatch,
                     kept=None if reading is None else select(reading, chosen),
                 )
                 if not made and reading is None:
