@@ -73,13 +73,11 @@ GRPO = {
     "algorithm": {
         "name": "grpo",
         "minibatches": 2,
-        "microbatch_size": None,
         "microbatch_tokens": 24,
     },
     "rollout": {
         "prompts_per_step": 2,
         "responses_per_prompt": 2,
-        "microbatch_size": None,
         "microbatch_tokens": 30,
     },
     "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
