@@ -114,7 +114,8 @@ def last_third(arguments: argparse.Namespace, engine: str, seed: int) -> dict[st
     path = run_of(arguments, engine, seed)
     if not (path / "metrics.jsonl").is_file():
         return None
-    steps = [row for row in read_run(path).metrics if row["step"] > 0]
+    rows: list[dict[str, Any]] = [dict(row) for row in read_run(path).metrics]
+    steps = [row for row in rows if row["step"] > 0]
     if len(steps) < arguments.steps:
         return None
     last = steps[-(arguments.steps // 3) :]

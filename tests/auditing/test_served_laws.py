@@ -4,6 +4,7 @@ The engine is a table of random laws; vLLM's own are in `test_served_policy.py`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_scores_of_a_large_vocabulary_are_those_of_the_laws(
     law = torch.stack([engine.law(int(token)) for token in ids[kept]])
     p = (law / 0.7).log_softmax(-1)
     q = (ref_states.double() @ ref_weight.double().T / 0.7).log_softmax(-1)
-    near = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False}
+    near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4, "check_dtype": False}
     torch.testing.assert_close(found.logprobs, p.gather(1, targets[:, None]).squeeze(1), **near)
     torch.testing.assert_close(found.kl, (p.exp() * (p - q)).sum(-1), **near)
     torch.testing.assert_close(found.entropy, -(p.exp() * p).sum(-1), **near)

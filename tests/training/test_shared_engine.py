@@ -133,7 +133,11 @@ def test_a_group_that_is_not_taken_is_named_by_all(
     material: Path, tmp_path: Path, ranks: Ranks, stand_in: StandInServer, url: str
 ) -> None:
     """Weights of a divided model are gathered for each question about the cause."""
-    stand_in.engine.takes = lambda name: not name.startswith("model.layers.1.")
+
+    def takes(name: str) -> bool:
+        return not name.startswith("model.layers.1.")
+
+    stand_in.engine.takes = takes
     divided = {"distributed": {"strategy": "fsdp"}}
     ended = ranks.run(settings(material, tmp_path / "run", url, **divided))
     assert [answer and answer["error"] for answer in ended] == ["EngineError"] * 2
