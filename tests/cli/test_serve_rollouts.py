@@ -190,8 +190,9 @@ def test_several_processes_train_with_one_server(place: Place, _: None) -> None:
             divided = {"distributed": {"strategy": strategy}}
             many = ranks.train(place.settings(strategy, **divided))
             assert responses(many) == responses(alone)
-            floor = max(line["rollout/kl_sampler_floor"] for line in read_run(many).metrics)
-            for line in read_run(many).metrics:
+            lines: list[dict[str, Any]] = [dict(line) for line in read_run(many).metrics]
+            floor = max(line["rollout/kl_sampler_floor"] for line in lines)
+            for line in lines:
                 assert line["rollout/kl_sampler_per_token"] < 10 * floor < 1e-9
         broken = place.settings("broken", distributed={"strategy": "fsdp"})
         killing = threading.Thread(target=lambda: kill_after_a_step(place, place.folder / "broken"))
