@@ -1,12 +1,15 @@
 """Memory and time of a divergence and its gradient at a large vocabulary: docs/distillation.md.
 
-    python benchmarks/distill_memory.py [--tokens 2048] [--width 896] [--repeats 1] [--only NAME…]
+    python benchmarks/distill_memory.py [--tokens 2048] [--width 896] [--only NAME…]
+        [--repeats 1] [--accumulate]
 
 `streamed` is `kleash.scoring.divergences`, `all logits` what a trainer does that has them: log-
 softmaxes of student and teacher, the divergence from those, autograd. Each way runs in a process of
-its own, one thread. Memory is how far the process's peak rises above weights and gradients, which
-it held before the first call (the kernel's count, which knows every buffer); time is CPU time of
-the fastest call, matrix products and page faults included.
+its own, one thread. Memory is how far the process's peak rises above the weights of both heads and
+the gradients (the kernel's count, which knows every buffer); time is CPU time of the fastest call,
+page faults included. As in the first microbatch of an optimiser step, there is no gradient before a
+call: the size of the one that it makes is taken off both ways' peaks. With `--accumulate` there is
+one, as in the microbatches that follow, and what is made to be added to it counts.
 """
 
 import argparse
@@ -70,24 +73,32 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(way: str, name: Divergence, tokens: int, width: int, repeats: int) -> None:
+def measure(way: str, name: Divergence, args: argparse.Namespace) -> None:
+    tokens, width = args.tokens, args.width
     torch.set_num_threads(1)
     make = torch.Generator().manual_seed(0)
     sizes = ((tokens, width), (WORDS, width)) * 2
     hidden, weight, *teacher = (torch.randn(*size, generator=make) for size in sizes)
     student = [hidden.requires_grad_(), weight.mul_(3 / width**0.5).requires_grad_()]
     teacher[1].mul_(3 / width**0.5)
-    for each in student:  # gradients are held by both ways, and so are not counted
-        each.grad = torch.zeros_like(each)
+    gradients = sum(each.nbytes for each in student) / 2**20
+    if args.accumulate:
+        gradients = 0.0
+        for each in student:
+            each.grad = torch.zeros_like(each)
     before, seconds, value = peak_mib(), [], 0.0
-    for _ in range(repeats):
+    for _ in range(args.repeats):
+        if not args.accumulate:
+            for each in student:
+                each.grad = None
         began = time.process_time()
         loss = WAYS[way](name, student, teacher)
         loss.backward()
         seconds.append(time.process_time() - began)
         value = float(loss.detach())
         del loss
-    print(json.dumps({"mib": peak_mib() - before, "seconds": min(seconds), "value": value}))
+    mib = peak_mib() - before - gradients
+    print(json.dumps({"mib": mib, "seconds": min(seconds), "value": value}))
 
 
 def main() -> None:
@@ -97,11 +108,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--backward", action="store_true", help="make the gradient backward")
+    parser.add_argument("--accumulate", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         way, name = args.one
-        measure(way, name, args.tokens, args.width, args.repeats)
+        measure(way, name, args)
         return
     for name in args.only:
         found: dict[str, dict[str, float]] = {}
@@ -109,6 +121,7 @@ def main() -> None:
         for way in ways:
             sizes = [f"--{key}={vars(args)[key]}" for key in ("tokens", "width", "repeats")]
             command = [sys.executable, __file__, *sizes, "--one", way, name]
+            command += ["--accumulate"] * args.accumulate
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[way] = json.loads(done.stdout.splitlines()[-1])
         theirs = found["all logits"]

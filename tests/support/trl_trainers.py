@@ -1,7 +1,8 @@
 """TRL's own trainers on a model of some thousand parameters, in process or as a program.
 
 As a program (`python trl_trainers.py KIND FOLDER`) it trains beside another version of TRL than
-the environment's, found through PYTHONPATH, and prints what was measured as JSON.
+the environment's, found through PYTHONPATH, and prints what was measured as JSON; as several
+processes where torchrun's variables are set, each of which prints its own.
 """
 
 import json
@@ -112,17 +113,24 @@ def measured_run(kind: str, folder: Path) -> dict[str, Any]:
 
     from kleash.integrations.trl import KLAudit, KLBudget
 
-    base = tiny_models.save_model(folder / "policy", attention_dropout=0.0)
-    trainer = make_trainer(kind, str(base), folder / "out", save_strategy="steps", save_steps=2)
+    base = folder / "policy"
+    if not base.exists():
+        tiny_models.save_model(base, attention_dropout=0.0)
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = {"per_device_train_batch_size": 16 // size}
+    trainer = make_trainer(kind, str(base), folder / "out", **saving, **rows)
     batches = batches_of(trainer)
-    audit = KLAudit(every=1).attach(trainer)
+    audit = KLAudit(every=1, both=True).attach(trainer)
     KLBudget(target_kl=0.5).attach(trainer)
     trainer.train()
     plain = plain_kl(folder / "out" / "checkpoint-2", base, batches[2])
     return {
         "trl": trl.__version__,
         "kl": [line["objective/kl_ref"] for line in audit.history],
-        "plain": sum(plain) / len(plain),
+        "plain": plain,
+        "scores": [line["objective/scores"] for line in audit.history],
+        "samples": [batch["completion_ids"].tolist() for batch in batches],
         "beta": [line["kleash/beta"] for line in trainer.state.log_history[:-1]],
     }
 
