@@ -241,8 +241,9 @@ def test_the_older_version_measures_the_same(tmp_path: Path) -> None:
         assert len(set(found["beta"])) > 1
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_two_processes_measure_the_rows_of_both(base: Path, tmp_path: Path, kind: str) -> None:
+def test_two_processes_measure_the_rows_of_both_and_stop_together(
+    base: Path, tmp_path: Path
+) -> None:
     (tmp_path / "policy").symlink_to(base)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -251,7 +252,7 @@ def test_two_processes_measure_the_rows_of_both(base: Path, tmp_path: Path, kind
     program = [sys.executable, "-W", "ignore", str(ROOT / "tests/support/trl_trainers.py")]
     processes = [
         subprocess.Popen(
-            [*program, kind, str(tmp_path)],
+            [*program, "grpo", str(tmp_path)],
             env={
                 **os.environ,
                 **{"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
@@ -277,6 +278,9 @@ def test_two_processes_measure_the_rows_of_both(base: Path, tmp_path: Path, kind
     assert len(set(found[0]["beta"])) > 1
     run = read_run(tmp_path / "out" / "kleash")
     assert [line["objective/kl_ref"] for line in run.metrics] == found[0]["kl"]
+    assert [(one["stopped_after"], one["measured"]) for one in found] == [(2, 1), (2, 1)]
+    stopped = (tmp_path / "stopped" / "kleash" / "events.jsonl").read_text(encoding="utf-8")
+    assert "the completions of process 1 cannot be measured" in stopped
 
 
 def test_what_cannot_be_seen_into_is_refused_by_name(base: Path, tmp_path: Path) -> None:

@@ -116,9 +116,9 @@ def measured_run(kind: str, folder: Path) -> dict[str, Any]:
     base = folder / "policy"
     if not base.exists():
         tiny_models.save_model(base, attention_dropout=0.0)
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = {"per_device_train_batch_size": 16 // size}
+    rows: dict[str, Any] = {"per_device_train_batch_size": 16 // size}
     trainer = make_trainer(kind, str(base), folder / "out", **saving, **rows)
     batches = batches_of(trainer)
     audit = KLAudit(every=1, both=True).attach(trainer)
@@ -135,5 +135,31 @@ def measured_run(kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def stopped_run(folder: Path) -> dict[str, Any]:
+    """Train as one of two processes, of which the second cannot read its completions in step 2."""
+    from kleash.errors import NonFiniteError
+    from kleash.integrations import _trl_hook
+    from kleash.integrations.trl import KLAudit, Tripwires
+
+    trainer = make_trainer(
+        "grpo", str(folder / "policy"), folder / "stopped", per_device_train_batch_size=8
+    )
+    audit = KLAudit(every=1).attach(trainer)
+    Tripwires(stop_kl=1e9, action="stop").attach(trainer)
+    read = _trl_hook.read_completions
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 1 and os.environ["RANK"] == "1":
+            raise NonFiniteError("expected finite numbers, got NaN")
+        return read(*args, **kwargs)
+
+    _trl_hook.read_completions = faulty
+    trainer.train()
+    return {"stopped_after": trainer.state.global_step, "measured": len(audit.history)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measured_run(sys.argv[1], Path(sys.argv[2]))))
+    made = measured_run(sys.argv[1], Path(sys.argv[2]))
+    if os.environ.get("WORLD_SIZE") == "2":
+        made |= stopped_run(Path(sys.argv[2]))
+    print(json.dumps(made))
