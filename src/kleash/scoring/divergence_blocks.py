@@ -26,7 +26,7 @@ from kleash.scoring.divergence_walks import (
 from kleash.scoring.tile_reductions import Moments
 from kleash.scoring.tiles import Bare, Buffer, Side, Tiles, spans
 
-BLOCK_BYTES = {"cpu": 3 << 26, "cuda": 1 << 30}
+BLOCK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Logits of all models that `walk_once` holds: some hundred rows of a large vocabulary on a CPU,
 enough rows for its products to be efficient."""
 
