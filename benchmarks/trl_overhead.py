@@ -1,6 +1,6 @@
 """CPU time that KLAudit adds to TRL's GRPO, as a share of the steps it watches.
 
-    python benchmarks/trl_overhead.py               every=10, and every=1
+    python benchmarks/trl_overhead.py [--every 10 1]
 
 The stories model as in `benchmarks/trl_budget.py`; needs the optional real inputs. What the audit
 takes is timed inside the very run, so that another load on the machine falls on both alike.
@@ -49,13 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--real", type=Path, default=REAL)
     parser.add_argument("--output", type=Path, default=Path("runs/trl-overhead"))
+    parser.add_argument("--every", type=int, nargs="+", default=[10, 1])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--responses", type=int, default=128)
     args = parser.parse_args()
     for name, value in (("group", 8), ("lr", 1e-4), ("beta", 0.1), ("target", 2.0)):
         setattr(args, name, value)
     args.exact = False
-    for every in (10, 1):
+    for every in args.every:
         print(share(args, every), flush=True)
 
 

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import tiny_models
@@ -235,8 +237,50 @@ def test_the_older_version_measures_the_same(tmp_path: Path) -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["trl"] == "1.12.0"
         assert found["kl"][2] > 0.01
-        assert found["kl"][2] == pytest.approx(found["plain"], abs=1e-5)
+        assert found["kl"][2] == pytest.approx(fmean(found["plain"]), abs=1e-5)
         assert len(set(found["beta"])) > 1
+
+
+def test_two_processes_measure_the_rows_of_both_and_stop_together(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "policy").symlink_to(base)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tests/support/trl_trainers.py")]
+    processes = [
+        subprocess.Popen(
+            [*program, "grpo", str(tmp_path)],
+            env={
+                **os.environ,
+                **{"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+                **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    told = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    found = [json.loads(one.splitlines()[-1]) for one in told]
+    assert found[0]["samples"] != found[1]["samples"]
+    plain = [*found[0]["plain"], *found[1]["plain"]]
+    assert len(plain) == 16
+    for one in found:
+        assert one["kl"][2] > 1e-3
+        assert one["kl"][2] == pytest.approx(fmean(plain), abs=1e-5)
+    for name in ("kl", "scores", "beta"):
+        assert found[0][name] == found[1][name], name
+    assert len(set(found[0]["beta"])) > 1
+    run = read_run(tmp_path / "out" / "kleash")
+    assert [line["objective/kl_ref"] for line in run.metrics] == found[0]["kl"]
+    assert [(one["stopped_after"], one["measured"]) for one in found] == [(2, 1), (2, 1)]
+    stopped = (tmp_path / "stopped" / "kleash" / "events.jsonl").read_text(encoding="utf-8")
+    assert "the completions of process 1 cannot be measured" in stopped
 
 
 def test_what_cannot_be_seen_into_is_refused_by_name(base: Path, tmp_path: Path) -> None:

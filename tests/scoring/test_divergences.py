@@ -7,8 +7,9 @@ import torch
 from scorer_cases import PLAIN, tensors_of
 from torch import Tensor
 
+from kleash.scoring.divergence_blocks import BLOCK_BYTES
 from kleash.scoring.divergences import Divergence, Frozen, token_divergences
-from kleash.scoring.tiles import Tiles
+from kleash.scoring.tiles import Side, Tiles
 from kleash.types import Head
 
 NAMES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "jensen_shannon")
@@ -182,3 +183,123 @@ def test_what_cannot_be_compared_is_refused() -> None:
     fewer = Frozen(hidden, Head(head.weight[:-1]), "jensen_shannon")
     with pytest.raises(ValueError, match="must have the same words, got 13 and 12"):
         token_divergences(student[0], policy, targets, [fewer])
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 1.7, "softcap": 2.5}], ids=["plain", "softcapped"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [3, ROWS], ids=["three blocks", "one block"])
+def test_a_gradient_made_in_the_walk_forward_is_that_of_all_logits(
+    name: Divergence, head: dict[str, float], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", rows * 2 * WORDS * 8)
+    student, policy, models = student_and_frozen(13, **head)
+    log_p, log_q = (log_softmax(*pair, 1.3) for pair in ((student[0], policy), models[0]))
+    expected, targets = dense(name, log_p, log_q), torch.arange(ROWS) % WORDS
+    logprobs, slope = log_p.gather(1, targets[:, None])[:, 0], torch.arange(1.0, 1.0 + ROWS)
+    losses = {
+        "alike": lambda logp, values: values.mean(),
+        "by row": lambda logp, values: (slope * values).sum(),
+        "with the log-probabilities": lambda logp, values: (values + slope * logp).mean(),
+    }
+    for loss in losses.values():
+        found = token_divergences(
+            student[0],
+            policy,
+            targets,
+            [Frozen(*models[0], name)],
+            temperature=1.3,
+            tiles=SMALL,
+            gradient="forward",
+        )
+        torch.testing.assert_close(found.logprobs, logprobs, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.divergences[0], expected, rtol=0, atol=1e-10)
+        total = loss(found.logprobs, found.divergences[0])
+        true = torch.autograd.grad(loss(logprobs, expected), student, retain_graph=True)
+        # Twice: what was made forward is good for one walk, and the second makes its own.
+        for _ in range(2):
+            ours = torch.autograd.grad(total, student, retain_graph=True)
+            for one, other in zip(ours, true, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_a_gradient_made_forward_multiplies_each_tile_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, policy, models = student_and_frozen(17)
+    targets = torch.zeros(ROWS, dtype=torch.long)
+    made: list[tuple[int, ...]] = []
+    product = Side.product
+
+    def counted(self: Side, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        made.append(tuple(out.shape))
+        return product(self, left, right, out)
+
+    monkeypatch.setattr(Side, "product", counted)
+    multiplied = {}
+    for gradient in ("forward", "backward"):
+        made.clear()
+        found = token_divergences(
+            student[0],
+            policy,
+            targets,
+            [Frozen(*models[0], "jensen_shannon")],
+            tiles=PLAIN,
+            gradient=gradient,
+        )
+        found.divergences[0].mean().backward()
+        multiplied[gradient] = made.count((ROWS, WORDS))
+    # Student and teacher once each; or in both walks forward and in the one back.
+    assert multiplied == {"forward": 2, "backward": 6}
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient_in_the_walk_forward() -> None:
+    student, policy, models = student_and_frozen(19)
+    head = Head(policy.weight.detach(), policy.bias.detach(), vocab_size=WORDS)
+    frozen = [Frozen(*models[0], "reverse_kl")]
+    targets = torch.zeros(ROWS, dtype=torch.long)
+    found = token_divergences(student[0], head, targets, frozen, tiles=SMALL, gradient="forward")
+    found.divergences[0].sum().backward()
+    log_p = log_softmax(student[0], head, 1.0)
+    true = dense("reverse_kl", log_p, log_softmax(*models[0], 1.0))
+    expected = torch.autograd.grad(true.sum(), student[0])[0]
+    torch.testing.assert_close(student[0].grad, expected, rtol=1e-9, atol=1e-10)
+    assert head.weight.grad is None
+
+
+def test_a_head_in_half_precision_is_summed_up_before_it_is_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 2 * 2 * WORDS * 4)
+    student, policy, models = student_and_frozen(23)
+    hidden = student[0].detach().float()
+    weight = policy.weight.detach().bfloat16().requires_grad_()
+    targets = torch.zeros(ROWS, dtype=torch.long)
+    gradients = []
+    for gradient in ("forward", "backward"):
+        found = token_divergences(
+            hidden,
+            Head(weight, vocab_size=WORDS),
+            targets,
+            [Frozen(models[0][0].float(), Head(models[0][1].weight.float()[:WORDS]), "forward_kl")],
+            tiles=SMALL,
+            gradient=gradient,
+        )
+        gradients.append(torch.autograd.grad(found.divergences[0].sum(), weight)[0])
+    assert torch.equal(*gradients)
+
+
+def test_the_walk_forward_refuses_two_models_and_leaves_infinite_rows_without_gradient() -> None:
+    student, policy, models = student_and_frozen(29)
+    targets = torch.zeros(ROWS, dtype=torch.long)
+    frozen = [Frozen(*model, "reverse_kl") for model in models]
+    with pytest.raises(ValueError, match=r'gradient="forward" is for one frozen model, got 2'):
+        token_divergences(student[0], policy, targets, frozen, gradient="forward")
+    bias = models[0][1].bias.clone()
+    bias[4] = -math.inf
+    banning = Frozen(models[0][0], Head(models[0][1].weight, bias, vocab_size=WORDS), "reverse_kl")
+    found = token_divergences(
+        student[0], policy, targets, [banning], tiles=SMALL, gradient="forward"
+    )
+    assert bool(found.divergences[0].isinf().all())
+    gradient = torch.autograd.grad(found.divergences[0].sum(), student, allow_unused=True)
+    assert all(each is None or not bool(each.any()) for each in gradient)

@@ -1,7 +1,8 @@
 """TRL's own trainers on a model of some thousand parameters, in process or as a program.
 
 As a program (`python trl_trainers.py KIND FOLDER`) it trains beside another version of TRL than
-the environment's, found through PYTHONPATH, and prints what was measured as JSON.
+the environment's, found through PYTHONPATH, and prints what was measured as JSON; as several
+processes where torchrun's variables are set, each of which prints its own.
 """
 
 import json
@@ -112,20 +113,53 @@ def measured_run(kind: str, folder: Path) -> dict[str, Any]:
 
     from kleash.integrations.trl import KLAudit, KLBudget
 
-    base = tiny_models.save_model(folder / "policy", attention_dropout=0.0)
-    trainer = make_trainer(kind, str(base), folder / "out", save_strategy="steps", save_steps=2)
+    base = folder / "policy"
+    if not base.exists():
+        tiny_models.save_model(base, attention_dropout=0.0)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rows: dict[str, Any] = {"per_device_train_batch_size": 16 // size}
+    trainer = make_trainer(kind, str(base), folder / "out", **saving, **rows)
     batches = batches_of(trainer)
-    audit = KLAudit(every=1).attach(trainer)
+    audit = KLAudit(every=1, both=True).attach(trainer)
     KLBudget(target_kl=0.5).attach(trainer)
     trainer.train()
     plain = plain_kl(folder / "out" / "checkpoint-2", base, batches[2])
     return {
         "trl": trl.__version__,
         "kl": [line["objective/kl_ref"] for line in audit.history],
-        "plain": sum(plain) / len(plain),
+        "plain": plain,
+        "scores": [line["objective/scores"] for line in audit.history],
+        "samples": [batch["completion_ids"].tolist() for batch in batches],
         "beta": [line["kleash/beta"] for line in trainer.state.log_history[:-1]],
     }
 
 
+def stopped_run(folder: Path) -> dict[str, Any]:
+    """Train as one of two processes, of which the second cannot read its completions in step 2."""
+    from kleash.errors import NonFiniteError
+    from kleash.integrations import _trl_hook
+    from kleash.integrations.trl import KLAudit, Tripwires
+
+    trainer = make_trainer(
+        "grpo", str(folder / "policy"), folder / "stopped", per_device_train_batch_size=8
+    )
+    audit = KLAudit(every=1).attach(trainer)
+    Tripwires(stop_kl=1e9, action="stop").attach(trainer)
+    read = _trl_hook.read_completions
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 1 and os.environ["RANK"] == "1":
+            raise NonFiniteError("expected finite numbers, got NaN")
+        return read(*args, **kwargs)
+
+    _trl_hook.read_completions = faulty
+    trainer.train()
+    return {"stopped_after": trainer.state.global_step, "measured": len(audit.history)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measured_run(sys.argv[1], Path(sys.argv[2]))))
+    made = measured_run(sys.argv[1], Path(sys.argv[2]))
+    if os.environ.get("WORLD_SIZE") == "2":
+        made |= stopped_run(Path(sys.argv[2]))
+    print(json.dumps(made))

@@ -90,6 +90,20 @@ def test_a_student_comes_nearer_to_its_teacher(
     assert run.meta["objective"].startswith("minimise E[Σ ")
 
 
+def test_only_a_gradient_of_sequences_makes_the_tiles_again(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walked(*_: Any, **__: Any) -> None:
+        raise AssertionError("walked back")
+
+    monkeypatch.setattr("kleash.scoring.divergences.walk_back_all", walked)
+    algorithm = {"name": "distill", "divergence": "jensen_shannon", "epochs": 1}
+    Trainer(settings(material, tmp_path / "token", algorithm=algorithm, steps=1)).fit()
+    by_sequence = {**algorithm, "gradient": "sequence"}
+    with pytest.raises(AssertionError, match="walked back"):
+        Trainer(settings(material, tmp_path / "sequence", algorithm=by_sequence, steps=1)).fit()
+
+
 @torch.no_grad()
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0]

@@ -50,7 +50,7 @@ class KLAudit(TrainerCallback):
         reference: ReferenceSource | None = None,
         both: bool = False,
         output: str | Path | None = None,
-        samples: int = 4,
+        samples: int = 2,
     ) -> None:
         if every < 1 or samples < 0:
             raise ConfigError(

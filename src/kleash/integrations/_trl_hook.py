@@ -208,18 +208,31 @@ class Watcher:
             raise ConfigError("expected completions of text alone, got a batch with images")
         policy, reference = self.pair()
         sizes = {"temperature": self.temperature, "microbatch": self.microbatch}
+        gather = cast(Callable[[Tensor], Tensor], trainer.accelerator.gather)
+        scored, error = None, None
         try:
             scored = read_completions(batch, policy, reference, **cast(Any, sizes))
-        except RefusedError as error:
+        except RefusedError as found:
+            error = found
+        # All processes go on or none: the means below are over the rows of all.
+        refused = gather(
+            torch.tensor([int(error is not None)], device=batch["completion_ids"].device)
+        )
+        if scored is None or bool(refused.any()):
+            if error is None:
+                where = refused.nonzero().flatten().tolist()
+                error = RefusedError(
+                    f"the completions of process {where[0]} cannot be measured; its own error says "
+                    "why"
+                )
             guard = next((one for one in wanted if isinstance(one, Guard)), None)
             if guard is None:
-                raise
+                raise error
             guard.refuse(step, error)
             return
         back = None
         if self.both:
             back = reverse_kl(scored, policy, reference, **cast(Any, sizes))
-        gather = cast(Callable[[Tensor], Tensor], trainer.accelerator.gather)
         scores = self._scores_of_all()
         if scores is not None:
             first = trainer.accelerator.process_index * len(scored.scores)

@@ -20,7 +20,7 @@ from kleash.models.policy import LanguageModel
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
 from kleash.scoring import Quantity, token_scores
-from kleash.scoring.divergences import Divergence, Frozen, token_divergences
+from kleash.scoring.divergences import Divergence, Frozen, GradientTime, token_divergences
 from kleash.scoring.tiles import Tiles
 from kleash.types import Experience, Fresh, Head, Rollout, ScoredRollout
 
@@ -280,6 +280,7 @@ def distilled(
     reference: LanguageModel | None = None,
     temperature: float = 1.0,
     tiles: Tiles | None = None,
+    gradient: GradientTime = "backward",
 ) -> Fresh:
     """`fresh` for distillation: the divergence from the teacher; gradients reach the student.
 
@@ -293,6 +294,7 @@ def distilled(
         reference: of the leash, where its exact KL is in the loss too; else None.
         temperature: that of sampling.
         tiles: how to walk over the vocabulary.
+        gradient: `forward` where the loss is the mean over tokens; see `token_divergences`.
 
     Raises:
         NonFiniteError: if a log-probability or KL is not finite, naming response and token.
@@ -307,7 +309,13 @@ def distilled(
         states = _reference_states(scored.ref_hidden, reference, part)[kept]
         frozen.append(Frozen(states, reference.head, "reverse_kl"))
     found = token_divergences(
-        hidden, policy.head, part[2][kept], frozen, temperature=temperature, tiles=tiles
+        hidden,
+        policy.head,
+        part[2][kept],
+        frozen,
+        temperature=temperature,
+        tiles=tiles,
+        gradient=gradient,
     )
     width = experience.mask.shape[1]
     logprobs = _pad_columns(_spread(found.logprobs, kept), width)

@@ -10,8 +10,8 @@ which is finite whatever p and q are, and 0 · finite is 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,11 @@ class Comparison:
         """Sums of the first walk beyond the normalisers."""
         return Needs(kl=self.divergence == "reverse_kl", reverse_kl=self.divergence == "forward_kl")
 
+    def cut(self, rows: slice) -> "Comparison":
+        """The same for some of the rows."""
+        student, frozen = (replace(one, hidden=one.hidden[rows]) for one in self.sides)
+        return Comparison((student, frozen), self.divergence)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -61,14 +66,24 @@ class Found:
 
 
 def sum_up_all(
-    comparisons: Sequence[Comparison], targets: Int[Tensor, " N"], tiles: Tiles
+    comparisons: Sequence[Comparison],
+    targets: Int[Tensor, " N"],
+    tiles: Tiles,
+    made: "TileSource | None" = None,
 ) -> Found:
-    """One walk for log-probabilities and KLs, and another where there is a Jensen–Shannon."""
-    summed = _first_walk(comparisons, targets, tiles)
+    """One walk for log-probabilities and KLs, and another where there is a Jensen–Shannon.
+
+    Args:
+        comparisons: the student and each frozen model.
+        targets: one word per row.
+        tiles: shape of the tiles.
+        made: where tiles come from; None: they are made, each in the memory of the last.
+    """
+    summed = _first_walk(comparisons, targets, tiles, made)
     scores = [
         scores_of(one, pair.sides, targets) for one, pair in zip(summed, comparisons, strict=True)
     ]
-    mixtures = _second_walk(comparisons, summed, tiles)
+    mixtures = _second_walk(comparisons, summed, tiles, made)
     divergences: list[Tensor] = []
     for pair, score, mixture in zip(comparisons, scores, mixtures, strict=True):
         match pair.divergence:
@@ -87,6 +102,15 @@ def sum_up_all(
     )
 
 
+@runtime_checkable
+class TileSource(Protocol):
+    """Where the walks get their tiles from."""
+
+    def make(self, rows: slice, cols: slice) -> list[Bare]:
+        """The tile of each model; never to be written to."""
+        ...
+
+
 class _Tiles:
     """Makes the tile of each model once, in memory that serves every tile."""
 
@@ -95,6 +119,7 @@ class _Tiles:
         self._buffers = [Buffer(model, tiles) for model in models]
 
     def make(self, rows: slice, cols: slice) -> list[Bare]:
+        """The tile of each model, where the last one was."""
         shape = (rows.stop - rows.start, cols.stop - cols.start)
         return [
             model.bare(
@@ -104,18 +129,21 @@ class _Tiles:
         ]
 
 
-def _models(comparisons: Sequence[Comparison]) -> list[Side]:
+def models_of(comparisons: Sequence[Comparison]) -> list[Side]:
     """The student, then the frozen models."""
     return [comparisons[0].sides[0], *(pair.sides[1] for pair in comparisons)]
 
 
 def _first_walk(
-    comparisons: Sequence[Comparison], targets: Int[Tensor, " N"], tiles: Tiles
+    comparisons: Sequence[Comparison],
+    targets: Int[Tensor, " N"],
+    tiles: Tiles,
+    made: TileSource | None,
 ) -> list[Summed]:
     """Normalisers, the targets' logits, and the sums of the KLs."""
-    models = _models(comparisons)
+    models = models_of(comparisons)
     student, rows, words = models[0], targets.shape[0], models[0].weight.shape[0]
-    made = _Tiles(models, tiles)
+    made = _Tiles(models, tiles) if made is None else made
     tallies = [
         Tally(
             names := sum_names(pair.needs, two_models=True),
@@ -154,7 +182,10 @@ def _summed(blocks: list[dict[str, Tensor]]) -> Summed:
 
 
 def _second_walk(
-    comparisons: Sequence[Comparison], summed: Sequence[Summed], tiles: Tiles
+    comparisons: Sequence[Comparison],
+    summed: Sequence[Summed],
+    tiles: Tiles,
+    made: TileSource | None,
 ) -> list[Float[Tensor, "2 N"] | None]:
     """KL(p‖m) and KL(q‖m) of the comparisons by Jensen–Shannon."""
     asked = [i for i, pair in enumerate(comparisons) if pair.divergence == "jensen_shannon"]
@@ -162,9 +193,9 @@ def _second_walk(
     if not asked:
         return out
     pairs = [comparisons[i] for i in asked]
-    models = _models(pairs)
+    models = models_of(pairs)
     rows, words = models[0].hidden.shape[0], models[0].weight.shape[0]
-    made = _Tiles(models, tiles)
+    made = _Tiles(models, tiles) if made is None else made
     tops = [_tops(summed[i], comparisons[i]) for i in asked]
     totals = [
         torch.zeros(2, rows, dtype=torch.float64, device=models[0].hidden.device) for _ in pairs
@@ -243,9 +274,9 @@ def walk_back_all(
         weight_rows: rows of the student's head, padding included.
         tiles: shape of the tiles.
     """
-    models = _models(comparisons)
+    models = models_of(comparisons)
     student = models[0]
-    parts = _parts(comparisons, found, upstream)
+    parts = gradient_parts(comparisons, found, upstream)
     if not any(needed) or not parts:
         return SideGradients(student, NeededGradients(False, False, False), weight_rows)
     gradients = SideGradients(student, NeededGradients(*needed), weight_rows)
@@ -257,11 +288,7 @@ def walk_back_all(
         gradients.open(cols)
         for span in spans(targets.shape[0], tiles.rows):
             bare = made.make(span, cols)
-            tile = out.tile(*bare[0].product.shape)
-            for piece in slices(*tile.shape):
-                rows = slice(span.start + piece.start, span.start + piece.stop)
-                cut = [one.cut(piece) for one in bare]
-                _write(tile[piece], cut, [part.cut(rows) for part in parts])
+            tile = gradient_tile(bare, parts, out, span.start)
             if hit is not None:
                 add_at_targets(tile, targets[span], cols, hit[span])
             gradients.add(tile, span)
@@ -292,9 +319,10 @@ class _Part:
         )
 
 
-def _parts(
+def gradient_parts(
     comparisons: Sequence[Comparison], found: Found, upstream: Sequence[Tensor | None]
 ) -> list[_Part]:
+    """Terms of the gradient, of log p and of each divergence that has an upstream weight."""
     student = comparisons[0].sides[0]
     wanted = [NeededGradients(True, True, True), NeededGradients(False, False, False)]
     parts: list[_Part] = []
@@ -304,7 +332,7 @@ def _parts(
         )
         parts.append(_Part(None, rows=rows))
     for number, (pair, weight) in enumerate(zip(comparisons, upstream[1:], strict=True)):
-        if weight is None or _is_infinite(pair):
+        if weight is None or is_infinite(pair):
             continue
         summed, mixture = found.summed[number], found.to_mixture[number]
         if mixture is not None:
@@ -320,7 +348,7 @@ def _parts(
     return parts
 
 
-def _is_infinite(pair: Comparison) -> bool:
+def is_infinite(pair: Comparison) -> bool:
     """An infinite KL is infinite for all logits nearby: no gradient."""
     student, frozen = pair.sides
     match pair.divergence:
@@ -330,6 +358,18 @@ def _is_infinite(pair: Comparison) -> bool:
             return lacks(student, frozen)
         case "jensen_shannon":
             return False
+
+
+def gradient_tile(
+    bare: Sequence[Bare], parts: Sequence[_Part], out: Buffer, first: int
+) -> Float[Tensor, "R C"]:
+    """The gradient of a tile of the student's logits, whose rows begin at `first`."""
+    tile = out.tile(*bare[0].product.shape)
+    for piece in slices(*tile.shape):
+        rows = slice(first + piece.start, first + piece.stop)
+        cut = [one.cut(piece) for one in bare]
+        _write(tile[piece], cut, [part.cut(rows) for part in parts])
+    return tile
 
 
 def _write(out: Float[Tensor, "R C"], bare: Sequence[Bare], parts: Sequence[_Part]) -> None:

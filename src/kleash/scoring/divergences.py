@@ -16,6 +16,10 @@ several models, the KLs are read off one walk over tiles. Jensen–Shannon needs
 before it can be summed, and so a second one; nothing of [N, V] is held in either. The student's
 tile is made once, however many models it is compared with.
 
+A loss that is the mean over the rows can have its gradient made in the walk forward, up to that
+factor: four products of [N, D] and [D, V], as with all logits, instead of six or eight
+(`gradient="forward"`).
+
 References:
     Agarwal et al., "On-Policy Distillation of Language Models", 2024,
     https://arxiv.org/abs/2306.13649. Gu et al., "MiniLLM", 2024, https://arxiv.org/abs/2306.08543.
@@ -31,12 +35,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kleash.scoring.api import Quantity, check_request, working_dtype
+from kleash.scoring.backward import SideGradients
+from kleash.scoring.divergence_blocks import block_rows, walk_once
 from kleash.scoring.divergence_walks import Comparison, Found, sum_up_all, walk_back_all
 from kleash.scoring.streaming import token_scores
 from kleash.scoring.tiles import Tiles, default_tiles, side
 from kleash.types import Head
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+GradientTime = Literal["backward", "forward"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ def token_divergences(
     *,
     temperature: float = 1.0,
     tiles: Tiles | None = None,
+    gradient: GradientTime = "backward",
 ) -> TokenDivergences:
     """Exact divergences of the student's distributions from those of frozen models.
 
@@ -76,14 +84,21 @@ def token_divergences(
         frozen: at least one model with the same words; no gradient reaches it.
         temperature: divides the logits of all models, after scale and soft-cap.
         tiles: shape of the tiles; None: what suits the device. `keep_bytes` is used for a
-            single KL alone.
+            single KL alone, with the gradient made backward.
+        gradient: when it is made. `forward`: of the sum over all rows, while their tiles are at
+            hand; backward only scales it, by what the loss weighs each row alike. A loss that
+            does not weigh them alike, or asks for the gradient of log-probabilities, gets the same
+            gradient as with `backward`, from tiles made again. For one frozen model. The head's
+            gradient is held from then on; a head in half precision is left to `backward` where
+            its rows do not fit into one block.
 
     Returns:
         log-probabilities and divergences. Gradients flow to the student's hidden states, weight
         and bias; an infinite KL has gradient 0.
 
     Raises:
-        ValueError: if there is no frozen model or no such divergence, or as `check_request` says.
+        ValueError: if there is no frozen model or no such divergence, or several models and
+            `gradient="forward"`, or as `check_request` says.
 
     Example:
         >>> head = Head(weight=torch.eye(2))
@@ -98,7 +113,12 @@ def token_divergences(
         tensor([0.0823, 0.0872, 0.0210])
     """
     _check(hidden, head, targets, frozen, temperature=temperature)
-    if len(frozen) == 1 and (name := _QUANTITY.get(frozen[0].divergence)) is not None:
+    if gradient == "forward" and len(frozen) > 1:
+        raise ValueError(
+            f'gradient="forward" is for one frozen model, got {len(frozen)}: use "backward"'
+        )
+    ahead = gradient == "forward" and torch.is_grad_enabled()
+    if not ahead and len(frozen) == 1 and (name := _QUANTITY.get(frozen[0].divergence)) is not None:
         scores = token_scores(
             hidden,
             head,
@@ -116,6 +136,7 @@ def token_divergences(
         temperature=temperature,
         dtype=working_dtype(hidden),
         tiles=replace(tiles, keep_bytes=0),
+        ahead=ahead,
     )
     values = cast(
         tuple[Tensor, ...],
@@ -167,6 +188,8 @@ class _DivergenceRequest:
     temperature: float
     dtype: torch.dtype
     tiles: Tiles
+    ahead: bool
+    """Make the gradient of the sum over all rows in the walk forward."""
 
     def comparisons(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Comparison]:
         head = replace(self.head, weight=weight, bias=bias)
@@ -202,9 +225,15 @@ class _StreamedDivergences(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Autocast would round the logits to half precision behind our back.
         with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-            found = sum_up_all(request.comparisons(hidden, weight, bias), targets, request.tiles)
+            found, made = _sum_up(
+                request.comparisons(hidden, weight, bias),
+                targets,
+                request,
+                needed=ctx.needs_input_grad[:3],
+                weight_rows=weight.shape[0],
+            )
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.request, ctx.found = request, found
+        ctx.request, ctx.found, ctx.made = request, found, made
         ctx.set_materialize_grads(False)
         return tuple(value.to(request.dtype) for value in (found.logprobs, *found.divergences))
 
@@ -216,16 +245,19 @@ class _StreamedDivergences(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         request: _DivergenceRequest = ctx.request
         found: Found = ctx.found
-        with torch.autocast(targets.device.type, enabled=False):
-            gradient = walk_back_all(
-                request.comparisons(hidden, weight, bias),
-                targets,
-                found=found,
-                upstream=[None if one is None else one.double() for one in upstream],
-                needed=ctx.needs_input_grad[:3],
-                weight_rows=weight.shape[0],
-                tiles=request.tiles,
-            )
+        # Scaled in place, and so good for one walk back alone.
+        gradient, ctx.made = _scaled(ctx.made, upstream), None
+        if gradient is None:
+            with torch.autocast(targets.device.type, enabled=False):
+                gradient = walk_back_all(
+                    request.comparisons(hidden, weight, bias),
+                    targets,
+                    found=found,
+                    upstream=[None if one is None else one.double() for one in upstream],
+                    needed=ctx.needs_input_grad[:3],
+                    weight_rows=weight.shape[0],
+                    tiles=request.tiles,
+                )
         made = (gradient.hidden, gradient.weight, gradient.bias)
         return (
             *(
@@ -235,3 +267,35 @@ class _StreamedDivergences(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _sum_up(
+    comparisons: list[Comparison],
+    targets: Tensor,
+    request: _DivergenceRequest,
+    *,
+    needed: Sequence[bool],
+    weight_rows: int,
+) -> tuple[Found, SideGradients | None]:
+    """What the walk forward finds; and the gradient of the sum over all rows, if it is made now."""
+    student, rows = comparisons[0].sides[0], targets.shape[0]
+    # Blocks add up in the memory of the gradient, which half precision would round each time.
+    exact = student.weight.dtype == request.dtype or rows <= block_rows(comparisons[0])
+    if not (request.ahead and exact and any(needed)):
+        return sum_up_all(comparisons, targets, request.tiles), None
+    return walk_once(
+        comparisons[0], targets, needed=needed, weight_rows=weight_rows, tiles=request.tiles
+    )
+
+
+def _scaled(made: SideGradients | None, upstream: Sequence[Tensor | None]) -> SideGradients | None:
+    """The gradient of a loss that weighs every row alike; None for any other loss."""
+    weight = upstream[1]
+    if made is None or upstream[0] is not None or weight is None or not len(weight):
+        return None
+    if not bool((weight == weight[0]).all()):
+        return None
+    for each in (made.hidden, made.weight, made.bias):
+        if each is not None:
+            each.mul_(weight[0])
+    return made

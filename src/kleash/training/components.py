@@ -353,6 +353,8 @@ class Components:
         """What the models say of some rows now; gradients flow."""
         if isinstance(self.settings, DistillSettings):
             assert self.teacher_of is not None
+            # The mean over tokens, and nothing else, is known before the weights of the loss are.
+            alone = self.settings.gradient == "token" and not self.differentiates_kl
             return distilled(
                 part,
                 policy=self.policy,
@@ -361,6 +363,7 @@ class Components:
                 reference=self.reference if self.differentiates_kl else None,
                 temperature=self.sampling.temperature,
                 tiles=self.tiles,
+                gradient="forward" if alone else "backward",
             )
         in_place = contextlib.nullcontext()
         if not self.divided:
