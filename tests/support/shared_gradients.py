@@ -15,8 +15,8 @@ from kleash.algorithms.rloo import RLOOSettings
 from kleash.algorithms.rloo import prepare as prepare_rloo
 from kleash.mesh import Mesh
 from kleash.models.policy import Policy
-from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, blueprint, device_mesh, materialise, shard, whole
+from kleash.models.trunk import start
 from kleash.rollout.sampling import SamplingSpec
 from kleash.rollout.scoring_pass import score
 from kleash.scoring.tiles import default_tiles

@@ -29,6 +29,7 @@ from kleash.preflight.probe_batch import QUICK, Tilted, Trial, draw, own_reading
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.sampling import response_texts
 from kleash.training.assembly import assemble
+from kleash.training.optimizers import moment_bytes
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +193,26 @@ def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPat
     assert memory().verdict == "warn"
 
 
-def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
+def test_moments_are_counted_in_the_type_that_the_optimizer_keeps(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The difference between two runs that differ in their optimiser alone."""
+    counted: list[int] = []
+
+    def count(parameters: object, name: str) -> int:
+        held = list(parameters)  # pyright: ignore
+        counted.append(moment_bytes(held, name))  # pyright: ignore
+        assert len(held) == len(components.parameters())
+        return counted[-1]
+
     components = trial.components
-    learning = [*components.policy.parameters(), *components.value.parameters()]
-    assert resources.adam_bytes(components.parameters()) == 8 * sum(p.numel() for p in learning)
+    monkeypatch.setattr(resources, "moment_bytes", count)
+    for name in ("adamw", "adamw_8bit"):
+        optimizer = trial.config.optimizer.model_copy(update={"name": name})
+        config = trial.config.model_copy(update={"optimizer": optimizer})
+        assert resources.examine(replace(trial, config=config))[0].verdict == "ok"
+    assert counted[0] == 8 * sum(p.numel() for p in components.parameters())
+    assert counted[1] < counted[0]
 
 
 @pytest.mark.parametrize(
