@@ -237,7 +237,7 @@ def memory_run(place: Path, output: Path, strategy: str) -> dict[str, Any]:
 
 
 def _watch(config: dict[str, Any], size: int) -> tuple[float, float, float]:
-    """MiB of a run: largest before its directory is there, smallest from the second step on, largest.
+    """MiB of a run: most before its directory is there, least from the second step on, most.
 
     It is killed then.
     """

@@ -35,8 +35,8 @@ from kleash.errors import (
 )
 
 T = TypeVar("T")
-_BUCKET = 1 << 24
-"""Numbers that are summed at once: 64 MiB of float32."""
+BUCKET_BYTES = 1 << 26
+"""What is summed at once, at most; a larger tensor is summed where it lies."""
 _SECONDS_FOR_REASONS = 8.0
 """Seconds in which a process that lost another waits to read why."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -136,7 +136,7 @@ class Mesh:
             return
         bucket: list[Tensor] = []
         for tensor in tensors:
-            full = sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET
+            full = sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES
             if bucket and (full or bucket[0].dtype != tensor.dtype):
                 _add_together(bucket)
                 bucket = []

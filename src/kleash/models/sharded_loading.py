@@ -154,7 +154,7 @@ def _without_weights(
     kind = config.dtype if dtype == "auto" else getattr(torch, dtype)
     how = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        with quiet(), _registered_on_meta():
+        with quiet(), weights_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=kind, **how)
     # The code of several hundred architectures; opening the whole model says what is wrong.
     except Exception:
@@ -164,7 +164,7 @@ def _without_weights(
 
 
 @contextlib.contextmanager
-def _registered_on_meta() -> Generator[None]:
+def weights_on_meta() -> Generator[None]:
     """Weights of modules that are made inside go to the meta device; buffers do not."""
     register: Callable[..., None] = nn.Module.register_parameter
 

@@ -28,6 +28,7 @@ _ROWS = {
     "backward": "backward of a layer",
     "head": "tiles and head",
     "generation": "writing (instead)",
+    "exchange": "sums (instead)",
 }
 
 
