@@ -19,6 +19,7 @@ memory first and keeps its slice.
 
 import contextlib
 import copy
+import ctypes
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -40,13 +41,29 @@ from kleash.models.precision import Precision, mixed_precision_policy
 
 READ = "kleash_read"
 """The method by which a divided model reads: its hooks gather what it needs."""
+_MMAP_THRESHOLD, _RETURNED_FROM = -3, 1 << 21
+"""glibc's name for the setting, and bytes: most matrices are larger, most activations smaller."""
 _ROUNDED = "kleash_rounded"
 """Marks a layer whose products are in bfloat16."""
 
 
 def device_mesh(device: torch.device, size: int) -> DeviceMesh:
     """All processes in one dimension."""
+    if device.type == "cpu":
+        _return_freed_blocks()
     return init_device_mesh(device.type, (size,))
+
+
+def _return_freed_blocks() -> None:
+    """Have what was gathered go back to the system when it is freed.
+
+    glibc raises the size from which it does so up to 32 MiB, by what was freed before; smaller
+    blocks leave holes in the heap, and a process with half of a model took as much as one with all
+    of it. Other C libraries have no such setting.
+    """
+    setting = getattr(ctypes.CDLL(None), "mallopt", None)
+    if setting is not None:
+        setting(_MMAP_THRESHOLD, _RETURNED_FROM)
 
 
 def is_sharded(model: nn.Module) -> bool:
