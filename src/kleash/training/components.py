@@ -111,7 +111,7 @@ class Components:
 
     def release(self) -> None:
         """Give up what was gathered of divided models."""
-        for model in (self.policy, self.reference, self.original, self.value):
+        for model in (self.policy, self.reference, self.original, self.teacher, self.value):
             held = getattr(getattr(model, "inner", model), "model", model)
             if isinstance(held, nn.Module):
                 release(held)
@@ -272,7 +272,7 @@ class Components:
                 refused = error
             with torch.no_grad():
                 for _ in range(self._idle_passes(shares, microbatch)):
-                    self._idle(rollout, against, critic=critic)
+                    self._idle(rollout, _each(against, teacher), critic=critic)
             if refused is not None:
                 raise refused
             return found
@@ -294,7 +294,7 @@ class Components:
         passes = [-(-len(share) // microbatch) for share in shares]
         return max(passes) - passes[self.mesh.rank]
 
-    def _idle(self, rollout: Rollout, reference: LanguageModel | None, *, critic: bool) -> Tensor:
+    def _idle(self, rollout: Rollout, frozen: Sequence[LanguageModel], *, critic: bool) -> Tensor:
         """Read a row for nothing, so that the other processes can read theirs.
 
         Returns:
@@ -303,12 +303,12 @@ class Components:
         row = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
         part = (row[0][:1], row[1][:1], row[2][:1], row[3][:1])
         hidden = self.policy.hidden_states(*part)
-        if reference is not None:
-            with torch.no_grad():
-                reference.hidden_states(*part)
+        with torch.no_grad():
+            for model in frozen:
+                model.hidden_states(*part)
         total = hidden.sum() + self.policy.head.weight.sum()
-        if reference is not None:
-            total = total + 0 * reference.head.weight.detach().sum().to(total.device)
+        for model in frozen:
+            total = total + 0 * model.head.weight.detach().sum().to(total.device)
         if critic and self.value is not None:
             total = total + self.value.state_values(*part, hidden).sum()
         return 0 * total
@@ -406,9 +406,10 @@ class Components:
         if self.divided:
             own = work()
             rollout = minibatch.scored.rollout
-            reference = self.reference if self.differentiates_kl else None
+            # In the order in which an update reads them.
+            frozen = _each(self.teacher_of, self.reference if self.differentiates_kl else None)
             for _ in range(self._idle_passes(shares, microbatch)):
-                mesh.agree(partial(self._idle, rollout, reference, critic=True)).backward()
+                mesh.agree(partial(self._idle, rollout, frozen, critic=True)).backward()
             self.release()
         else:
             own = mesh.agree(work)
@@ -433,6 +434,11 @@ class Components:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.mesh.add([cast(Tensor, parameter.grad) for parameter in parameters])
+
+
+def _each(*models: LanguageModel | None) -> list[LanguageModel]:
+    """The models that there are, each once: the reference may be the teacher."""
+    return list({id(model): model for model in models if model is not None}.values())
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -29,7 +29,16 @@ from kleash.rollout.sampling import (
 )
 from kleash.types import Rollout, ScoredRollout
 
-SCORED = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values", "final_values")
+SCORED = (
+    "rollout_logprobs",
+    "ref_logprobs",
+    "kl",
+    "entropy",
+    "values",
+    "final_values",
+    "teacher_kl",
+    "teacher_forward_kl",
+)
 """What reading a response gives."""
 
 
