@@ -4,31 +4,41 @@
     python benchmarks/kill.py --processes 1        of the only one
     python benchmarks/kill.py --times 5 --first 15 trials 15 to 19
 
-Every run is started by `torchrun` with one thread a process. Moment and victim are drawn from the
-trial's number; the moment lies between the making of the run directory and the end of the run that
-was left in peace. Compared are the metrics but for times, the kept responses, the events but for
-restarts, and every tensor of the last checkpoint, which must also be whole by its manifest.
-Exits 1 if one run is another one.
+The processes of a run, of one thread each, are forked from this one, which has loaded the
+libraries, with the variables that a launcher sets; no launcher ends the ones that are left. Moment
+and victim are drawn from the trial's number; the moment lies between the making of the run
+directory and the end of the run that was left in peace, and is halved where the run was quicker.
+Compared are the metrics but for times, the kept responses, the events but for restarts, and every
+tensor of the last checkpoint, which must also be whole by its manifest. Exits 1 if one run is
+another one.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
+import socket
 import tempfile
-import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from several import SMALL, descendants, machine, material, numbers, start, tree
+from several import SMALL, machine, material, numbers, tree
 
-from kleash.storage.atomic_directories import list_checkpoints, load_tensors, verify_checkpoint
+from kleash.config.loading import parse_config
+from kleash.errors import KleashError
+from kleash.storage.atomic_directories import (
+    list_checkpoints,
+    load_tensors,
+    step_of,
+    verify_checkpoint,
+)
 from kleash.storage.run_directory import read_run
+from kleash.training.loop import train
 
 STRATEGIES = {1: ["none"], 2: ["fsdp", "ddp"]}
 
@@ -78,64 +88,83 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return found + [name for name in mine if not torch.equal(mine[name], other[name])]
 
 
-def ended(config: dict[str, Any], size: int) -> None:
-    """A run to its end."""
-    process = start(config, size)
-    _, said = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"a process failed:\n{said}")
+@dataclass(frozen=True)
+class Started:
+    """A run under way."""
+
+    processes: list[int]
+    """Process ids in the order of the ranks."""
+    said: list[Path]
+    """What each ended with, in a sentence; empty where it ended well or was killed."""
+    began: float
+    """When its directory was there, on this process's clock."""
 
 
-def seconds_of(config: dict[str, Any], size: int) -> float:
-    """How long a run takes from the making of its directory to its end."""
-    process = start(config, size)
-    reader = threading.Thread(target=_drain, args=(process, []))
-    reader.start()
-    began = _await_directory(process, Path(config["output"]))
-    if process.wait():
-        raise SystemExit("the run that was left in peace failed")
-    reader.join()
-    return time.monotonic() - began
+def start(config: dict[str, Any], size: int) -> Started:
+    """Fork the processes of a run, and wait for its directory."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = Path(config["output"])
+    said = [path.with_name(f"{path.name}.{rank}.txt") for rank in range(size)]
+    processes = [_forked(config, said[rank], rank, size, port) for rank in range(size)]
+    while not path.exists():
+        time.sleep(0.005)
+    return Started(processes, said, time.monotonic())
 
 
-def kill_one(config: dict[str, Any], size: int, *, after: float, victim: int) -> tuple[str, str]:
-    """Start a run and kill a process of it; what it held then, and what the others said."""
-    process, said, path = start(config, size), list[str](), Path(config["output"])
-    reader = threading.Thread(target=_drain, args=(process, said))
-    reader.start()
-    _await_directory(process, path)
-    time.sleep(after)
-    for pid in [pid for pid in descendants(process.pid) if _rank_of(pid) == victim][:1]:
-        os.kill(pid, signal.SIGKILL)
+def _forked(config: dict[str, Any], said: Path, rank: int, size: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    said.write_text("")
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        os.environ |= dict(zip(names, map(str, (size, rank, rank, "127.0.0.1", port)), strict=True))
+        train(parse_config(config, where="the benchmark"))
+        status = 0
+    except KleashError as error:
+        said.write_text(str(error))
+    finally:
+        os._exit(status)
+
+
+def wait(run: Started) -> list[int]:
+    """The exit status of each process, negative where a signal ended it."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in run.processes]
+
+
+def in_peace(config: dict[str, Any], size: int) -> float:
+    """A run to its end; its seconds from the making of its directory."""
+    run = start(config, size)
+    if any(wait(run)):
+        raise SystemExit(" ".join(file.read_text() for file in run.said))
+    return time.monotonic() - run.began
+
+
+def kill_one(
+    config: dict[str, Any], size: int, *, after: float, victim: int
+) -> tuple[str, str] | None:
+    """Start a run and kill a process of it; what it held then, and what the other said.
+
+    None: it had ended before.
+    """
+    run, path = start(config, size), Path(config["output"])
+    time.sleep(max(0.0, run.began + after - time.monotonic()))
+    os.kill(run.processes[victim], signal.SIGKILL)
     killed = time.monotonic()
-    process.wait()
+    ended = wait(run)
     waited = time.monotonic() - killed
-    reader.join()
+    if ended[victim] != -signal.SIGKILL:
+        return None
     metrics = path / "metrics.jsonl"
     lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    saved = [int(p.name[5:]) for p in list_checkpoints(path / "checkpoints")]
-    held = f"{lines} lines, checkpoint {saved[-1] if saved else 'none'}"
-    ours = [line.strip() for line in said if line.startswith("kleash: ")]
-    return held, f"{waited:.1f} s: {(ours or ['the launcher alone'])[0][:64]}"
-
-
-def _drain(process: subprocess.Popen[str], said: list[str]) -> None:
-    said.extend(process.stderr or ())
-
-
-def _await_directory(process: subprocess.Popen[str], path: Path) -> float:
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.01)
-    return time.monotonic()
-
-
-def _rank_of(pid: int) -> int | None:
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    ranks = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
-    return ranks[0] if ranks else None
+    saved = [step_of(checkpoint) for checkpoint in list_checkpoints(path / "checkpoints")]
+    held = f"{lines} lines, {f'checkpoint {saved[-1]}' if saved else 'no checkpoint'}"
+    words = [file.read_text() for rank, file in enumerate(run.said) if rank != victim]
+    return held, f"{waited:.1f} s: {words[0].split(':')[0][:60]}" if words else "-"
 
 
 def main() -> None:
@@ -145,6 +174,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--processes", type=int, default=2, choices=STRATEGIES)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     size, right, early = given.processes, 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,22 +182,25 @@ def main() -> None:
         whole, took = dict[str, dict[str, Any]](), dict[str, float]()
         for strategy in STRATEGIES[size]:
             config = configuration(folder, f"whole-{strategy}", strategy)
-            took[strategy] = seconds_of(config, size)
+            took[strategy] = in_peace(config, size)
             whole[strategy] = what_counts(Path(config["output"]))
-        print("| # | strategy | killed | after, s | it held | the others ended | resumed |")
+        print("| # | strategy | killed | after, s | it held | the other ended | resumed |")
         print("|---:|---|---:|---:|---|---|---|")
         for number in range(given.first, given.first + given.times):
             draw = random.Random(number)
             strategy = STRATEGIES[size][number % len(STRATEGIES[size])]
             config = configuration(folder, f"killed-{number}", strategy)
             after, victim = draw.random() * 0.97 * took[strategy], draw.randrange(size)
-            held, said = kill_one(config, size, after=after, victim=victim)
             path = Path(config["output"])
+            while (hit := kill_one(config, size, after=after, victim=victim)) is None:
+                shutil.rmtree(path)
+                after /= 2
+            held, said = hit
             if not (path / "run.json").exists() or read_run(path).status != "finished":
-                ended(config, size)
+                in_peace(config, size)
             wrong = differences(what_counts(path), whole[strategy])
             right += not wrong
-            early += "none" in held
+            early += "no checkpoint" in held
             told = "bit-identical" if not wrong else f"OTHER: {wrong[:3]}"
             print(
                 f"| {number} | {strategy} | {victim} | {after:.1f} | {held} | {said} | {told} |",
