@@ -7,7 +7,7 @@
 The processes of a run, of one thread each, are forked from this one, which has loaded the
 libraries, with the variables that a launcher sets; no launcher ends the ones that are left. Moment
 and victim are drawn from the trial's number; the moment lies between the making of the run
-directory and the end of the run that was left in peace, and is halved where the run was quicker.
+directory and the end of the uninterrupted run, and is halved where the run was quicker.
 Compared are the metrics but for times, the kept responses, the events but for restarts, and every
 tensor of the last checkpoint, which must also be whole by its manifest. Exits 1 if one run is
 another one.
@@ -136,7 +136,7 @@ def wait(run: Started) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in run.processes]
 
 
-def in_peace(config: dict[str, Any], size: int) -> float:
+def to_the_end(config: dict[str, Any], size: int) -> float:
     """A run to its end; its seconds from the making of its directory."""
     run = start(config, size)
     if any(wait(run)):
@@ -182,7 +182,7 @@ def main() -> None:
         whole, took = dict[str, dict[str, Any]](), dict[str, float]()
         for strategy in STRATEGIES[size]:
             config = configuration(folder, f"whole-{strategy}", strategy)
-            took[strategy] = in_peace(config, size)
+            took[strategy] = to_the_end(config, size)
             whole[strategy] = what_counts(Path(config["output"]))
         print("| # | strategy | killed | after, s | it held | the other ended | resumed |")
         print("|---:|---|---:|---:|---|---|---|")
@@ -197,13 +197,13 @@ def main() -> None:
                 after /= 2
             held, said = hit
             if not (path / "run.json").exists() or read_run(path).status != "finished":
-                in_peace(config, size)
+                to_the_end(config, size)
             wrong = differences(what_counts(path), whole[strategy])
             right += not wrong
             early += "no checkpoint" in held
-            told = "bit-identical" if not wrong else f"OTHER: {wrong[:3]}"
+            verdict = "bit-identical" if not wrong else f"OTHER: {wrong[:3]}"
             print(
-                f"| {number} | {strategy} | {victim} | {after:.1f} | {held} | {said} | {told} |",
+                f"| {number} | {strategy} | {victim} | {after:.1f} | {held} | {said} | {verdict} |",
                 flush=True,
             )
     print(f"\n{right} of {given.times} are the uninterrupted run bit for bit; {early} of them were")

@@ -54,7 +54,7 @@ class Mesh:
     rank: int = 0
     size: int = 1
     store: Any = field(default=None, repr=False, compare=False)
-    """Of the launcher; last words are left there."""
+    """Of the launcher; the reason why a process ends is left there."""
 
     @property
     def is_first(self) -> bool:
@@ -360,7 +360,7 @@ _NO_REASON = (
 
 
 def _read_reasons(mesh: Mesh, *, until_cause: bool) -> dict[int, str | None]:
-    """The last words of the processes, as far as they come; None: it only lost another."""
+    """Why each process ended, as far as it is known; None: it only lost another."""
     said: dict[int, str | None] = {}
     end = time.monotonic() + _SECONDS_FOR_REASONS
     while time.monotonic() < end and len(said) < mesh.size:

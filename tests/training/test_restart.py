@@ -1,6 +1,6 @@
 """A run that was killed before its first checkpoint begins again, and comes to the same.
 
-The oracle is the run that was left in peace: lines, responses and every bit of the weights.
+The oracle is the uninterrupted run: lines, responses and every bit of the weights.
 """
 
 from collections.abc import Generator
@@ -45,7 +45,7 @@ def ranks() -> Generator[Ranks]:
 
 @pytest.fixture(scope="module")
 def whole(material: Path, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The run in peace, by one process and by two."""
+    """The uninterrupted run, by one process and by two."""
     folder = tmp_path_factory.mktemp("whole")
     return [
         ranks.train(settings(material, folder / str(size)), size=size, checked=True)
@@ -108,7 +108,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_the_uninterrupted_one(
     )
 
 
-def test_every_restart_is_told_and_none_of_them_loses_the_reason(
+def test_every_restart_is_said_and_recorded(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     config = settings(material, tmp_path / "run", logging={"checkpoint_every": 0})

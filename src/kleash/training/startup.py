@@ -1,4 +1,4 @@
-"""A run directory opened for training: begun anew, or continued from its newest checkpoint.
+"""A run directory opened for training: new, or continued from its newest checkpoint.
 
 Nothing is written before everything that can be wrong at the start has been looked at.
 """
