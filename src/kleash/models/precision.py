@@ -58,8 +58,8 @@ def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
 def computing(device: torch.device, precision: Precision) -> Generator[None]:
     """Within, a trunk's matrix products are in the precision's type.
 
-    The same under FSDP2, whose layers are gathered as bfloat16 already: the same numbers, however many
-    processes there are.
+    The same under FSDP2, whose layers are gathered as bfloat16 already: a product has the same
+    factors, however many processes there are.
 
     Args:
         device: where its inputs are.

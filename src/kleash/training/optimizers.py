@@ -50,7 +50,7 @@ def make_optimizer(
     made = [dict(group) for group in groups]
     settings: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name == "adamw_8bit":
-        # torchao's own wants its rate in a tensor, so that a compiled step need not be compiled again.
+        # torchao wants its rate in a tensor, so that a step need not be compiled again.
         made = [{**group, "lr": torch.tensor(float(group["lr"]))} for group in made]
         by_chance = rounding == "stochastic"
         return _adamw_8bit()(made, bf16_stochastic_round=by_chance, **settings)
