@@ -71,10 +71,7 @@ def open_session(
     found = mesh.first(lambda: find_run(config))
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    if found is not None:
-        warnings = [] if found.restart is None else [found.restart.sentence]
-    else:
-        warnings = [] if preflight is None else preflight(config, components)
+    warnings = _warnings(found, preflight, config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
     _require_alike(dump_config(config), components, guard)
     checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
@@ -123,6 +120,15 @@ def open_session(
         fresh=checkpoint is None,
         next_rollout=restore_next_rollout(checkpoint, components.policy.device),
     )
+
+
+def _warnings(
+    found: EarlierRun | None, preflight: Preflight | None, config: Config, components: Components
+) -> list[str]:
+    """What is to be said before the first step: by the preflight, or of a run that begins again."""
+    if found is not None:
+        return [] if found.restart is None else [found.restart.sentence]
+    return [] if preflight is None else preflight(config, components)
 
 
 def _open_directory(
