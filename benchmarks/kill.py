@@ -71,12 +71,20 @@ def what_counts(path: Path) -> dict[str, Any]:
         "responses": [asdict(sample) for sample in run.samples],
         "events": [event for event in run.events if event.kind != "restarted"],
         "state": state,
-        "tensors": {
-            f"{file.parent.name}/{file.stem}/{name}": tensor
-            for file in sorted(newest.rglob("*.safetensors"))
-            for name, tensor in load_tensors(file).items()
-        },
+        "tensors": _tensors(newest),
     }
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """By folder, name and part; which process wrote what all of them hold is left out."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        for name, tensor in load_tensors(file).items():
+            key, part = f"{file.parent.name}/{name}", 0
+            while f"{key}/{part}" in found:
+                part += 1
+            found[f"{key}/{part}"] = tensor
+    return found
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
