@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kleash.errors import ConfigError
 
@@ -56,8 +57,16 @@ def make_optimizer(
         return _adamw_8bit()(made, bf16_stochastic_round=by_chance, **settings)
     if rounding == "stochastic":
         return StochasticAdamW(made, **settings)
+    if any(_mixed(group["params"]) for group in made):
+        # Divided weights beside whole ones cannot be updated in one call.
+        return torch.optim.AdamW(made, foreach=False, **settings)
     # One pass over the weights, and no temporaries as large as they are.
     return torch.optim.AdamW(made, fused=True, **settings)
+
+
+def _mixed(parameters: Iterable[Tensor]) -> bool:
+    """Whether some are divided among processes and some are not."""
+    return len({isinstance(parameter, DTensor) for parameter in parameters}) > 1
 
 
 def moment_bytes(parameters: Iterable[Tensor], name: OptimizerName) -> int:
