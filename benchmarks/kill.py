@@ -1,155 +1,90 @@
-"""Kill a run at random moments, resume it, and compare it with the run that was left in peace.
+"""Kill −9 of one process at random moments, then resume: is it the uninterrupted run, bit for bit?
 
-    python benchmarks/kill.py --kills 50
-    python benchmarks/kill.py --kills 50 --rollbacks
+    python benchmarks/kill.py                      20 kills of one of two processes, fsdp and ddp
+    python benchmarks/kill.py --processes 1        of the only one
+    python benchmarks/kill.py --times 5 --first 15 trials 15 to 19
 
-A small run on the embedded world's questions and reward model, with a moving β, held-out
-evaluation and a checkpoint every other step. Each trial starts it anew, kills it (SIGKILL) within a
-phase drawn in turn (rollout, scoring, update, saving) of a random step, after a random share of
-the time that this phase takes; some are killed once more while they resume. Then the run is
-resumed to its end. Metrics (times left out), kept responses, and every tensor of the last
-checkpoint (policy, critic, moments, random numbers) must equal those of the uninterrupted run bit
-for bit. Children are forked from one process that has loaded the libraries.
+The processes of a run, of one thread each, are forked from this one, which has loaded the
+libraries, with the variables that a launcher sets; no launcher ends the ones that are left. Moment
+and victim are drawn from the trial's number; the moment lies between the making of the run
+directory and the end of the uninterrupted run, and is halved where the run was quicker.
+Compared are the metrics but for times, the kept responses, the events but for restarts, and every
+tensor of the last checkpoint, which must also be whole by its manifest. Exits 1 if one run is
+another one.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
-import sys
+import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from several import SMALL, machine, material, numbers, tree
 
-import kleash.rollout.scoring_pass
-import kleash.training.loop
-import kleash.training.recovery
-from kleash.config.loading import load_config, parse_config
-from kleash.config.recipe_library import FOLDER
-from kleash.config.schema import Config
-from kleash.playground.build import build_world, with_world
-from kleash.storage.atomic_directories import load_tensors, verify_checkpoint
-from kleash.storage.run_directory import holds_run, read_run
-from kleash.training.state import latest_checkpoint
+from kleash.config.loading import parse_config
+from kleash.errors import KleashError
+from kleash.storage.atomic_directories import (
+    list_checkpoints,
+    load_tensors,
+    step_of,
+    verify_checkpoint,
+)
+from kleash.storage.run_directory import read_run
+from kleash.training.loop import train
 
-PHASES = {
-    "rollout": (kleash.training.loop, "write_answers"),
-    "scoring": (kleash.rollout.scoring_pass, "score"),
-    "update": (kleash.training.loop, "update"),
-    "saving": (kleash.training.recovery, "save_run_state"),
-    "refusing": (kleash.training.loop, "refuse"),
-}
-STEPS = 6
+STRATEGIES = {1: ["none"], 2: ["fsdp", "ddp"]}
 
 
-def configuration(world: Path, output: Path, bound: float | None = None) -> Config:
-    """A run of seconds that has everything: budget, running statistics, evaluation, saving."""
-    path = FOLDER / "embedded-world.yaml"
-    overrides = {
-        "output": str(output),
-        "steps": str(STEPS),
-        "rollout.prompts_per_step": "8",
-        "rollout.max_new_tokens": "12",
-        "score_normalisation": "running",
-        "heldout.every": "3",
-        "heldout.responses_per_prompt": "1",
-        "logging.checkpoint_every": "2",
-    }
-    config = with_world(load_config(path, overrides, base=path), world)
-    tree = config.model_dump(exclude_none=True)
-    tree["leash"] |= {"beta": None, "target_kl": 2.0, "placement": "mixed"}
-    tree["value"] |= {"kind": "trunk_detached", "path": None}
-    if bound is not None:
-        wires = {"stop_kl": bound, "then": "rollback", "beta_factor": 4, "max_rollbacks": 20}
-        tree["tripwires"] |= wires
-        tree["leash"] |= {"beta": 0.01, "target_kl": None}
-        tree["logging"] |= {"checkpoint_every": 1, "keep": 4}
-    return parse_config(tree, where="the benchmark")
-
-
-def in_child(run: Callable[[], object]) -> int:
-    """Run in a forked process, silently; its exit status (negative: the signal that killed it)."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        run()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
-
-
-def timed(durations: Path) -> None:
-    """Write down how long each phase takes."""
-    for phase, (module, name) in PHASES.items():
-        inner = getattr(module, name)
-
-        def outer(*args: Any, _phase: str = phase, _inner: Any = inner, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return _inner(*args, **kwargs)
-            finally:
-                with durations.open("a") as stream:
-                    stream.write(json.dumps([_phase, time.perf_counter() - began]) + "\n")
-
-        setattr(module, name, outer)
-
-
-def doomed(phase: str, visit: int, delay: float) -> None:
-    """Kill this process `delay` seconds into the given visit of a phase."""
-    module, name = PHASES[phase]
-    inner = getattr(module, name)
-    visits = 0
-
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        nonlocal visits
-        visits += 1
-        if visits == visit:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        return inner(*args, **kwargs)
-
-    setattr(module, name, outer)
+def configuration(folder: Path, name: str, strategy: str) -> dict[str, Any]:
+    """A run of seconds that has a budget, evaluations and a checkpoint every other step."""
+    return tree(
+        folder / "model",
+        folder / name,
+        steps=8,
+        rollout={"prompts_per_step": 9, "max_new_tokens": 24},
+        leash={"beta": None, "target_kl": 0.5},
+        plan={"prompts": 4, "responses": 4},
+        logging={"checkpoint_every": 2, "samples_per_step": 4},
+        distributed={"strategy": strategy, "timeout_s": 30.0},
+    )
 
 
 def what_counts(path: Path) -> dict[str, Any]:
     """Everything of a run that must not depend on an interruption."""
     run = read_run(path)
-    newest = latest_checkpoint(path / "checkpoints")
-    assert newest is not None
-    verify_checkpoint(newest)
-    tensors = {
-        f"{file.parent.name}/{file.stem}/{name}": tensor
-        for file in sorted(newest.rglob("*.safetensors"))
-        for name, tensor in load_tensors(file).items()
-    }
+    for checkpoint in list_checkpoints(path / "checkpoints"):
+        verify_checkpoint(checkpoint)
+    newest = list_checkpoints(path / "checkpoints")[-1]
     state = json.loads((newest / "state.json").read_text())
-    state.pop("seconds")
-    clock = ("seconds", "tokens_per_second")
+    del state["seconds"]
     return {
         "status": run.status,
-        "metrics": [
-            {k: v for k, v in line.items() if k not in clock and not k.startswith("time/")}
-            for line in run.metrics
-        ],
-        "samples": [asdict(sample) for sample in run.samples],
-        "events": run.events,
+        "metrics": numbers(path),
+        "responses": [asdict(sample) for sample in run.samples],
+        "events": [event for event in run.events if event.kind != "restarted"],
         "state": state,
-        "best": run.meta.get("best_checkpoint"),
-        "checkpoints": sorted(path.name for path in (path / "checkpoints").iterdir()),
-        "tensors": tensors,
+        "tensors": _tensors(newest),
     }
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """By folder, name and part; which process wrote what all of them hold is left out."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        for name, tensor in load_tensors(file).items():
+            key, part = f"{file.parent.name}/{name}", 0
+            while f"{key}/{part}" in found:
+                part += 1
+            found[f"{key}/{part}"] = tensor
+    return found
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -161,75 +96,127 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return found + [name for name in mine if not torch.equal(mine[name], other[name])]
 
 
-def trial(number: int, config: Config, expected: dict[str, Any], took: dict[str, float]) -> str:
-    """One killing or two, and the comparison; what happened in a line."""
-    draw, path = random.Random(number), Path(config.output)
-    done: list[str] = []
-    for again in range(2 if draw.random() < 0.3 else 1):
-        phase = list(took)[(number + again) % len(took)]
-        visit = draw.randint(1, {"saving": 2, "refusing": 1}.get(phase, 4))
-        delay = draw.random() * took[phase]
+@dataclass(frozen=True)
+class Started:
+    """A run under way."""
 
-        def fatal(phase: str = phase, visit: int = visit, delay: float = delay) -> None:
-            doomed(phase, visit, delay)
-            kleash.training.loop.train(config)
-
-        status = in_child(fatal)
-        done.append(f"{phase} {visit} +{1000 * delay:.0f} ms")
-        if status != -signal.SIGKILL:
-            done.append(f"not hit (exit {status})")
-            break
-    half = read_run(path) if holds_run(path) and (path / "run.json").exists() else None
-    if half is None or half.status != "finished":
-        status = in_child(lambda: kleash.training.loop.train(config))
-        if status:
-            return f"FAILED  {', '.join(done)}: resuming ended with {status}"
-    wrong = differences(what_counts(path), expected)
-    shutil.rmtree(path)
-    return f"{'same' if not wrong else 'OTHER ' + str(wrong[:4])}  {', '.join(done)}"
+    processes: list[int]
+    """Process ids in the order of the ranks."""
+    said: list[Path]
+    """What each ended with, in a sentence; empty where it ended well or was killed."""
+    began: float
+    """When its directory was there, on this process's clock."""
 
 
-def a_bound(world: Path, folder: Path) -> float:
-    """A KL that the run without a bound passes in its last steps."""
-    free = configuration(world, folder / "free", bound=1e9)
-    assert in_child(lambda: kleash.training.loop.train(free)) == 0
-    kls = [line["objective/kl_ref"] or 0.0 for line in read_run(free.output).metrics[1:]]
-    return (max(kls[:-2]) + max(kls)) / 2
+def start(config: dict[str, Any], size: int) -> Started:
+    """Fork the processes of a run, and wait for its directory."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = Path(config["output"])
+    said = [path.with_name(f"{path.name}.{rank}.txt") for rank in range(size)]
+    processes = [_forked(config, said[rank], rank, size, port) for rank in range(size)]
+    while not path.exists():
+        time.sleep(0.005)
+    return Started(processes, said, time.monotonic())
+
+
+def _forked(config: dict[str, Any], said: Path, rank: int, size: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    said.write_text("")
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        os.environ |= dict(zip(names, map(str, (size, rank, rank, "127.0.0.1", port)), strict=True))
+        train(parse_config(config, where="the benchmark"))
+        status = 0
+    except KleashError as error:
+        said.write_text(str(error))
+    finally:
+        os._exit(status)
+
+
+def wait(run: Started) -> list[int]:
+    """The exit status of each process, negative where a signal ended it."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in run.processes]
+
+
+def to_the_end(config: dict[str, Any], size: int) -> float:
+    """A run to its end; its seconds from the making of its directory."""
+    run = start(config, size)
+    if any(wait(run)):
+        raise SystemExit(" ".join(file.read_text() for file in run.said))
+    return time.monotonic() - run.began
+
+
+def kill_one(
+    config: dict[str, Any], size: int, *, after: float, victim: int
+) -> tuple[str, str] | None:
+    """Start a run and kill a process of it; what it held then, and what the other said.
+
+    None: it had ended before.
+    """
+    run, path = start(config, size), Path(config["output"])
+    time.sleep(max(0.0, run.began + after - time.monotonic()))
+    os.kill(run.processes[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    ended = wait(run)
+    waited = time.monotonic() - killed
+    if ended[victim] != -signal.SIGKILL:
+        return None
+    metrics = path / "metrics.jsonl"
+    lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    saved = [step_of(checkpoint) for checkpoint in list_checkpoints(path / "checkpoints")]
+    held = f"{lines} lines, {f'checkpoint {saved[-1]}' if saved else 'no checkpoint'}"
+    words = [file.read_text() for rank, file in enumerate(run.said) if rank != victim]
+    return held, f"{waited:.1f} s: {words[0].split(':')[0][:60]}" if words else "-"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run, resume it, compare.")
-    parser.add_argument("--kills", type=int, default=50)
+    """Print a row for each kill."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
-    parser.add_argument("--rollbacks", action="store_true", help="with a bound on the KL")
-    arguments = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=2, choices=STRATEGIES)
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    world = build_world(0)
+    size, right, early = given.processes, 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bound = a_bound(world, folder) if arguments.rollbacks else None
-        whole = configuration(world, folder / "whole", bound)
-
-        def undisturbed() -> None:
-            timed(folder / "durations")
-            kleash.training.loop.train(whole)
-
-        assert in_child(undisturbed) == 0
-        expected = what_counts(folder / "whole")
-        events = ", ".join(f"{event.kind} at step {event.step}" for event in expected["events"])
-        lines = [json.loads(line) for line in (folder / "durations").read_text().splitlines()]
-        took = {phase: max(t for p, t in lines if p == phase) for phase in dict(lines)}
-        spent = ", ".join(f"{phase} {1000 * t:.0f} ms" for phase, t in took.items())
-        print(f"{platform.machine()}, one thread; {STEPS} steps; longest of each phase: {spent}")
-        print(f"events: {events or 'none'}")
-        good = hits = 0
-        for number in range(arguments.first, arguments.first + arguments.kills):
-            config = configuration(world, folder / f"trial-{number}", bound)
-            line = trial(number, config, expected, took)
-            good += line.startswith("same")
-            hits += "not hit" not in line
-            print(f"{number:4d}  {line}", flush=True)
-        print(f"{good}/{arguments.kills} bit for bit the uninterrupted run; {hits} killed in time")
+        material(folder / "model", SMALL, 500)
+        whole, took = dict[str, dict[str, Any]](), dict[str, float]()
+        for strategy in STRATEGIES[size]:
+            config = configuration(folder, f"whole-{strategy}", strategy)
+            took[strategy] = to_the_end(config, size)
+            whole[strategy] = what_counts(Path(config["output"]))
+        print("| # | strategy | killed | after, s | it held | the other ended | resumed |")
+        print("|---:|---|---:|---:|---|---|---|")
+        for number in range(given.first, given.first + given.times):
+            draw = random.Random(number)
+            strategy = STRATEGIES[size][number % len(STRATEGIES[size])]
+            config = configuration(folder, f"killed-{number}", strategy)
+            after, victim = draw.random() * 0.97 * took[strategy], draw.randrange(size)
+            path = Path(config["output"])
+            while (hit := kill_one(config, size, after=after, victim=victim)) is None:
+                shutil.rmtree(path)
+                after /= 2
+            held, said = hit
+            if not (path / "run.json").exists() or read_run(path).status != "finished":
+                to_the_end(config, size)
+            wrong = differences(what_counts(path), whole[strategy])
+            right += not wrong
+            early += "no checkpoint" in held
+            verdict = "bit-identical" if not wrong else f"OTHER: {wrong[:3]}"
+            print(
+                f"| {number} | {strategy} | {victim} | {after:.1f} | {held} | {said} | {verdict} |",
+                flush=True,
+            )
+    print(f"\n{right} of {given.times} are the uninterrupted run bit for bit; {early} of them were")
+    print(f"killed before their first checkpoint; {machine()}")
+    raise SystemExit(0 if right == given.times else 1)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python benchmarks/memory.py                 # three sizes, one process each
     python benchmarks/memory.py --sizes small
+    python benchmarks/memory.py --processes 2   # ddp and fsdp, by torchrun, each with its own rows
 
-Each case is a process of its own: it loads the libraries, notes its resident memory, builds policy
-and reference with random weights, and makes two updates of one microbatch each (forward, KL to the
-reference over the vocabulary, backward, AdamW). Its highest resident memory less the noted one is
-compared with `kleash.preflight.memory.predict`. Exits 1 where the two differ by more than 15 %.
+Each case is a process of its own, or two: it loads the libraries, notes its resident memory, builds
+policy and reference with random weights, and makes two updates of one microbatch each (forward, KL
+to the reference over the vocabulary, backward, AdamW). Its highest resident memory less the noted
+one, of two processes the larger, is compared with `kleash.preflight.memory.predict`. Exits 1 where
+the two differ by more than 15 %.
 """
 
 import argparse
@@ -15,6 +17,10 @@ import os
 import resource
 import subprocess
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kleash.mesh import Mesh
 
 SIZES = {  # width, layers, heads, words
     "small": (384, 6, 6, 8_000),
@@ -28,8 +34,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "adapter": {"adapter": 8},
 }
 ROWS, PROMPT, RESPONSE = 4, 64, 128
+SHARED = ("float32", "bf16")
+"""Variants that are measured with two processes."""
 LIMIT = 0.15
-HEAP = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+HEAP = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 """Freed tensors go back at once: glibc would keep holes of up to 32 MiB, which no run needs."""
 
 
@@ -37,17 +45,39 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(size: str, variant: str) -> None:
+def measure(size: str, variant: str, strategy: str) -> None:
     """In the process of its own: print prediction and measurement in bytes."""
+    from kleash.mesh import joined
+
+    with joined(300) as mesh:
+        expected, found = predicted_and_measured(size, variant, strategy, mesh)
+        largest = max(mesh.gather(found))
+        if mesh.is_first:
+            print(json.dumps({"predicted": expected, "measured": largest}))
+
+
+def predicted_and_measured(size: str, variant: str, strategy: Any, mesh: "Mesh") -> tuple[int, int]:
+    """Bytes of this process."""
     # So late because resident memory is noted once everything is loaded.
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from kleash.models.frozen_weights import frozen_copy
+    from kleash.models.frozen_weights import divided_copy, frozen_copy
     from kleash.models.lm_head import read_head
     from kleash.models.lora import AdapterSpec, add_adapter
     from kleash.models.recomputation import enable_recomputation
-    from kleash.models.trunk import trunk_of, trunk_states
+    from kleash.models.sharded_loading import weights_on_meta
+    from kleash.models.sharding import (
+        Sharding,
+        blueprint,
+        device_mesh,
+        gather_ends,
+        materialise,
+        own,
+        release,
+        shard,
+    )
+    from kleash.models.trunk import start, trunk_of, trunk_states
     from kleash.preflight.memory import Workload, predict
     from kleash.scoring import token_scores
     from kleash.training.optimizers import make_optimizer
@@ -71,12 +101,26 @@ def measure(size: str, variant: str) -> None:
         prompt_tokens=PROMPT,
         response_tokens=RESPONSE,
     )
-    expected = predict(config, load).peak
+    expected = predict(config, load, strategy=strategy, world_size=mesh.size).peak
     # The first call of each library function loads code and makes caches: before the note.
     update(torch.nn.Linear(4, 4))
     before = peak()
-    model = AutoModelForCausalLM.from_config(config).eval()
-    reference = model if adapter else frozen_copy(model, load.precision)
+    device = torch.device("cpu")
+    if strategy == "fsdp":
+        sharding = Sharding(device_mesh(device, mesh.size), device, load.precision)
+        with weights_on_meta():
+            model = AutoModelForCausalLM.from_config(config).eval()
+        structure = blueprint(model)
+        shard(model, sharding.mesh, precision=load.precision)
+        materialise(model, device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                own(parameter).normal_(std=0.02)
+        start(model, device)
+        reference = divided_copy(sharding, structure, model)
+    else:
+        model = AutoModelForCausalLM.from_config(config).eval()
+        reference = model if adapter else frozen_copy(model, load.precision)
     wrapped = add_adapter(model, adapter) if adapter else None
     if load.gradient_checkpointing:
         enable_recomputation(trunk_of(model))
@@ -90,11 +134,15 @@ def measure(size: str, variant: str) -> None:
         for _ in range(2):
             if wrapped is None:
                 with torch.no_grad():
-                    base = trunk_states(trunk_of(reference), *parts, precision=load.precision)
+                    base = trunk_states(
+                        trunk_of(reference), *parts, model=reference, precision=load.precision
+                    )
             else:
                 with wrapped.disable_adapter(), torch.no_grad():
                     base = trunk_states(trunk_of(model), *parts, precision=load.precision)
-            states = trunk_states(trunk_of(model), *parts, precision=load.precision)
+            states = trunk_states(trunk_of(model), *parts, model=model, precision=load.precision)
+            gather_ends(model)
+            gather_ends(reference)
             rows = [s[:, :-1].reshape(-1, width) for s in (states, base)]
             scores = token_scores(
                 rows[0],
@@ -105,8 +153,12 @@ def measure(size: str, variant: str) -> None:
             )
             assert scores.logprobs is not None and scores.kl is not None
             (scores.kl - scores.logprobs).mean().backward()
+        release(model)
+        release(reference)
+        if strategy == "ddp":
+            mesh.add([p.grad for p in learning if p.grad is not None])
         optimizer.step()
-    print(json.dumps({"predicted": expected, "measured": peak() - before}))
+    return expected, peak() - before
 
 
 def update(layer: "object") -> None:
@@ -132,22 +184,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, choices=[1, 2])
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         return measure(*given.one)
     print("| model | run | predicted, MiB | measured, MiB | off by |")
     print("|---|---|---|---|---|")
     good = True
+    one = given.processes == 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ways = [
+        (variant, strategy)
+        for variant in given.variants
+        for strategy in (["none"] if one else ["ddp", "fsdp"])
+        if one or variant in SHARED
+    ]
     for size in given.sizes:
-        for variant in given.variants:
-            command = [sys.executable, __file__, "--one", size, variant]
+        for variant, strategy in ways:
+            start = [sys.executable, *([] if one else launcher), __file__]
+            command = [*start, "--one", size, variant, strategy]
             made = subprocess.run(command, capture_output=True, text=True, check=True, env=HEAP)
             found = json.loads(made.stdout.splitlines()[-1])
             off = found["predicted"] / found["measured"] - 1
             good = good and abs(off) <= LIMIT
             numbers = f"{found['predicted'] / 2**20:.0f} | {found['measured'] / 2**20:.0f}"
-            print(f"| {size} | {variant} | {numbers} | {off:+.1%} |", flush=True)
+            name = variant if one else f"{variant}, {strategy}"
+            print(f"| {size} | {name} | {numbers} | {off:+.1%} |", flush=True)
     raise SystemExit(0 if good else 1)
 
 

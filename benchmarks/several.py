@@ -1,26 +1,24 @@
-"""Several processes: are they one, how fast, how much memory each, and what does a death cost?
+"""Several processes: are they one, how fast, and how much memory does each take?
 
     python benchmarks/several.py same      1, 2 and 4 processes × ddp, fsdp × PPO, GRPO, RLOO ×
                                            copy, adapter-off: metrics and weights against one
     python benchmarks/several.py speed     tokens a second with 1 process and 2, of one thread each
     python benchmarks/several.py memory    resident memory of a process with a model of 200 M
-    python benchmarks/several.py kills     kill −9 of one process at random moments, then resuming
 
-Every run is started by `torchrun`. The model of `speed` is a Llama of 9.7 M parameters with random
-weights, a vocabulary of 50,257, 32 prompts a step and 64 new tokens, PPO with two epochs.
+Every run is started by `torchrun`; kills are in `kill.py`. The model of `speed` is a Llama of 9.7 M
+parameters with random weights, a vocabulary of 50,257, 32 prompts a step and 64 new tokens, PPO
+with two epochs.
 """
 
 import argparse
 import json
 import os
 import platform
-import random
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +36,7 @@ CLOCK = ("seconds", "tokens_per_second")
 STRATEGIES = ["none", "ddp", "fsdp"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 MIDDLE = {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 640}
+MEDIUM = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1792}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 3584}
 
 
@@ -198,64 +197,75 @@ def speed(folder: Path, steps: int, only: list[str]) -> None:
         print(f"| {size} | {strategy} | {fast:.0f} | {fast / first:.2f} | {cells} |", flush=True)
 
 
-def memory(folder: Path, steps: int, only: list[str]) -> None:
-    """Resident memory of the largest process: at its start, between steps, and at its peak."""
-    place = material(folder / "large", LARGE, 32_000)
-    size_of = sum(t.numel() for t in load_tensors(place / "model.safetensors").values())
+def memory(folder: Path, only: list[str], shape: dict[str, Any]) -> None:
+    """Private resident memory of the largest process, less that of the same run of a tiny model."""
+    large, tiny = material(folder / "large", shape, 32_000), material(folder / "tiny", SMALL, 500)
+    size_of = sum(t.numel() for t in load_tensors(large / "model.safetensors").values())
     print(f"{size_of / 1e6:.0f} M parameters, {4 * size_of / 2**20:.0f} MiB of weights\n")
-    print("| processes | strategy | after loading, MiB | between steps, MiB | peak, MiB |")
-    print("|---:|---|---:|---:|---:|")
-    common: dict[str, Any] = {
-        "steps": steps,
-        "policy": {"path": str(place)},
-        "algorithm": {"name": "grpo", "epochs": 1, "minibatches": 1, "microbatch_size": 1},
-        "logging": {"samples_per_step": 0, "checkpoint_minutes": 0},
-        "tripwires": {"undo": "checkpoint"},
-        "leash": {"beta": 0.0},
-    }
-    common["rollout"] = {
-        "prompts_per_step": 1,
-        "responses_per_prompt": 2,
-        "max_new_tokens": 4,
-        "microbatch_size": 1,
-    }
+    print("| processes | strategy | starting, MiB | between steps, MiB | × | peak, MiB |")
+    print("|---:|---|---:|---:|---:|---:|")
+    first = None
     for strategy in only:
         size = 1 if strategy == "none" else 2
-        output = folder / f"memory-{strategy}"
-        process = start(tree(place, output, **common, distributed={"strategy": strategy}), size)
-        found = _watch(process, output)
+        found = [
+            _watch(memory_run(place, folder / f"{place.name}-{strategy}", strategy), size)
+            for place in (tiny, large)
+        ]
+        begun, steady, highest = (b - a for a, b in zip(*found, strict=True))
+        first = first or steady
+        share = f"{steady / first:.2f}"
         print(
-            f"| {size} | {strategy} | " + " | ".join(f"{x:.0f}" for x in found) + " |", flush=True
+            f"| {size} | {strategy} | {begun:.0f} | {steady:.0f} | {share} | {highest:.0f} |",
+            flush=True,
         )
 
 
-def _watch(process: subprocess.Popen[str], output: Path) -> tuple[float, float, float]:
-    """Memory in MiB: largest before the first step is begun, smallest in a later step, largest."""
+def memory_run(place: Path, output: Path, strategy: str) -> dict[str, Any]:
+    """A run whose weights, gradients and moments are nearly all that it holds."""
+    section = {"name": "grpo", "epochs": 1, "minibatches": 1, "microbatch_size": 1}
+    few = {"prompts_per_step": 1, "responses_per_prompt": 2, "max_new_tokens": 4}
+    changes: dict[str, Any] = {
+        "steps": 1000,
+        "algorithm": section,
+        "rollout": {**few, "microbatch_size": 1},
+        "logging": {"samples_per_step": 0, "checkpoint_minutes": 0},
+        "tripwires": {"undo": "checkpoint"},
+        "leash": {"beta": 0.0},
+        "distributed": {"strategy": strategy},
+    }
+    return tree(place, output, **changes)
+
+
+def _watch(config: dict[str, Any], size: int) -> tuple[float, float, float]:
+    """MiB of a run: most before its directory is there, least from the second step on, most.
+
+    It is killed then.
+    """
+    process, file = start(config, size), Path(config["output"]) / "metrics.jsonl"
     readings: list[tuple[int, float]] = []
-    while process.poll() is None:
-        held = [_resident(pid) for pid in _descendants(process.pid)]
-        made = 0
-        file = output / "metrics.jsonl"
-        if file.is_file():
-            made = 1 + len(file.read_text().splitlines())
-        # A process that ends gives its memory back before it is gone.
-        if held and max(held) > 500:
+    made = 0
+    while process.poll() is None and made <= 6:
+        held = [_resident(pid) for pid in descendants(process.pid)]
+        made = 1 + len(file.read_text().splitlines()) if file.is_file() else 0
+        if len(held) >= size:
             readings.append((made, max(held)))
-        time.sleep(0.1)
+        time.sleep(0.05)
+    for pid in [process.pid, *descendants(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
     _, said = process.communicate()
-    if process.returncode:
-        raise SystemExit(said)
-    start_up = max(held for made, held in readings if not made)
-    last = max(made for made, _ in readings)
-    later = [held for made, held in readings if 3 <= made < last]
-    return start_up, min(later), max(held for _, held in readings)
+    if made <= 6:
+        raise SystemExit(f"the run ended before its sixth step:\n{said}")
+    begun = max(held for made, held in readings if not made)
+    later = [held for made, held in readings if made >= 3]
+    return begun, min(later), max(held for _, held in readings)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and theirs."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
-            found += [int(child), *_descendants(int(child))]
+            found += [int(child), *descendants(int(child))]
     return found
 
 
@@ -269,78 +279,25 @@ def _resident(pid: int) -> float:
     return (int(rows["Private_Dirty"])) / 1024
 
 
-def kills(folder: Path, steps: int, times: int) -> None:
-    """Kill one process at a random moment, so many times; then resume, and compare."""
-    place = material(folder / "small", SMALL, 500)
-    changes: dict[str, Any] = {
-        "steps": steps,
-        "rollout": {"prompts_per_step": 9, "max_new_tokens": 12},
-        "logging": {"checkpoint_every": 2, "samples_per_step": 4},
-        "distributed": {"strategy": "fsdp", "timeout_s": 30.0},
-    }
-    began = time.monotonic()
-    whole = run(tree(place, folder / "whole", **changes), 2)
-    took = time.monotonic() - began
-    draw = random.Random(0)
-    print("| killed after, s | process | ended within, s | what was said | resumed |")
-    print("|---:|---:|---:|---|---|")
-    right = 0
-    for number in range(times):
-        config = tree(place, folder / f"killed-{number}", **changes)
-        process = start(config, 2)
-        said: list[str] = []
-        reader = threading.Thread(target=_read, args=(process, said))
-        reader.start()
-        after, victim = draw.uniform(0.25, 0.95) * took, draw.randrange(2)
-        time.sleep(after)
-        trained = [pid for pid in _descendants(process.pid) if _rank_of(pid) == victim]
-        for pid in trained[:1]:
-            os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
-        process.wait()
-        waited = time.monotonic() - killed
-        reader.join()
-        ours = [line.strip() for line in said if line.startswith("kleash: ")]
-        process = start(config, 2)
-        _, again = process.communicate()
-        finished = "already holds this run, finished" in again
-        equal = (process.returncode == 0 or finished) and _equal(Path(config["output"]), whole)
-        right += equal
-        sentence = (ours or ["(the launcher alone)"])[0][:70]
-        print(
-            f"| {after:.1f} | {victim} | {waited:.1f} | {sentence} | "
-            f"{'bit-identical' if equal else 'NOT'} |",
-            flush=True,
-        )
-    print(f"\n{right} of {times} resumed runs are bit-identical")
-
-
-def _read(process: subprocess.Popen[str], said: list[str]) -> None:
-    said.extend(process.stderr or ())
-
-
-def _rank_of(pid: int) -> int | None:
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    for variable in variables:
-        if variable.startswith(b"RANK="):
-            return int(variable[5:])
-    return None
-
-
-def _equal(ours: Path, theirs: Path) -> bool:
-    held, wanted = weights(ours), weights(theirs)
-    return numbers(ours) == numbers(theirs) and all(torch.equal(held[n], wanted[n]) for n in wanted)
+def machine() -> str:
+    """What it was measured on."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return f"{model}, {os.cpu_count()} cores, no GPU; torch {torch.__version__}"
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["same", "speed", "memory", "kills"])
+    parser.add_argument("what", choices=["same", "speed", "memory"])
     parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--small", action="store_true", help="`memory` with a model of 50 M")
     parser.add_argument("--only", nargs="*", help="strategies of `speed` and `memory`")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -349,14 +306,9 @@ def main() -> None:
                 same(Path(name), given.steps or 10)
             case "speed":
                 speed(Path(name), given.steps or 6, given.only or STRATEGIES)
-            case "memory":
-                memory(Path(name), given.steps or 5, given.only or STRATEGIES)
             case _:
-                kills(Path(name), given.steps or 6, given.times)
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; torch "
-        f"{torch.__version__}"
-    )
+                memory(Path(name), given.only or STRATEGIES, MEDIUM if given.small else LARGE)
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

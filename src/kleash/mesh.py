@@ -35,8 +35,8 @@ from kleash.errors import (
 )
 
 T = TypeVar("T")
-_BUCKET = 1 << 24
-"""Numbers that are summed at once: 64 MiB of float32."""
+BUCKET_BYTES = 1 << 26
+"""What is summed at once, at most; a larger tensor is summed where it lies."""
 _SECONDS_FOR_REASONS = 8.0
 """Seconds in which a process that lost another waits to read why."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -54,7 +54,7 @@ class Mesh:
     rank: int = 0
     size: int = 1
     store: Any = field(default=None, repr=False, compare=False)
-    """Of the launcher; last words are left there."""
+    """Of the launcher; the reason why a process ends is left there."""
 
     @property
     def is_first(self) -> bool:
@@ -136,7 +136,7 @@ class Mesh:
             return
         bucket: list[Tensor] = []
         for tensor in tensors:
-            full = sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET
+            full = sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES
             if bucket and (full or bucket[0].dtype != tensor.dtype):
                 _add_together(bucket)
                 bucket = []
@@ -360,7 +360,7 @@ _NO_REASON = (
 
 
 def _read_reasons(mesh: Mesh, *, until_cause: bool) -> dict[int, str | None]:
-    """The last words of the processes, as far as they come; None: it only lost another."""
+    """Why each process ended, as far as it is known; None: it only lost another."""
     said: dict[int, str | None] = {}
     end = time.monotonic() + _SECONDS_FOR_REASONS
     while time.monotonic() < end and len(said) < mesh.size:

@@ -65,9 +65,18 @@ def test_fsdp_divides_what_stays_and_gathers_the_rest() -> None:
     one = predict(CONFIG, LOAD)
     shared = predict(CONFIG, LOAD, strategy="fsdp", world_size=4)
     assert shared.steady == pytest.approx(one.steady / 4, abs=8)
-    assert shared.gathered == 4 * (4 * LAYER + WORDS * WIDTH)
+    # Two layers, a layer's gradients twice, and embedding, last norm and head for the whole pass.
+    ends = 2 * WORDS * WIDTH + WIDTH
+    assert shared.gathered == 4 * (4 * LAYER + ends)
+    assert shared.generation - one.generation == 4 * ALL
+    half = replace(LOAD, precision="bf16")
+    rounded = predict(CONFIG, half, strategy="fsdp", world_size=4)
+    assert rounded.gathered == 2 * 2 * LAYER + 2 * 4 * LAYER + 4 * ends
+    adapter = replace(half, adapter=AdapterSpec(rank=3, targets=("q_proj",)))
+    assert predict(CONFIG, adapter, strategy="fsdp", world_size=4).gathered < 2 * ALL
     copied = predict(CONFIG, LOAD, strategy="ddp", world_size=4)
-    assert copied.steady == one.steady + one.gradients
+    assert copied.steady == one.steady
+    assert copied.exchange == 4 * ALL
     with pytest.raises(ValueError, match="expected ddp or fsdp for several processes, got 2"):
         predict(CONFIG, LOAD, world_size=2)
 

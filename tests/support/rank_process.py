@@ -25,11 +25,13 @@ import torch
 import yaml
 
 import kleash.training.startup
+import kleash.training.state
 from kleash.config.loading import parse_config
 from kleash.errors import NonFiniteError
 from kleash.mesh import joined
 from kleash.preflight.runner import require_sound
 from kleash.preflight.runtime_monitor import RuntimeMonitor
+from kleash.storage.run_directory import RunWriter
 from kleash.training.components import Components
 from kleash.training.loop import Trainer, train
 
@@ -73,6 +75,8 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             at_step(changed_reference)
         case "killed":
             at_step(lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
+        case "killed at":
+            _killed_at(patch, fault["place"])
         case "killed after":
             end = threading.Timer(fault["seconds"], os.kill, (os.getpid(), signal.SIGKILL))
             end.daemon = True
@@ -95,6 +99,24 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             patch.setattr(kleash.training.startup, "assemble", _no_file)
         case _:
             raise ValueError(fault)
+
+
+def _killed_at(patch: pytest.MonkeyPatch, place: str) -> None:
+    """SIGKILL at one of the places where a run holds no checkpoint yet."""
+    owner, name, when = {
+        "making the directory": (RunWriter, "_write_meta", "before"),
+        "before the first line": (Trainer, "_start", "before"),
+        "after the first line": (Trainer, "_write_down", "after"),
+        "in the first checkpoint": (kleash.training.state, "save_moments", "before"),
+    }[place]
+    inner = getattr(owner, name)
+
+    def fatal(*arguments: Any, **named: Any) -> Any:
+        if when == "after":
+            inner(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(owner, name, fatal)
 
 
 def _out_of_memory(*arguments: Any, **named: Any) -> Any:

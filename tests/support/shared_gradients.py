@@ -16,8 +16,8 @@ from kleash.mesh import Mesh
 from kleash.models.batching import TokenBudget
 from kleash.models.policy import Policy
 from kleash.models.reward_model import NoReward
-from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, blueprint, device_mesh, materialise, shard, whole
+from kleash.models.trunk import start
 from kleash.rollout.sampling import SamplingSpec
 from kleash.rollout.scoring_pass import score
 from kleash.scoring.tiles import default_tiles

@@ -82,16 +82,20 @@ def test_an_empty_folder_is_a_free_output(material: Path, tmp_path: Path) -> Non
     assert read_run(train(settings(material, tmp_path / "empty", steps=1))).status == "finished"
 
 
+@pytest.mark.parametrize("version", ["this", "an earlier one"])
 def test_a_run_whose_weights_are_lost_is_not_begun_again_over_its_numbers(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, version: str
 ) -> None:
-    config = settings(material, tmp_path / "run", logging={"checkpoint_every": 0})
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    config = settings(material, tmp_path / "run", steps=2)
+    train(config)
+    mark_unfinished(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    if version != "this":
+        meta = json.loads((tmp_path / "run" / "run.json").read_text())
+        del meta["saved_step"]
+        (tmp_path / "run" / "run.json").write_text(json.dumps(meta))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match="made 2 steps and holds no checkpoint"):
+    with pytest.raises(RunError, match="made 2 steps and its checkpoints are gone"):
         train(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 

@@ -29,7 +29,7 @@ LAYER = {
     "logging": {"samples_per_step": 7},
     "steps": 3,
 }
-"""Rows that divide evenly among nobody."""
+"""Rows that no number of processes divides evenly."""
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,14 @@ import torch
 from training_hooks import interrupt_after
 
 from kleash.errors import ConfigError
+from kleash.training.components import trained_parameters
 from kleash.training.loop import train
-from kleash.training.optimizers import make_optimizer, round_by_chance, set_learning_rates
+from kleash.training.optimizers import (
+    make_optimizer,
+    moment_bytes,
+    round_by_chance,
+    set_learning_rates,
+)
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao (kleash[8bit]) is not installed"
@@ -107,6 +113,23 @@ def test_rates_follow_their_peaks() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
+def bytes_of(moment: torch.Tensor) -> int:
+    """Of a plain tensor, or of all tensors that one of torchao's consists of."""
+    if not hasattr(moment, "codes"):
+        return moment.numel() * moment.element_size()
+    parts = [getattr(moment, name) for name in ("codes", "scale", "qmap")]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_moments_are_counted_by_their_type() -> None:
+    large, small, odd = torch.zeros(64, 64), torch.zeros(100), torch.zeros(4097)
+    assert moment_bytes([large, small, odd], "adamw") == 8 * (4096 + 100 + 4097)
+    # 4096 codes, 16 scales and a table of 256 numbers, twice.
+    eight = 2 * (4096 + 16 * 4 + 256 * 4)
+    assert moment_bytes([large, small, odd], "adamw_8bit") == eight + 8 * (100 + 4097)
+    assert moment_bytes([large.bfloat16()], "adamw") == 4 * 4096
+
+
 @needs_torchao
 def test_eight_bits_go_where_float32_goes_in_a_quarter_of_the_memory() -> None:
     with torch.compiler.set_stance("force_eager"):
@@ -114,13 +137,22 @@ def test_eight_bits_go_where_float32_goes_in_a_quarter_of_the_memory() -> None:
         start = one[0].detach().clone()
         eight = make_optimizer(groups(one, 1e-3), name="adamw_8bit")
         walk(eight, one, 20)
-        walk(make_optimizer(groups(other, 1e-3)), other, 20)
+        full = make_optimizer(groups(other, 1e-3))
+        walk(full, other, 20)
         wanted, made = other[0].detach() - start, one[0].detach() - start
         assert (made - wanted).norm() < 0.05 * wanted.norm()
         state = eight.state[one[0]]
         moments = [state["exp_avg"], state["exp_avg_sq"]]
         size = sum(m.codes.numel() + 4 * m.scale.numel() for m in moments)  # pyright: ignore
         assert size <= 2.1 * one[0].numel()
+        for optimizer, name in ((eight, "adamw_8bit"), (full, "adamw")):
+            parameters = trained_parameters(optimizer)
+            held = sum(
+                bytes_of(optimizer.state[p][moment])
+                for p in parameters
+                for moment in ("exp_avg", "exp_avg_sq")
+            )
+            assert moment_bytes(parameters, name) == held
         assert restarted("adamw_8bit", "nearest", torch.float32)
         set_learning_rates(eight, 0.5)
         assert float(eight.param_groups[0]["lr"]) == pytest.approx(5e-4)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kleash.models.precision import Precision
-from kleash.models.trunk import trunk_of
+from kleash.models.sharding import Sharding, materialise, own, release, shard, tensors_of
+from kleash.models.trunk import start, trunk_of
 
 
 def frozen_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
@@ -24,6 +25,29 @@ def frozen_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel
         for weight in _linear_weights(trunk_of(model)):
             memo[id(weight)] = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
     return copy.deepcopy(model, memo).requires_grad_(False)
+
+
+@torch.no_grad()
+def divided_copy(
+    sharding: Sharding, structure: nn.Module, source: PreTrainedModel
+) -> PreTrainedModel:
+    """`frozen_copy` of a divided model, divided in the same way.
+
+    Args:
+        sharding: among whom.
+        structure: the `blueprint` from before the model was divided.
+        source: the model.
+    """
+    release(source)
+    copied = cast(PreTrainedModel, copy.deepcopy(structure).requires_grad_(False))
+    shrink_frozen(copied, sharding.precision)
+    shard(copied, sharding.mesh, precision=sharding.precision)
+    materialise(copied, sharding.device)
+    theirs = dict(tensors_of(source))
+    for name, tensor in tensors_of(copied):
+        own(tensor).copy_(own(theirs[name]))
+    start(copied, sharding.device)
+    return copied
 
 
 def shrink_frozen(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:

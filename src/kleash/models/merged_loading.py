@@ -21,6 +21,8 @@ def open_divided(
     revision: str | None,
     sharding: Sharding,
     adapter: AdapterSpec | None = None,
+    *,
+    frozen: bool = False,
 ) -> ShardedModel:
     """`open_sharded`, with whole models opened by `load_merged`."""
     return open_sharded(
@@ -32,6 +34,7 @@ def open_divided(
         spec=adapter,
         revision=revision,
         merged=merge is not None,
+        frozen=frozen,
     )
 
 

@@ -26,7 +26,7 @@ from kleash.models.checkpoint import (
     verify_sharded,
 )
 from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
-from kleash.models.frozen_weights import frozen_copy
+from kleash.models.frozen_weights import divided_copy, frozen_copy
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
     Attention,
@@ -39,7 +39,6 @@ from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.merged_loading import load_merged, open_divided, tokenizer_of
 from kleash.models.precision import Precision
 from kleash.models.probing import check_padding, own_code
-from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, gather_ends, own, release
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.models.vocabulary import (
@@ -359,7 +358,8 @@ def load_reference(
     if sharding is None:
         model = load_merged(path, merge, dtype, device, attention, revision)
     else:
-        model = open_divided(path, merge, dtype, attention, revision, sharding).model
+        opened = open_divided(path, merge, dtype, attention, revision, sharding, frozen=True)
+        model = opened.model
     tokenizer = tokenizer_of(path, merge, revision)
     words = _checked_words(model, tokenizer, path, padded=True)
     model.requires_grad_(False)
@@ -374,11 +374,8 @@ def freeze_copy(policy: Policy) -> Reference:
     if policy.adapter is not None:
         model, how = policy.model, "policy with its adapter off"
     elif policy.sharding is not None and policy.structure is not None:
-        model, how = (
-            policy.sharding.frozen_copy(policy.structure, policy.model),
-            "copy of the policy",
-        )
-        start(model, policy.device)
+        how = "copy of the policy"
+        model = divided_copy(policy.sharding, policy.structure, policy.model)
     else:
         model, how = frozen_copy(policy.model, policy.precision), "copy of the policy"
     return Reference(

@@ -40,23 +40,26 @@ def weights_dtype(precision: Precision, *, frozen: bool) -> Literal["float32", "
 
 
 def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
-    """What `fully_shard` is given: gathered weights in bfloat16 for `bf16`, sums in float32.
+    """What `fully_shard` is given for the matrices of decoder layers.
 
-    The shards keep the type of the weights, so the optimiser updates float32; gradients are added
-    over ranks in float32, whichever type they were computed in. No run passes it yet: it would
-    gather the head in bfloat16 too, whose product is in float32 on a CPU.
+    They are gathered in bfloat16, so that half of the bytes are sent and held, and autocast finds
+    them rounded as it would round them. The slices keep the type of the weights, so the optimiser
+    updates float32; gradients are added over processes in float32, whichever type they were
+    computed in. What goes into a layer is left as it is: the stream between layers stays float32.
     """
     if precision == "float32":
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 @contextlib.contextmanager
 def computing(device: torch.device, precision: Precision) -> Generator[None]:
     """Within, a trunk's matrix products are in the precision's type.
 
-    The same under FSDP2, whose weights are gathered in their own type and cast here: one law,
-    however many processes there are.
+    The same under FSDP2, whose layers are gathered as bfloat16 already: a product has the same
+    factors, however many processes there are.
 
     Args:
         device: where its inputs are.

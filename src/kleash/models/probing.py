@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kleash.errors import KleashError, ModelError
+from kleash.models.sharding import layers_are_rounded
 from kleash.models.trunk import trunk_of, trunk_states
 
 TEXTS, LENGTH = 3, 12
@@ -101,7 +102,7 @@ def check_padding(model: PreTrainedModel, words: int, path: str | Path) -> None:
     Raises:
         ModelError: naming the class, padding as the cause, and the largest difference.
     """
-    half = next(model.parameters()).dtype in _HALF
+    half = _computes_in_half(model)
     for doing, found in (
         ("reading", _padding_in_reading(model, words)),
         ("writing", _padding_in_writing(model, words)),
@@ -128,7 +129,7 @@ def check_padding_of_states(trunk: nn.Module, words: int, path: str | Path) -> N
     for alone, together in _states_alone_and_together(trunk, words):
         apart = (alone - together).float().abs().max() / alone.float().abs().max()
         worst = max(worst, float(apart))
-    if not worst <= _PADDING[next(trunk.parameters()).dtype in _HALF]:
+    if not worst <= _PADDING[_computes_in_half(trunk)]:
         raise ModelError(
             f"expected padding to change nothing for {type(trunk).__name__} in {str(path)!r}, got "
             f"states that differ by {worst:.3g} of the largest when reading a text alone and "
@@ -136,6 +137,14 @@ def check_padding_of_states(trunk: nn.Module, words: int, path: str | Path) -> N
             "through it, or counts it in its positions), so every value would depend on the "
             "batch; take another architecture, or a head on the policy's own states"
         )
+
+
+def _computes_in_half(model: nn.Module) -> bool:
+    """Whether the products of its layers are in half precision, by its weights or in spite of them.
+
+    A divided model with `bf16` keeps float32 weights, and its layers compute in bfloat16.
+    """
+    return next(model.parameters()).dtype in _HALF or layers_are_rounded(model)
 
 
 @torch.no_grad()

@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kleash.errors import ModelError
-from kleash.models.frozen_weights import frozen_copy
+from kleash.models.frozen_weights import divided_copy, frozen_copy
 from kleash.models.policy import Identity, LanguageModel, Policy, Reference
-from kleash.models.sharded_loading import start
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.storage.atomic_files import replace_file
 from kleash.types import Head
@@ -208,8 +207,7 @@ def anchor_at(policy: Policy, step: int, *, like: FrozenReference) -> FrozenRefe
         like: a reference; the anchor lives in main memory if this one does.
     """
     if policy.sharding is not None and policy.structure is not None:
-        model = policy.sharding.frozen_copy(policy.structure, policy.model)
-        start(model, policy.device)
+        model = divided_copy(policy.sharding, policy.structure, policy.model)
     else:
         model = frozen_copy(policy.model, policy.precision)
     # A divided anchor takes the device one slice, and stays there.

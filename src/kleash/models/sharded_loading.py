@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kleash.models.frozen_weights import shrink_frozen
 from kleash.models.loading import Attention, Dtype, load_config, quiet, switch_off_dropout
 from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.sharding import (
@@ -26,11 +27,9 @@ from kleash.models.sharding import (
     materialise,
     own,
     own_part,
-    release,
     shard,
-    states_of,
 )
-from kleash.models.trunk import trunk_of
+from kleash.models.trunk import start
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,7 @@ def open_sharded(
     spec: AdapterSpec | None = None,
     revision: str | None = None,
     merged: bool = False,
+    frozen: bool = False,
 ) -> ShardedModel:
     """Open a causal language model divided.
 
@@ -66,6 +66,7 @@ def open_sharded(
         spec: an adapter to put into it; None: none.
         revision: of a hub name.
         merged: whether an adapter is merged into the weights first.
+        frozen: whether no weight of it will move; they are then kept as `shrink_frozen` says.
 
     Raises:
         ModelError: as `loading.load_causal_lm`.
@@ -80,6 +81,8 @@ def open_sharded(
     opened = whole() if model is None else model
     with _stand_ins(opened) if empty else contextlib.nullcontext():
         adapter = None if spec is None else add_adapter(opened, spec, revision=revision)
+    if frozen:
+        shrink_frozen(opened, sharding.precision)
     structure = blueprint(opened)
     shard(opened, sharding.mesh, precision=sharding.precision)
     materialise(opened, sharding.device)
@@ -87,15 +90,6 @@ def open_sharded(
         read_slices(opened, cast("dict[str, Path]", files))
     start(opened, sharding.device)
     return ShardedModel(opened, adapter, structure, by_slices=empty)
-
-
-@torch.no_grad()
-def start(model: PreTrainedModel, device: torch.device) -> None:
-    """Read one token: by its first reading a divided model learns what belongs together."""
-    states_of(
-        model, trunk_of(model), {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
-    )
-    release(model)
 
 
 def weight_files(directory: Path) -> dict[str, Path] | None:
@@ -160,7 +154,7 @@ def _without_weights(
     kind = config.dtype if dtype == "auto" else getattr(torch, dtype)
     how = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        with quiet(), _registered_on_meta():
+        with quiet(), weights_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=kind, **how)
     # The code of several hundred architectures; opening the whole model says what is wrong.
     except Exception:
@@ -170,7 +164,7 @@ def _without_weights(
 
 
 @contextlib.contextmanager
-def _registered_on_meta() -> Generator[None]:
+def weights_on_meta() -> Generator[None]:
     """Weights of modules that are made inside go to the meta device; buffers do not."""
     register: Callable[..., None] = nn.Module.register_parameter
 

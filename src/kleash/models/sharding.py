@@ -3,6 +3,10 @@
     decoder layers       gathered when they are read, given up again at once
     all other weights    (embedding, last norm, head) gathered for a pass, given up by `release`
 
+With `bf16` the matrices of the layers are gathered in bfloat16; their vectors (norms, biases),
+which autocast does not round or which are small, lie whole in every process. The others are
+gathered in their own type, for the head's product is in it: what one process computes.
+
 Embedding and head are one group, for they are often one matrix; the streaming pass needs the whole
 head, and has it from the pass's own gathering. Gradients are sums over the processes, because the
 losses divide by the tokens of the whole minibatch.
@@ -15,6 +19,7 @@ memory first and keeps its slice.
 
 import contextlib
 import copy
+import ctypes
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -26,20 +31,39 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
-    MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from kleash.models.precision import Precision, mixed_precision_policy
+
 READ = "kleash_read"
 """The method by which a divided model reads: its hooks gather what it needs."""
+_MMAP_THRESHOLD, _RETURNED_FROM = -3, 1 << 21
+"""glibc's name for the setting, and bytes: most matrices are larger, most activations smaller."""
+_ROUNDED = "kleash_rounded"
+"""Marks a layer whose products are in bfloat16."""
 
 
 def device_mesh(device: torch.device, size: int) -> DeviceMesh:
     """All processes in one dimension."""
+    if device.type == "cpu":
+        _return_freed_blocks()
     return init_device_mesh(device.type, (size,))
+
+
+def _return_freed_blocks() -> None:
+    """Have what was gathered go back to the system when it is freed.
+
+    glibc raises the size from which it does so up to 32 MiB, by what was freed before; smaller
+    blocks leave holes in the heap, and a process with half of a model took as much as one with all
+    of it. Other C libraries have no such setting.
+    """
+    setting = getattr(ctypes.CDLL(None), "mallopt", None)
+    if setting is not None:
+        setting(_MMAP_THRESHOLD, _RETURNED_FROM)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -47,20 +71,26 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(
-    model: nn.Module, mesh: DeviceMesh, *, precision: MixedPrecisionPolicy | None = None
-) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, precision: Precision = "float32") -> None:
     """Divide a model in place, its weights too where it holds any.
 
     Args:
         model: the model; every repeated layer in it is gathered by itself.
         mesh: the processes.
-        precision: in which types weights are gathered and gradients summed.
+        precision: in which it computes; with `bf16` its layers do so whoever calls them, for a
+            matrix that was gathered in bfloat16 can be multiplied by nothing else.
     """
-    policy = MixedPrecisionPolicy() if precision is None else precision
+    policy = mixed_precision_policy(precision)
     for layer in repeated_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        kept = {p for p in layer.parameters() if p.dim() < 2} if precision == "bf16" else None
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=kept
+        )
+        if precision == "bf16":
+            autocast = torch.autocast(mesh.device_type, dtype=torch.bfloat16)
+            layer.forward = autocast(layer.forward)
+            setattr(layer, _ROUNDED, True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -68,6 +98,11 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     setattr(model, READ, MethodType(_read, model))
     register_fsdp_forward_method(model, READ)
+
+
+def layers_are_rounded(model: nn.Module) -> bool:
+    """Whether the layers of a divided model compute in bfloat16 whatever type their slices have."""
+    return any(hasattr(module, _ROUNDED) for module in model.modules())
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -205,21 +240,5 @@ class Sharding:
 
     mesh: DeviceMesh
     device: torch.device
-    precision: MixedPrecisionPolicy | None = None
-
-    @torch.no_grad()
-    def frozen_copy(self, structure: nn.Module, source: nn.Module) -> Any:
-        """A divided, frozen copy of a divided model.
-
-        Args:
-            structure: the `blueprint` from before the model was divided.
-            source: the model.
-        """
-        release(source)
-        copied = copy.deepcopy(structure).requires_grad_(False)
-        shard(copied, self.mesh, precision=self.precision)
-        materialise(copied, self.device)
-        theirs = dict(tensors_of(source))
-        for name, tensor in tensors_of(copied):
-            own(tensor).copy_(own(theirs[name]))
-        return copied
+    precision: Precision = "float32"
+    """In which they compute."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kleash.errors import ModelError
 from kleash.models.precision import Precision, computing, for_head
 from kleash.models.recomputation import recomputing
-from kleash.models.sharding import states_of
+from kleash.models.sharding import release, states_of
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -38,6 +38,15 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
         f"expected a language model made of a trunk and a head, got {type(model).__name__}, which "
         "has no part that gives hidden states: take another architecture"
     )
+
+
+@torch.no_grad()
+def start(model: PreTrainedModel, device: torch.device) -> None:
+    """Read one token: by its first reading a divided model learns what belongs together."""
+    states_of(
+        model, trunk_of(model), {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
+    )
+    release(model)
 
 
 def trunk_states(

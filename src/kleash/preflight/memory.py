@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kleash.mesh import BUCKET_BYTES
 from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.precision import Precision, computing, weights_dtype
 from kleash.models.recomputation import enable_recomputation, recomputing
@@ -75,6 +76,8 @@ class ModelSize:
     layers: int
     largest_layer: int
     """Parameters of the largest decoder layer: what FSDP gathers at once."""
+    outside: int
+    """Parameters outside the decoder layers, which FSDP gathers for a whole pass."""
     vocab: int
     hidden: int
     cache_numbers: int
@@ -101,6 +104,8 @@ class Memory:
     """Tiles of logits, hidden states and their gradients, a head's gradient before it is added."""
     generation: int
     """Keys, values and logits, while nothing of the update is there."""
+    exchange: int
+    """The bucket in which whole gradients are summed, when the update's activations are gone."""
 
     @property
     def steady(self) -> int:
@@ -112,7 +117,7 @@ class Memory:
     def peak(self) -> int:
         """The highest point: the update, or the writing."""
         update = self.gathered + self.activations + max(self.backward, self.head)
-        return self.steady + max(update, self.generation)
+        return self.steady + max(update, self.generation, self.exchange)
 
 
 def predict(
@@ -125,7 +130,7 @@ def predict(
     """Bytes of each device.
 
         fsdp: (weights + gradients + moments + reference) / N + what is gathered at a moment
-        ddp:  all of it on each, and gradients once more in the buckets that are exchanged
+        ddp:  all of it on each, and a bucket of gradients while they are exchanged
 
     Args:
         model_config: of the model; its weights are not needed.
@@ -140,8 +145,7 @@ def predict(
         raise ValueError(f"expected ddp or fsdp for several processes, got {world_size} of them")
     size = model_size(model_config, load)
     shards = world_size if strategy == "fsdp" else 1
-    half = load.precision != "float32"
-    width = 2 if half else 4
+    width = 4 if load.precision == "float32" else 2
     gradients = size.trainable_bytes
     moments = _moment_bytes(size, load)
     critic = 0
@@ -152,16 +156,15 @@ def predict(
     if strategy == "fsdp":
         trained = min(1.0, size.trainable / size.parameters)
         layers = 2 * size.largest_layer * width + int(2 * trained * size.largest_layer * 4)
-        gathered = layers + size.vocab * size.hidden * width
+        gathered = layers + _outside_bytes(size, load)
     elif load.precision == "bf16" and load.adapter is None:
         # Autocast keeps each rounded matrix until the pass that made it is over.
         gathered = 2 * size.parameters
-    buckets = gradients if strategy == "ddp" and world_size > 1 else 0
     rows = load.update_rows * load.response_tokens
     kept, backward = activation_bytes(model_config, load)
     return Memory(
         weights=size.weight_bytes // shards,
-        gradients=gradients // shards + buckets,
+        gradients=gradients // shards,
         optimizer=moments // shards,
         reference=_reference_bytes(size, load) // shards,
         critic=critic // shards,
@@ -170,7 +173,8 @@ def predict(
         backward=backward,
         head=_head_bytes(size, load, rows),
         generation=_generation_bytes(size, load)
-        + (size.parameters * width if strategy == "fsdp" else gathered),
+        + (gathered_bytes(size, load) if strategy == "fsdp" else gathered),
+        exchange=min(gradients, BUCKET_BYTES) if strategy == "ddp" and world_size > 1 else 0,
     )
 
 
@@ -181,6 +185,7 @@ def model_size(model_config: PretrainedConfig, load: Workload) -> ModelSize:
     trunk = trunk_of(model)
     layers = [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
     outer = [one for one in layers if not any(one is not o and one in o.modules() for o in layers)]
+    sizes = [sum(p.numel() for p in one.parameters()) for one in outer]
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -193,7 +198,8 @@ def model_size(model_config: PretrainedConfig, load: Workload) -> ModelSize:
         weight_bytes=sum(p.numel() * p.itemsize for p in model.parameters()),
         trainable_bytes=sum(p.numel() * p.itemsize for p in trainable),
         layers=depth,
-        largest_layer=max((sum(p.numel() for p in one.parameters()) for one in outer), default=0),
+        largest_layer=max(sizes, default=0),
+        outside=sum(p.numel() for p in model.parameters()) - sum(sizes),
         vocab=int(text.vocab_size),
         hidden=int(text.hidden_size),
         cache_numbers=2 * depth * kept * width,
@@ -296,8 +302,7 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def _build(model_config: PretrainedConfig, load: Workload) -> PreTrainedModel:
-    frozen = load.adapter is not None and not load.adapter.modules_to_save
-    dtype = _DTYPES[weights_dtype(load.precision, frozen=frozen)]
+    dtype = _DTYPES[weights_dtype(load.precision, frozen=_frozen(load))]
     made = cast(Any, AutoModelForCausalLM).from_config(copy.deepcopy(model_config), dtype=dtype)
     model = cast(PreTrainedModel, made)
     if load.adapter is not None:
@@ -313,6 +318,22 @@ def _of_depth(model_config: PretrainedConfig, layers: int) -> PretrainedConfig:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return shallow
+
+
+def gathered_bytes(size: ModelSize, load: Workload) -> int:
+    """Bytes of the whole model as FSDP gathers it: layers in the type that they compute in."""
+    width = 4 if load.precision == "float32" else 2
+    return (size.parameters - size.outside) * width + _outside_bytes(size, load)
+
+
+def _outside_bytes(size: ModelSize, load: Workload) -> int:
+    """Embedding, last norm and head, which are gathered in their own type."""
+    return size.outside * _DTYPES[weights_dtype(load.precision, frozen=_frozen(load))].itemsize
+
+
+def _frozen(load: Workload) -> bool:
+    """Whether no weight of the model's file is trained."""
+    return load.adapter is not None and not load.adapter.modules_to_save
 
 
 def _moment_bytes(size: ModelSize, load: Workload) -> int:

@@ -21,7 +21,15 @@ import torch
 from transformers import PretrainedConfig
 
 from kleash.models.precision import Precision
-from kleash.preflight.memory import Memory, ModelSize, Strategy, Workload, model_size, predict
+from kleash.preflight.memory import (
+    Memory,
+    ModelSize,
+    Strategy,
+    Workload,
+    gathered_bytes,
+    model_size,
+    predict,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def bytes_sent(
     if strategy == "ddp":
         return int(models * updates * 2 * others * size.trainable_bytes)
     share = ceil(step.responses / world_size)
-    weights = size.parameters * (4 if load.precision == "float32" else 2)
+    weights = gathered_bytes(size, load)
     readings = ceil(share / max(1, load.rollout_rows)) * (models + 1)
     passes = updates * ceil(share / step.minibatches / max(1, load.update_rows)) * models
     return int(others * (weights * (1 + readings + 2 * passes) + 4 * size.trainable * passes))

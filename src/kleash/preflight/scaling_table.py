@@ -29,6 +29,7 @@ _ROWS = {
     "backward": "backward of a layer",
     "head": "tiles and head",
     "generation": "writing (instead)",
+    "exchange": "sums (instead)",
 }
 
 

@@ -11,6 +11,7 @@ WORDS: dict[EventKind, str] = {
     "refused": "refused",
     "stopped": "stopped",
     "rolled_back": "rolled back",
+    "restarted": "begun again",
     "reanchored": "anchor moved",
     "alarm": "alarm",
 }

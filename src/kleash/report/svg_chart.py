@@ -61,7 +61,7 @@ class Mark:
     """What kind of thing, in a word or two: the legend says it."""
     text: str
     """What happened, for the pointer."""
-    style: Literal["refused", "stopped", "rolled_back", "reanchored", "alarm"]
+    style: Literal["refused", "stopped", "rolled_back", "restarted", "reanchored", "alarm"]
     colour: int | None = None
     """Index of a colour of the page; None: the colour of its style."""
 

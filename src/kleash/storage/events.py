@@ -1,4 +1,4 @@
-"""What happened to a run beside its steps: refusals, rollbacks, anchors moved, alarms.
+"""What happened to a run beside its steps: refusals, rollbacks, restarts, anchors moved, alarms.
 
 One JSON a line. Events are never taken back, also where the steps around them are: a rollback drops
 metrics, not the reason for it. A run that was killed and goes over the same steps again comes to
@@ -16,7 +16,7 @@ from kleash.storage.atomic_files import append_whole, cannot_write, plain, plain
 
 FILE = "events.jsonl"
 
-EventKind = Literal["refused", "stopped", "rolled_back", "reanchored", "alarm"]
+EventKind = Literal["refused", "stopped", "rolled_back", "restarted", "reanchored", "alarm"]
 
 
 @dataclass(frozen=True)

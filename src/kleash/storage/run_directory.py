@@ -106,6 +106,9 @@ class RunWriter:
             RunError: if the directory already holds a run, or cannot be written.
         """
         path = Path(path)
+        if leftovers := half_begun(path):
+            for file in leftovers:
+                file.unlink(missing_ok=True)
         if holds_run(path):
             raise _another_run(path)
         state = {"status": "running", "started": _now(), "ended": None, "message": None}
@@ -132,8 +135,15 @@ class RunWriter:
         return writer
 
     @classmethod
-    def reopen(cls, path: Path | str, *, through_step: int) -> "RunWriter":
+    def reopen(
+        cls, path: Path | str, *, through_step: int, event: Event | None = None
+    ) -> "RunWriter":
         """Continue a run after `through_step`: later lines are dropped, the status is "running".
+
+        Args:
+            path: the run directory.
+            through_step: the last step whose lines stay; -1: none.
+            event: why lines are dropped, which is written before they are; None: nothing to say.
 
         Raises:
             RunError: if the directory holds no readable run, or cannot be written.
@@ -145,6 +155,8 @@ class RunWriter:
         if (run.path / _EVENTS).exists():
             # Without the half line that a killed process may have left.
             replace_file(run.path / _EVENTS, "".join(event_line(event) for event in run.events))
+        if event is not None:
+            writer.append_event(event)
         writer.rewind(through_step)
         writer._write_meta()
         return writer
@@ -288,6 +300,24 @@ class RunWriter:
 def holds_run(path: Path | str) -> bool:
     """Whether the directory holds a run, or what is left of one."""
     return any((Path(path) / name).exists() for name in (_META, _METRICS, _CONFIG, _SAMPLES))
+
+
+def half_begun(path: Path | str) -> list[Path]:
+    """The files of a run that was killed while `RunWriter.create` made its directory.
+
+    Returns:
+        What can be removed without loss: two files without a line, and the configuration that was
+        written after them. Empty where the directory holds anything else of a run, or nothing.
+    """
+    path = Path(path)
+    lines = [file for name in (_METRICS, _SAMPLES) if (file := path / name).exists()]
+    if not lines or (path / _META).exists() or any(file.stat().st_size for file in lines):
+        return []
+    whole = [path / _CONFIG] if (path / _CONFIG).exists() else []
+    if whole and len(lines) < 2:
+        return []
+    unfinished = [file for name in (_CONFIG, _META) for file in path.glob(f".{name}.*.tmp")]
+    return [*lines, *whole, *unfinished]
 
 
 def read_run(path: Path | str) -> Run:

@@ -10,8 +10,9 @@ from kleash.config.loading import load_config, parse_config
 from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.storage.atomic_directories import step_of
+from kleash.storage.events import Event, new_event
 from kleash.storage.plan_file import PLAN_FILE
-from kleash.storage.run_directory import Run, holds_run, read_run
+from kleash.storage.run_directory import Run, half_begun, holds_run, read_run
 from kleash.training.state import latest_checkpoint
 
 Change = tuple[str, Any, Any]
@@ -24,6 +25,9 @@ class EarlierRun:
 
     changes: Sequence[Change]
     """Keys whose values are others from now on; none of them changes a step already made."""
+    restart: Event | None = None
+    """Why it is begun again, where it made steps and was interrupted before its first checkpoint;
+    None: it goes on from a checkpoint, or made no step."""
 
 
 def find_run(config: Config) -> EarlierRun | None:
@@ -50,7 +54,7 @@ def find_run(config: Config) -> EarlierRun | None:
             "leave these as they were to continue it, or give another output directory"
         )
     _require_steps_left(run, steps=config.steps)
-    return EarlierRun(changes)
+    return EarlierRun(changes, _restart(run))
 
 
 def config_of_run(directory: Path, overrides: Mapping[str, str]) -> Config:
@@ -78,7 +82,7 @@ def _require_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"expected an output directory, but {str(path)!r} is a file: give another")
     # A plan is made before its run, and may lie where the run will.
-    own = {PLAN_FILE, "plan.html"}
+    own = {PLAN_FILE, "plan.html", *(file.name for file in half_begun(path))}
     if path.is_dir() and (held := sorted({entry.name for entry in path.iterdir()} - own)):
         raise RunError(
             f"the output {str(path)!r} is a folder of something else (it holds {held[0]!r} and no "
@@ -90,17 +94,18 @@ def _require_steps_left(run: Run, *, steps: int) -> None:
     """A run has steps to make, and weights to make them from.
 
     Raises:
-        RunError: it is finished, or lost what it learnt.
+        RunError: it is finished, or its checkpoints are gone.
     """
     checkpoint = latest_checkpoint(run.path / "checkpoints")
     done = 0 if checkpoint is None else step_of(checkpoint)
-    if checkpoint is None:
-        made = max((int(line["step"] or 0) for line in run.metrics), default=0)
-        if made:
-            raise RunError(
-                f"the run in {str(run.path)!r} made {made} steps and holds no checkpoint, so it "
-                "cannot be continued: move it away, or give another output directory, to begin anew"
-            )
+    # A run of an earlier version does not say whether it ever saved one.
+    saved = run.meta.get("saved_step", "unknown")
+    if checkpoint is None and saved is not None and (made := _steps_made(run)):
+        raise RunError(
+            f"the run in {str(run.path)!r} made {made} steps and its checkpoints are gone (the "
+            f"last was written after step {saved}), so it cannot be continued: put them back, or "
+            "move it away or give another output directory to begin anew"
+        )
     if steps < done:
         raise RunError(
             f"`steps: {steps}` is fewer than the {done} that the run has made; leave it out "
@@ -111,6 +116,26 @@ def _require_steps_left(run: Run, *, steps: int) -> None:
             f"{str(run.path)!r} already holds this run, finished after step {done} of "
             f"{steps}: give more `steps` to extend it, or another output directory"
         )
+
+
+def _restart(run: Run) -> Event | None:
+    """What is to be said where steps of a run are made again from the first one."""
+    made = _steps_made(run)
+    if not made or latest_checkpoint(run.path / "checkpoints") is not None:
+        return None
+    before = sum(event.kind == "restarted" for event in run.events)
+    return new_event(
+        0,
+        "restarted",
+        f"the run was interrupted after step {made} and before its first checkpoint: it begins "
+        "again, and the same steps are made once more",
+        steps=made,
+        restarts=before + 1,
+    )
+
+
+def _steps_made(run: Run) -> int:
+    return max((int(line["step"] or 0) for line in run.metrics), default=0)
 
 
 def _listed(changes: Sequence[Change]) -> str:

@@ -4,8 +4,9 @@
     adamw                 4 + 4 + 8          2 + 2 + 4          weight + gradient + moments
     adamw_8bit            4 + 4 + 2          2 + 2 + 2
 
-The 8-bit moments are torchao's: blocks of 256 numbers share a scale, which costs 1/32 of a byte
-more each; tensors of fewer than 4096 numbers keep theirs in full.
+The 8-bit moments are torchao's: blocks of 256 numbers share a scale, which costs 1/64 of a byte
+more each (`moment_bytes`); tensors of fewer than 4096 numbers, or of no multiple of 256, keep
+theirs in full.
 """
 
 import importlib
@@ -15,11 +16,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kleash.errors import ConfigError
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 Rounding = Literal["nearest", "stochastic"]
+_BLOCK, _SMALLEST = 256, 4096
+"""torchao's: numbers that share a scale, and numbers of the smallest tensor with 8-bit moments."""
 
 
 def make_optimizer(
@@ -47,14 +51,41 @@ def make_optimizer(
     made = [dict(group) for group in groups]
     settings: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name == "adamw_8bit":
-        # torchao's own wants its rate in a tensor, so that a compiled step need not be made anew.
+        # torchao wants its rate in a tensor, so that a step need not be compiled again.
         made = [{**group, "lr": torch.tensor(float(group["lr"]))} for group in made]
         by_chance = rounding == "stochastic"
         return _adamw_8bit()(made, bf16_stochastic_round=by_chance, **settings)
     if rounding == "stochastic":
         return StochasticAdamW(made, **settings)
+    if any(_mixed(group["params"]) for group in made):
+        # Divided weights beside whole ones cannot be updated in one call.
+        return torch.optim.AdamW(made, foreach=False, **settings)
     # One pass over the weights, and no temporaries as large as they are.
     return torch.optim.AdamW(made, fused=True, **settings)
+
+
+def _mixed(parameters: Iterable[Tensor]) -> bool:
+    """Whether some are divided among processes and some are not."""
+    return len({isinstance(parameter, DTensor) for parameter in parameters}) > 1
+
+
+def moment_bytes(parameters: Iterable[Tensor], name: OptimizerName) -> int:
+    """Bytes of both moments, which exist from the first update on.
+
+        adamw       2 · n · (bytes of a weight)
+        adamw_8bit  2 · (n + 4 · n/256 + 1024): codes, scales, and a table of 256 numbers;
+                    as adamw for fewer than 4096 numbers, or no multiple of 256
+
+    Args:
+        parameters: those that are trained, as far as this process holds them.
+        name: of the optimiser.
+    """
+    return sum(
+        2 * (p.numel() + 4 * p.numel() // _BLOCK + 1024)
+        if name == "adamw_8bit" and p.numel() >= _SMALLEST and p.numel() % _BLOCK == 0
+        else 2 * p.numel() * p.element_size()
+        for p in parameters
+    )
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

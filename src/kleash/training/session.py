@@ -50,7 +50,7 @@ class Session:
     guard: ReferenceGuard
     callbacks: Callbacks
     warnings: list[str]
-    """What the preflight said; nothing where a run is continued."""
+    """What the preflight said; of a run that is continued, why it begins again if it does."""
     fresh: bool
     """No step of it has been kept: it begins with what the reference does."""
     next_rollout: Rollout | None = None
@@ -85,9 +85,6 @@ class Session:
         if objective is not None and objective > (-inf if best is None else best):
             self.state = replace(self.state, best_step=self.state.step, best_objective=objective)
         self.save(keep=self.config.logging.keep, metrics=metrics)
-        self.run.update_meta(
-            best_checkpoint=self.state.best_step, best_objective=self.state.best_objective
-        )
 
     def _is_save_due(self) -> bool:
         """After the last step, every so many steps, or once so many minutes are at risk.
@@ -163,6 +160,11 @@ class Session:
             next_rollout=self.next_rollout,
         )
         self.saved_at = monotonic()
+        self.run.update_meta(
+            saved_step=self.state.step,
+            best_checkpoint=self.state.best_step,
+            best_objective=self.state.best_objective,
+        )
         self.callbacks.on_checkpoint(CheckpointEvent(self.state.step, path))
         return path
 

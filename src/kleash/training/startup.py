@@ -1,4 +1,4 @@
-"""A run directory opened for training: begun anew, or continued from its newest checkpoint.
+"""A run directory opened for training: new, or continued from its newest checkpoint.
 
 Nothing is written before everything that can be wrong at the start has been looked at.
 """
@@ -16,6 +16,7 @@ import kleash
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.loading import dump_config
 from kleash.config.schema import Config
+from kleash.errors import RunError
 from kleash.mesh import Mesh
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
@@ -70,14 +71,15 @@ def open_session(
     found = mesh.first(lambda: find_run(config))
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    warnings = [] if preflight is None or found is not None else preflight(config, components)
+    warnings = _warnings(found, preflight, config, components)
     guard = ReferenceGuard.of(components.original, components.reference)
     _require_alike(dump_config(config), components, guard)
     checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
+    if found is not None:
+        require_same_teacher(read_run(path).meta, components.teacher, str(path))
     if checkpoint is None:
         frontier, state = _begin(config, components)
     else:
-        require_same_teacher(read_run(path).meta, components.teacher, str(path))
         state = restore_run_state(checkpoint, components, guard.original)
         anchor = restore_anchor(checkpoint, components.policy, components.original, state)
         components = replace(components, reference=anchor)
@@ -93,9 +95,11 @@ def open_session(
         state=state,
         undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
     )
-    meta["warnings"] = warnings
+    meta |= {"warnings": warnings, "saved_step": None}
     if components.teacher is not None:
         meta["teacher"] = asdict(components.teacher.identity())
+    if found is not None and checkpoint is None:
+        _require_same_beginning(read_run(path).meta, meta, str(path))
     run = SilentRun(path)
     if mesh.is_first:
         through_step = -1 if checkpoint is None else state.step
@@ -118,6 +122,15 @@ def open_session(
     )
 
 
+def _warnings(
+    found: EarlierRun | None, preflight: Preflight | None, config: Config, components: Components
+) -> list[str]:
+    """What is to be said before the first step: by the preflight, or of a run that begins again."""
+    if found is not None:
+        return [] if found.restart is None else [found.restart.sentence]
+    return [] if preflight is None else preflight(config, components)
+
+
 def _open_directory(
     path: Path,
     found: EarlierRun | None,
@@ -129,10 +142,31 @@ def _open_directory(
     """The run directory, new, or that of an earlier run as it was after a step."""
     if found is None:
         return RunWriter.create(path, settings=settings, meta=meta)
-    run = RunWriter.reopen(path, through_step=through_step)
+    run = RunWriter.reopen(path, through_step=through_step, event=found.restart)
     if found.changes:
         run.change_config(settings, found.changes, after_step=max(through_step, 0))
     return run
+
+
+def _require_same_beginning(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """A run that begins again does so with the weights that it began with.
+
+    Args:
+        before: what run.json says.
+        now: what it would say.
+        where: the run directory, for the message.
+
+    Raises:
+        RunError: policy or reference are others.
+    """
+    for model in ("policy", "reference"):
+        then, given = before.get(model), now[model]
+        if then is not None and then["sha256"] != given["sha256"]:
+            raise RunError(
+                f"the run in {where!r} has no checkpoint yet and would begin again with another "
+                f"{model}: expected the weights {then['sha256'][:12]}… of {then['path']}, got "
+                f"{given['sha256'][:12]}…; put them back, or give another output directory"
+            )
 
 
 def _require_alike(written: str, components: Components, guard: ReferenceGuard) -> None:

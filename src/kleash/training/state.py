@@ -155,7 +155,7 @@ def latest_checkpoint(parent: Path) -> Path | None:
 def restore_run_state(
     directory: Path, components: Components, reference: Identity
 ) -> TrainingState:
-    """Put everyone where they were when the checkpoint was written.
+    """Put weights, optimiser and random numbers back as the checkpoint has them.
 
     Raises:
         RunError: the checkpoint is damaged, belongs to another model, or was made with another

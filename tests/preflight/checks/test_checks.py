@@ -1,6 +1,7 @@
 """Branches of single checks that no planted fault goes through: what is skipped, and why."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from kleash.preflight.probe_batch import QUICK, Tilted, Trial, draw, own_reading
 from kleash.rollout.prompts import Prompt, read_prompts
 from kleash.rollout.sampling import response_texts
 from kleash.training.assembly import assemble
+from kleash.training.optimizers import moment_bytes
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +198,24 @@ def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPat
     assert "Lower algorithm.microbatch_tokens (now 64) and rollout" in memory(by_tokens).remedy
 
 
-def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:
-    components = trial.components
-    learning = [*components.policy.parameters(), *components.value.parameters()]
-    assert resources.adam_bytes(components.parameters()) == 8 * sum(p.numel() for p in learning)
+def test_moments_of_the_optimizer_that_is_configured_are_part_of_the_memory(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components, gib = trial.components, 2**30
+
+    def stand_in(parameters: Iterable[torch.Tensor], name: str) -> int:
+        held = list(parameters)
+        assert moment_bytes(held, "adamw") == 8 * sum(p.numel() for p in components.parameters())
+        return {"adamw": 40 * gib, "adamw_8bit": 10 * gib}[name]
+
+    def needed(name: str) -> float:
+        optimizer = trial.config.optimizer.model_copy(update={"name": name})
+        config = trial.config.model_copy(update={"optimizer": optimizer})
+        found = resources.examine(replace(trial, config=config))[0]
+        return float(found.measured.split()[1])
+
+    monkeypatch.setattr(resources, "moment_bytes", stand_in)
+    assert needed("adamw") - needed("adamw_8bit") == pytest.approx(30, abs=0.5)
 
 
 @pytest.mark.parametrize(

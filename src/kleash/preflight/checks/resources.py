@@ -8,20 +8,20 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from kleash.algorithms import dispatch
 from kleash.algorithms.common import kept_rows, select
 from kleash.config.algorithm import PassesConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.models.batching import most_rows
+from kleash.models.sharding import own
 from kleash.preflight.findings import Check, Finding, skipped
 from kleash.preflight.probe_batch import MICROBATCH, Trial
 from kleash.rollout.scoring_pass import microbatches, row_lengths
+from kleash.training.optimizers import moment_bytes
 from kleash.training.recovery import copy_bytes, several_updates, undone_in_memory
 
 _ITERATIONS = 2
@@ -82,11 +82,6 @@ def undo(trial: Trial) -> Finding:
     )
 
 
-def adam_bytes(parameters: Sequence[nn.Parameter]) -> int:
-    """Adam's two moments, which exist from the first update on."""
-    return sum(2 * p.numel() * p.element_size() for p in parameters)
-
-
 def machine_bytes(device: torch.device) -> int:
     """Memory of the device that trains."""
     if device.type == "cuda":
@@ -104,7 +99,7 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
     needs = (
         first.before
         + int(grown * max(1.0, rows / first.responses))
-        + adam_bytes(components.parameters())
+        + moment_bytes(map(own, components.parameters()), config.optimizer.name)
     )
     measured = f"about {needs / _GIB:.2f} GiB of {has / _GIB:.1f} GiB"
     check = Check("resources.memory", "at most nine tenths of the machine's memory")
