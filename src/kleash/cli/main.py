@@ -140,7 +140,8 @@ def train(
         Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
-    path, overrides = split_overrides(arguments)
+    with without_collection():
+        path, overrides = split_overrides(arguments)
     if resume is not None and path is not None:
         raise UsageError("--resume takes its configuration from the run: give no CONFIG")
     with without_collection():
