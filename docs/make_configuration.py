@@ -35,8 +35,9 @@ the command line `--algorithm grpo` changes the name and `--algorithm.epochs 4` 
 **Resuming.** A run may be continued with another value of `steps` (if `optimizer.schedule` is
 constant), `logging.*`, `distributed.*`, `heldout.every`, `output`, `device`, `rollout.engine`,
 `rollout.vllm.*`,
-`rollout.microbatch_size`,
-`algorithm.microbatch_size`, `algorithm.keep_logits_mib`, `tripwires.undo` and
+`rollout.microbatch_size`, `rollout.microbatch_tokens`,
+`algorithm.microbatch_size`, `algorithm.microbatch_tokens`,
+`algorithm.keep_logits_mib`, `tripwires.undo` and
 `tripwires.undo_copy_mib`: no step already made would have been
 another one, up to rounding and random draws.
 

@@ -10,6 +10,7 @@ from kleash.config.algorithm import GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.loading import dump_config, load_config, parse_config
 from kleash.config.schema import Config
 from kleash.errors import ConfigError
+from kleash.models.batching import TokenBudget
 
 SEVERAL = {"responses_per_prompt": 4}
 
@@ -101,3 +102,31 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_new_place(
 ) -> None:
     with pytest.raises(ConfigError, match=new):
         read(**old)
+
+
+@pytest.mark.parametrize("section", ["algorithm", "rollout"])
+def test_a_microbatch_has_one_size(section: str) -> None:
+    both = {"microbatch_size": 64, "microbatch_tokens": 4096}
+    why = f"in `{section}`: `microbatch_size` does nothing beside `microbatch_tokens`"
+    with pytest.raises(ConfigError, match=f"{why}: leave it out"):
+        read(**{section: both})
+    with pytest.raises(ConfigError, match="greater than 0"):
+        read(**{section: {"microbatch_tokens": 0}})
+
+
+@pytest.mark.parametrize("section", ["algorithm", "rollout"])
+def test_a_microbatch_of_tokens_is_written_alone_and_read_again(section: str) -> None:
+    config = read(**{section: {"microbatch_tokens": 4096}})
+    assert getattr(config, section).microbatch == TokenBudget(4096)
+    written = yaml.safe_load(dump_config(config))
+    assert "microbatch_size" not in written[section]
+    assert parse_config(written, where="here") == config
+    assert getattr(read(**{section: {"microbatch_size": 5}}), section).microbatch == 5
+
+
+def test_the_command_line_takes_tokens_in_place_of_rows(tmp_path: Any) -> None:
+    file = tmp_path / "c.yaml"
+    (tmp_path / "x.jsonl").touch()
+    file.write_text(yaml.safe_dump(minimal(algorithm={"microbatch_size": 5})))
+    instead = {"algorithm.microbatch-size": "none", "algorithm.microbatch-tokens": "100"}
+    assert load_config(file, instead, base=file).algorithm.microbatch == TokenBudget(100)

@@ -39,6 +39,8 @@ def test_a_value_that_follows_from_another_is_a_difference_too() -> None:
         ({"logging": {"checkpoint_every": 5}}, True),
         ({"output": "elsewhere"}, True),
         ({"algorithm": {"microbatch_size": 8}}, True),
+        ({"algorithm": {"microbatch_tokens": 8}}, True),
+        ({"rollout": {"microbatch_tokens": 8}}, True),
         ({"tripwires": {"undo": "memory"}}, True),
         ({"seed": 3}, False),
         ({"leash": {"beta": 0.2}}, False),

@@ -29,6 +29,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     (SETTINGS, {"dtype": "float7"}, "float7"),
     (SETTINGS, {"quantization_config": "x"}, "no attribute 'to_dict'"),
     (SETTINGS, {"id2label": [1]}, "no attribute 'items'"),
+    (SETTINGS, {"num_hidden_layers": 1}, r"every layer .* got none for model\.layers\.1\."),
     (SETTINGS, "null", "'NoneType'"),
     (TOKENS, "null", "a tokenizer at"),
     (TOKENS, {"model": []}, "did not match"),

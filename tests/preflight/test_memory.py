@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from config_trees import minimal
 from transformers import LlamaConfig
 
+from kleash.config.loading import parse_config
 from kleash.models.lora import AdapterSpec
 from kleash.preflight.memory import Workload, activation_bytes, model_size, predict
 from kleash.preflight.scaling import Rates, Step, bytes_sent, predictions
+from kleash.preflight.scaling_table import workload_of
 
 WIDTH, INNER, LAYERS, WORDS = 64, 160, 5, 300
 CONFIG = LlamaConfig(
@@ -107,3 +110,18 @@ def test_one_device_has_one_way_and_more_devices_than_responses_none() -> None:
     assert both[0].computing == pytest.approx(alone.computing / 4)
     with pytest.raises(ValueError, match="from 1 to 8 devices, as many as a step has responses"):
         predictions(CONFIG, LOAD, step, world_size=9, rates=rates)
+
+
+def test_a_budget_of_tokens_is_as_many_of_the_longest_rows_as_fit() -> None:
+    budgets = {"algorithm": {"microbatch_tokens": 100}, "rollout": {"microbatch_tokens": 25}}
+    config = parse_config(minimal(**budgets), where="here")
+    load = workload_of(
+        config.policy,
+        config.algorithm,
+        config.rollout.model_copy(update={"max_new_tokens": 20}),
+        optimizer="adamw",
+        copied_reference=True,
+        prompt_tokens=10,
+    )
+    # Rows of 30 tokens; one is longer than the second budget and read alone.
+    assert (load.update_rows, load.rollout_rows) == (3, 1)

@@ -1,7 +1,6 @@
 """Gradients of one minibatch whose rows are divided among processes, for a test to compare."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import tiny_models
@@ -14,7 +13,9 @@ from kleash.algorithms.ppo import PPOSettings, prepare
 from kleash.algorithms.rloo import RLOOSettings
 from kleash.algorithms.rloo import prepare as prepare_rloo
 from kleash.mesh import Mesh
+from kleash.models.batching import TokenBudget
 from kleash.models.policy import Policy
+from kleash.models.reward_model import NoReward
 from kleash.models.sharded_loading import start
 from kleash.models.sharding import Sharding, blueprint, device_mesh, materialise, shard, whole
 from kleash.rollout.sampling import SamplingSpec
@@ -75,7 +76,7 @@ def tabular_gradient(placement: str, mesh: Mesh) -> torch.Tensor:
     pathwise = None if batch.pathwise is None else batch.pathwise * p
     batch = replace(batch, advantages=batch.advantages * p, pathwise=pathwise)
     value = TableOfValues(baseline)
-    components = _components(cast(Any, policy), reference, value, settings, mesh)
+    components = components_of(cast(Any, policy), reference, value, settings, mesh)
     components.backward_of_minibatch(batch, microbatch=7)
     components.add_gradients()
     # A loss is divided by the tokens of its minibatch, and an expectation is not.
@@ -85,14 +86,14 @@ def tabular_gradient(placement: str, mesh: Mesh) -> torch.Tensor:
 def tabular(mesh: Mesh) -> dict[str, Any]:
     """`tabular_gradient` of every placement, as lists."""
     torch.set_default_dtype(torch.float64)
-    kleash.training.components.strides = unevenly
+    kleash.training.components.balanced_rows = unevenly
     return {name: tabular_gradient(name, mesh).tolist() for name in PLACEMENTS}
 
 
 def language_model(mesh: Mesh) -> list[float]:
     """Gradients of a language model with an exact KL in the loss; of several processes divided."""
     torch.set_default_dtype(torch.float64)
-    kleash.training.components.strides = unevenly
+    kleash.training.components.balanced_rows = unevenly
     torch.manual_seed(0)
     small = {"num_hidden_layers": 2, "tie_word_embeddings": True}
     model, other = (
@@ -110,8 +111,10 @@ def language_model(mesh: Mesh) -> list[float]:
         materialise(model, device)
         start(model, device)
         policy = replace(policy, sharding=sharding, structure=structure)
-    components = _components(policy, reference, None, settings, mesh)
-    components.backward_of_minibatch(batch, microbatch=3)
+    components = components_of(policy, reference, None, settings, mesh)
+    # Of rows of 5 to 9 tokens: one microbatch alone, several and unequally many when divided.
+    limit = len(batch.mask) if mesh.size == 1 else TokenBudget(20)
+    components.backward_of_minibatch(batch, microbatch=limit)
     components.add_gradients()
     gradients = [whole(cast(torch.Tensor, p.grad)).flatten() for p in components.parameters()]
     return torch.cat(gradients).tolist()
@@ -135,19 +138,18 @@ def _experience(policy: Policy, reference: Policy) -> tuple[Experience, RLOOSett
     return prepare_rloo(scored, BETA, settings), settings
 
 
-def _components(
+def components_of(
     policy: Policy, reference: Any, value: Any, settings: PPOSettings | RLOOSettings, mesh: Mesh
 ) -> Components:
     if not isinstance(policy, Policy):
         policy.__dict__["sharding"] = None
     parameters = [*policy.parameters(), *([] if value is None else value.parameters())]
-    none: Any = None
     return Components(
         policy=policy,
         reference=reference,
         original=reference,
         value=value,
-        reward=none,
+        reward=NoReward(),
         gold=None,
         prompts=[],
         heldout=[],
@@ -156,7 +158,7 @@ def _components(
         pretraining=None,
         sampling=SamplingSpec(),
         settings=settings,
-        optimizer=cast(Any, SimpleNamespace(param_groups=[{"params": parameters}])),
+        optimizer=torch.optim.SGD(parameters, lr=1.0),
         tiles=default_tiles(torch.device("cpu")),
         mesh=mesh,
     )

@@ -61,6 +61,9 @@ def settings(
         for key, value in overrides.items():
             merges = key in tree and isinstance(value, dict)
             tree[key] = {**tree[key], **value} if merges else value
+            if merges and "microbatch_tokens" in value:
+                # A budget of tokens takes the place of a number of rows.
+                tree[key].pop("microbatch_size", None)
     return parse_config(tree, where="the test")
 
 

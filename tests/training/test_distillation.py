@@ -1,6 +1,7 @@
 """Runs of `algorithm: distill`: the teacher as reference, and beside a leash; whole and cut."""
 
 import shutil
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import small_run
 import tiny_models
 import torch
 import yaml
+from ranks import Ranks
 from small_run import numbers, two_words
 from transformers import AutoModelForCausalLM
 
@@ -233,3 +235,33 @@ def test_a_leash_that_cannot_be_is_refused(
 def test_there_is_nothing_to_plan(material: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is nothing to plan"):
         plan(settings(material, tmp_path / "run"), PlanRequest((), ()))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Generator[Ranks]:
+    started = Ranks()
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [(settings, "ddp"), (settings, "fsdp"), (beside_a_leash, "fsdp")],
+)
+def test_two_processes_distil_as_one(
+    kind: Callable[..., Config], strategy: str, material: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Three responses a minibatch: a process of a divided model has to read one for nothing."""
+    algorithm = {"name": "distill", "microbatch_size": 1}
+    rollout = {"prompts_per_step": 6, "microbatch_size": 1}
+    changes = {"steps": 2, "rollout": rollout, "algorithm": algorithm}
+    alone = read_run(Trainer(kind(material, tmp_path / "alone", **changes)).fit())
+    divided = {**changes, "distributed": {"strategy": strategy}}
+    together = read_run(ranks.train(kind(material, tmp_path / "run", **divided)))
+    assert {s.response for s in together.samples} == {s.response for s in alone.samples}
+    keys = [key for key in alone.metrics[-1] if key.startswith(("distill/", "objective/", "loss/"))]
+    assert "distill/reverse_kl" in keys and "loss/distill" in keys
+    for ours, theirs in zip(together.metrics[1:], alone.metrics[1:], strict=True):
+        known = {key: theirs[key] for key in keys if theirs.get(key) is not None}
+        assert len(known) > 3
+        assert {key: ours[key] for key in known} == pytest.approx(known, rel=1e-5, abs=1e-6)

@@ -70,8 +70,16 @@ def require_same_run(ours: Path, theirs: Path, *, rel: float = 1e-5) -> None:
 
 PPO = {"algorithm": {"value": {"kind": "trunk"}}, "leash": {"placement": "mixed"}}
 GRPO = {
-    "algorithm": {"name": "grpo", "minibatches": 2},
-    "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2},
+    "algorithm": {
+        "name": "grpo",
+        "minibatches": 2,
+        "microbatch_tokens": 24,
+    },
+    "rollout": {
+        "prompts_per_step": 2,
+        "responses_per_prompt": 2,
+        "microbatch_tokens": 30,
+    },
     "policy": {"lora": {"rank": 2, "targets": ["q_proj"]}},
 }
 RLOO = {

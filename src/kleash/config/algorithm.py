@@ -16,8 +16,15 @@ from pydantic import (
 )
 
 from kleash.algorithms.distill import DistillGradient
-from kleash.config.section import InputKind, Section, SettingError
+from kleash.config.section import (
+    InputKind,
+    Section,
+    SettingError,
+    idle_microbatch_size,
+    microbatch_limit,
+)
 from kleash.kl.placements import Placement
+from kleash.models.batching import Limit
 from kleash.scoring.divergences import Divergence
 
 WEIGHTED_MIN_EFFECTIVE_SAMPLES = 0.5
@@ -58,6 +65,10 @@ class PassesConfig(Section):
     """Optimiser steps in one pass."""
     microbatch_size: PositiveInt = 64
     """Responses in one backward pass; changes memory and speed, not the gradient."""
+    microbatch_tokens: PositiveInt | None = None
+    """Tokens in one backward pass, prompts and padding among them: responses of similar length,
+    as many as fit. In place of `microbatch_size`; none: that decides. Changes memory and speed, not
+    the gradient."""
     keep_logits_mib: NonNegativeInt = 512
     """MiB of logits kept from forward to backward; the others are computed a second time. Changes
     memory and speed, not the gradient."""
@@ -66,6 +77,15 @@ class PassesConfig(Section):
     effective; below it the policy is too far from the one that sampled, and the rest of the
     updates to this rollout is left out (`policy/updates` counts those made). auto: 0.5 where the
     placement `exact_weighted` has the weights in its loss, otherwise 0, which is no bound."""
+
+    @property
+    def microbatch(self) -> Limit:
+        """What goes through one backward pass at most: responses, or tokens."""
+        return microbatch_limit(self.microbatch_size, self.microbatch_tokens)
+
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`: the one size where the other is given."""
+        return idle_microbatch_size(self.microbatch_tokens)
 
     def with_min_effective_samples(self: Passes, placement: Placement) -> Passes:
         """These settings with the number that `auto` stands for."""

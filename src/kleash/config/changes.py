@@ -8,11 +8,13 @@ _SAFE_SECTIONS = ("distributed", "logging", "rollout.vllm")
 _SAFE_KEYS = (
     "algorithm.keep_logits_mib",
     "algorithm.microbatch_size",
+    "algorithm.microbatch_tokens",
     "device",
     "heldout.every",
     "output",
     "rollout.engine",
     "rollout.microbatch_size",
+    "rollout.microbatch_tokens",
     "steps",
     "tripwires.undo",
     "tripwires.undo_copy_mib",
@@ -41,8 +43,8 @@ def resumable_change(key: str, *, schedule: str) -> bool:
     all of them), what is logged and kept (`logging.*`), when it is evaluated (`heldout.every`),
     where it lies (`output`), what writes (`rollout.engine`, `rollout.vllm.*`), and what changes
     memory and speed alone (`distributed.*`, `device`, `rollout.microbatch_size`,
-    `algorithm.microbatch_size`, `algorithm.keep_logits_mib`, `tripwires.undo`,
-    `tripwires.undo_copy_mib`).
+    `rollout.microbatch_tokens`, the same two of `algorithm`, `algorithm.keep_logits_mib`,
+    `tripwires.undo`, `tripwires.undo_copy_mib`).
 
     Args:
         key: a dotted key, as `config_differences` returns it.

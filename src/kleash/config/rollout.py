@@ -6,7 +6,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from kleash.algorithms.common import Truncated, check_truncated
 from kleash.algorithms.sampler_correction import Correction, check_correction
-from kleash.config.section import Section, SettingError
+from kleash.config.section import (
+    Section,
+    SettingError,
+    idle_microbatch_size,
+    microbatch_limit,
+)
+from kleash.models.batching import Limit
 
 
 class VLLMConfig(Section):
@@ -56,6 +62,10 @@ class RolloutConfig(Section):
     """Subtracted from the score of a truncated response when `truncated: penalise`."""
     microbatch_size: PositiveInt = 64
     """Responses scored at once; changes memory and speed, not results."""
+    microbatch_tokens: PositiveInt | None = None
+    """Tokens scored at once, prompts and padding among them: responses of similar length, as many
+    as fit. In place of `microbatch_size`; none: that decides. Changes memory and speed, not
+    results."""
     correction: Correction = "none"
     """How the update weighs tokens by r = π_trainer/π_sampler, where the sampler's law is not quite
     the trainer's: not at all; each token by its own r, cut off at the clip; each response by the
@@ -68,9 +78,14 @@ class RolloutConfig(Section):
     """1: the next rollout is written while this one is learnt from, by the weights before the
     update. It is then off-policy by one update, which `correction` has to undo."""
 
+    @property
+    def microbatch(self) -> Limit:
+        """What is scored at once at most: responses, or tokens."""
+        return microbatch_limit(self.microbatch_size, self.microbatch_tokens)
+
     def idle(self) -> dict[str, str]:
-        """See `Section.idle`: an engine that is not used, and a clip where nothing is weighed."""
-        idle: dict[str, str] = {}
+        """See `Section.idle`: an engine or a size that is not used, a clip that weighs nothing."""
+        idle = idle_microbatch_size(self.microbatch_tokens)
         if self.engine == "hf":
             idle["vllm"] = "is for `engine: vllm`"
         if self.correction == "none":

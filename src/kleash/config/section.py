@@ -17,6 +17,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from kleash.models.batching import Limit, TokenBudget
+
 Checked = TypeVar("Checked", bound="Section")
 
 
@@ -110,3 +112,15 @@ def _options(annotation: Any) -> set[Any]:
         return set(get_args(annotation))
     origin = get_origin(annotation)
     return {annotation if origin is None else origin}
+
+
+def microbatch_limit(size: int, tokens: int | None) -> Limit:
+    """The limit that two keys say together: a budget of tokens where there is one."""
+    return size if tokens is None else TokenBudget(tokens)
+
+
+def idle_microbatch_size(tokens: int | None) -> dict[str, str]:
+    """See `Section.idle`: what does nothing beside a budget of tokens."""
+    if tokens is None:
+        return {}
+    return {"microbatch_size": "does nothing beside `microbatch_tokens`"}

@@ -7,7 +7,8 @@ Left out: what the models are used for; that is `models`, `values` and `reward_m
 
 import contextlib
 import json
-from collections.abc import Generator
+import re
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -314,8 +315,28 @@ def _load(
             f"expected a configuration that {name} accepts in {str(path)!r}, got an error in the "
             f"model's own code: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
+    surplus = _surplus_layers(model.state_dict().keys(), info["unexpected_keys"])
+    if surplus:
+        raise ModelError(
+            f"expected a configuration with every layer that the files in {str(path)!r} hold, got "
+            f"none for {_some(surplus)}: a model with fewer layers is another model; correct the "
+            "number of layers in config.json, or save the shorter model with save_pretrained"
+        )
     switch_off_dropout(model)
     return model, sorted(info["missing_keys"])
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _surplus_layers(known: Collection[str], unexpected: Iterable[str]) -> list[str]:
+    """Weights in files that are those of one layer more: a known name but for a layer's number.
+
+    Other weights that a model has no place for (the head of a classifier that is opened as a
+    language model) change nothing of what it computes.
+    """
+    patterns = {_NUMBER.sub("*", name) for name in known}
+    return sorted(name for name in unexpected if _NUMBER.sub("*", name) in patterns)
 
 
 def _kind(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -54,7 +54,8 @@ def trunk_states(
     """Hidden states of the response part of [left-padded prompt | right-padded response].
 
     Position ids count the real tokens of a row from 0, so a row's numbers do not depend on how
-    far it is padded. The state that predicts response token 0 belongs to the last prompt token.
+    far it is padded; no more columns are computed than the longest row has tokens. The state that
+    predicts response token 0 belongs to the last prompt token.
 
     Args:
         trunk: the model without its head.
@@ -68,15 +69,30 @@ def trunk_states(
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
+    place = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    longest = int(place.max()) + 1
+    moved = longest < ids.shape[1]
+    if moved:
+        # A short prompt's row begins with padding, a short response's ends with it: moved to the
+        # left, rows are as wide as the longest of them, not as longest prompt and longest response.
+        order = mask.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    # Without padding the mask changes nothing, and attention is faster without one.
-    if not bool(mask.all()):
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    # A causal model sees no padding behind a text, and attention is faster without a mask.
+    if not bool(mask[:, 0].all()):
         inputs["attention_mask"] = mask.long()
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     if "position_ids" in inspect.signature(trunk.forward).parameters:
-        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions
     with computing(ids.device, precision), recomputing(trunk):
         if weights is None:
             states = states_of(trunk if model is None else model, trunk, inputs)
         else:
             states = functional_call(trunk, dict(weights), (), inputs)[0]
-    return for_head(states[:, prompt_ids.shape[1] - 1 :], precision)
+    first = prompt_ids.shape[1] - 1
+    if moved:
+        # Beyond a row's end: the state of its last token once more, which nothing reads.
+        index = place[:, first:, None].expand(-1, -1, states.shape[-1])
+        return for_head(states.gather(1, index), precision)
+    return for_head(states[:, first:], precision)

@@ -9,6 +9,7 @@ from rich.text import Text
 from kleash.config.algorithm import DistillConfig, GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import Config, PolicyConfig
+from kleash.models.batching import most_rows
 from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
 from kleash.preflight.memory import OptimizerName, Workload
@@ -43,6 +44,7 @@ def workload_of(
     """What memory depends on, out of the sections of a configuration."""
     lora = policy.lora
     critic = algorithm.value if isinstance(algorithm, PPOConfig) else None
+    longest = prompt_tokens + rollout.max_new_tokens
     return Workload(
         precision=policy.precision,
         optimizer=optimizer,
@@ -57,8 +59,8 @@ def workload_of(
         ),
         reference=copied_reference,
         critic=critic is not None and critic.kind == "model",
-        update_rows=algorithm.microbatch_size,
-        rollout_rows=rollout.microbatch_size,
+        update_rows=most_rows(algorithm.microbatch, longest),
+        rollout_rows=most_rows(rollout.microbatch, longest),
         prompt_tokens=prompt_tokens,
         response_tokens=rollout.max_new_tokens,
         keep_logits=algorithm.keep_logits_mib << 20,

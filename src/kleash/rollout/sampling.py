@@ -1,8 +1,7 @@
 """Writing responses: the policy samples, through the library's `generate`, and nothing cuts in.
 
 Left out: samplers that cut or reshape the distribution (top-p, top-k, penalties). What they write
-could not be replayed by a log-probability. Left out too: dropping rows that have ended from the
-batch; the library carries them to the end of the longest.
+could not be replayed by a log-probability. Rows that have ended leave the batch: `finished_rows`.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +22,7 @@ from transformers import (
 from kleash.errors import ConfigError, NonFiniteError, PromptError
 from kleash.models.lm_head import as_scored
 from kleash.models.policy import Policy
+from kleash.rollout.finished_rows import generate_going
 from kleash.rollout.prompts import PromptBatch
 from kleash.types import Rollout
 
@@ -259,32 +258,55 @@ class _Sampler(LogitsProcessor):
         self._temperature, self._words, self._rows, self._of = temperature, words, rows, of
         self._generator = generator
         self._drawn: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._going: Tensor | None = None
+
+    def rewind(self, written: int) -> None:
+        """Only so many tokens stand; random numbers of further ones are used again."""
+        del self._drawn[written:]
+
+    def keep(self, going: Int[Tensor, " going"]) -> None:
+        """Go on with some of the rows alone, by their numbers among those of the last call."""
+        self._going = going if self._going is None else self._going[going]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         logits = scores[:, : self._words].float()
         if self._temperature != 1:
             logits = logits / self._temperature
         below = logits - logits.amax(dim=-1, keepdim=True)
-        uniform = random_numbers(self._of, below.device, self._generator)[self._rows]
+        if len(self._numbers) == len(self._drawn):
+            self._numbers.append(random_numbers(self._of, below.device, self._generator))
+        uniform = self._numbers[len(self._drawn)][self._rows]
+        rows = len(uniform)
+        if self._going is not None:
+            uniform = uniform[self._going]
         words, mass = _draw(below.exp(), uniform)
         finite = mass.isfinite()
         if not bool(finite.all()):
             raise NonFiniteError(
                 "expected finite logits from the policy, got NaN or infinity for {place}: its "
                 "weights are damaged or have diverged",
-                response=int((~finite).flatten().nonzero()[0]),
+                response=int(self._rows_of(~finite.flatten())[0]),
                 token=len(self._drawn),
             )
-        self._drawn.append((below.gather(1, words) - mass.log()).squeeze(1).float())
+        drawn = (below.gather(1, words) - mass.log()).squeeze(1).float()
+        if self._going is not None:
+            drawn = drawn.new_zeros(rows).index_copy(0, self._going, drawn)
+        self._drawn.append(drawn)
         return torch.zeros_like(scores).scatter_(1, words, 1.0)
+
+    def _rows_of(self, chosen: Bool[Tensor, " going"]) -> Int[Tensor, " some"]:
+        """Numbers of chosen rows, among all that the sampler began with."""
+        numbers = chosen.nonzero().flatten()
+        return numbers if self._going is None else self._going[numbers]
 
     @property
     def draws(self) -> int:
         """How often random numbers were drawn."""
-        return len(self._drawn)
+        return len(self._numbers)
 
     def logprobs(self, tokens: int) -> Float[Tensor, "batch token"]:
-        """log-probabilities of the first so many tokens; the library may take back a step."""
+        """log-probabilities of the first so many tokens."""
         return torch.stack(self._drawn[:tokens], dim=1)
 
 
@@ -327,15 +349,7 @@ def write_piece(
     settings = _clean_settings(policy, spec)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
     with _settings(policy.model, settings), as_scored(policy.model, policy.precision):
-        ids = cast(Any, policy.model).generate(
-            input_ids=mine,
-            attention_mask=prompt_mask[rows, first:].long(),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([sampler]),
-            # A divided model is gathered for writing, and waits for no other process.
-            synced_gpus=False,
-        )
-    response = ids[:, mine.shape[1] :]
+        response = generate_going(policy.model, mine, prompt_mask[rows, first:], settings, sampler)
     return Piece(response, sampler.logprobs(response.shape[1]), sampler.draws)
 
 

@@ -7,13 +7,14 @@ here too.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kleash.errors import NonFiniteError, ScoringError
+from kleash.models import batching
 from kleash.models.policy import LanguageModel
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
@@ -31,6 +32,7 @@ __all__ = [
     "microbatches",
     "overridden_settings",
     "response_texts",
+    "row_lengths",
     "score",
 ]
 
@@ -65,7 +67,7 @@ def score(
     scores: Float[Tensor, " batch"],
     value: ValueFunction | None = None,
     temperature: float = 1.0,
-    microbatch: int = 16,
+    microbatch: batching.Limit = 16,
     keep_ref_hidden: bool = False,
     teacher: LanguageModel | None = None,
     scorer: TokenScorer = token_scores,
@@ -82,7 +84,7 @@ def score(
         scores: score of each response, passed through.
         value: value function, if there is one.
         temperature: that of sampling.
-        microbatch: responses read at once; changes memory, not results.
+        microbatch: responses read at once, or a budget of tokens; changes memory, not results.
         keep_ref_hidden: keep the hidden states of reference and teacher, for a loss that needs an
             exact divergence.
         teacher: in distillation, whom the student is drawn to; it may be the reference.
@@ -238,12 +240,17 @@ def distilled(
     return Fresh(logprobs=logprobs, kl=kl, divergence=divergences[0])
 
 
-def microbatches(rollout: Rollout, size: int) -> list[Int[Tensor, " rows"]]:
-    """Row numbers in groups of similar length, longest first: if memory fails, it fails at once."""
-    if size < 1:
-        raise ValueError(f"expected a micro-batch of at least 1 response, got {size}")
-    length = rollout.prompt_mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
-    return list(length.argsort(descending=True, stable=True).split(size))
+def microbatches(rollout: Rollout, limit: batching.Limit) -> list[Int[Tensor, " rows"]]:
+    """Row numbers in groups of similar length, as `batching.microbatches` says."""
+    device = rollout.response_mask.device
+    groups = batching.microbatches(row_lengths(rollout), limit)
+    return [torch.tensor(group, device=device) for group in groups]
+
+
+def row_lengths(rollout: Rollout) -> list[int]:
+    """Tokens of each prompt with its response."""
+    lengths = rollout.prompt_mask.sum(dim=1) + rollout.response_mask.sum(dim=1)
+    return cast("list[int]", lengths.tolist())
 
 
 def _trim(

@@ -100,7 +100,6 @@ def assemble(
         policy=config.policy,
         engine=config.rollout.engine,
         ahead=config.rollout.ahead == 1,
-        distilled=isinstance(config.algorithm, DistillConfig),
         responses=config.responses_per_step,
     )
     device = choose_device(config.device)
@@ -154,7 +153,6 @@ def _require_fitting(
     policy: PolicyConfig,
     engine: Literal["hf", "vllm"],
     ahead: bool,
-    distilled: bool,
     responses: int,
 ) -> None:
     """Every process has something to do, and a way to do it.
@@ -185,8 +183,6 @@ def _require_fitting(
             "both, whose checkpoints are whole models: merge the adapter into a model of its own "
             "first, or take ddp"
         )
-    if size > 1 and distilled:
-        raise ConfigError("`algorithm: distill` does not go with several processes: run one")
     if size > responses:
         raise ConfigError(
             f"expected at most as many processes as the {responses} responses of a "

@@ -23,6 +23,8 @@ from kleash.algorithms.sampler_correction import prefix_start
 from kleash.errors import ConfigError, RefusedError
 from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
+from kleash.models import batching
+from kleash.models.batching import Limit
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import NoReward, RewardModel, WeightedSum
@@ -38,11 +40,23 @@ from kleash.rollout.engine import (
 from kleash.rollout.hand_over import write_with
 from kleash.rollout.prompts import Prompt, batch_prompts, columns_of
 from kleash.rollout.sampling import response_columns, response_texts
-from kleash.rollout.scoring_pass import SamplingSpec, distilled, fresh, microbatches
+from kleash.rollout.scoring_pass import (
+    SamplingSpec,
+    distilled,
+    fresh,
+    microbatches,
+    row_lengths,
+)
 from kleash.scoring import float64_check, token_scores
 from kleash.scoring.tiles import Tiles
 from kleash.storage.plan_file import Frontier
-from kleash.training.data_parallel import SharedReward, generate, scored_columns, strides, together
+from kleash.training.data_parallel import (
+    SharedReward,
+    balanced_rows,
+    generate,
+    scored_columns,
+    together,
+)
 from kleash.training.metrics import first_ratio_error
 from kleash.training.pretraining_mix import PretrainingMix
 from kleash.training.responses import JudgedResponses, Responses
@@ -111,7 +125,7 @@ class Components:
 
     def release(self) -> None:
         """Give up what was gathered of divided models."""
-        for model in (self.policy, self.reference, self.original, self.value):
+        for model in (self.policy, self.reference, self.original, self.teacher, self.value):
             held = getattr(getattr(model, "inner", model), "model", model)
             if isinstance(held, nn.Module):
                 release(held)
@@ -222,7 +236,7 @@ class Components:
         rollout: Rollout,
         scores: Float[Tensor, " batch"],
         *,
-        microbatch: int,
+        microbatch: Limit,
         critic: bool = True,
         spot_check: bool = False,
         reference: LanguageModel | None = None,
@@ -232,7 +246,7 @@ class Components:
         Args:
             rollout: what was written.
             scores: of the reward models, passed through.
-            microbatch: responses read at once.
+            microbatch: responses read at once, or a budget of tokens.
             critic: whether the value model reads them too.
             spot_check: compare a few numbers with an obvious implementation in float64.
             reference: another model to measure the KL to.
@@ -258,7 +272,7 @@ class Components:
         )
         if alone:
             return local(rollout, scores=scores)
-        shares = strides(rollout, self.mesh.size)
+        shares = balanced_rows(rollout, self.mesh.size)
         share = shares[self.mesh.rank]
 
         def read() -> dict[str, Tensor]:
@@ -271,8 +285,8 @@ class Components:
                 # The others may have more to read, and of divided models not without this process.
                 refused = error
             with torch.no_grad():
-                for _ in range(self._idle_passes(shares, microbatch)):
-                    self._idle(rollout, against, critic=critic)
+                for _ in range(self._idle_passes(rollout, shares, microbatch)):
+                    self._idle(rollout, _each(against, teacher), critic=critic)
             if refused is not None:
                 raise refused
             return found
@@ -282,19 +296,24 @@ class Components:
         columns = together(own, share, len(rollout.response_ids), self.mesh)
         return ScoredRollout(rollout=rollout, scores=scores, **columns)
 
-    def _idle_passes(self, shares: Sequence[Tensor], microbatch: int) -> int:
-        """How many more microbatches the process with the most rows reads; 0 if models are whole.
+    def _idle_passes(self, rollout: Rollout, shares: Sequence[Tensor], microbatch: Limit) -> int:
+        """How many more microbatches the process with the most reads; 0 if models are whole.
 
         Args:
-            shares: rows of each process.
-            microbatch: rows at once.
+            rollout: the rows of all processes.
+            shares: which of them each process has.
+            microbatch: rows at once, or a budget of tokens.
         """
         if not self.divided:
             return 0
-        passes = [-(-len(share) // microbatch) for share in shares]
+        lengths = row_lengths(rollout)
+        passes = [
+            len(batching.microbatches([lengths[i] for i in share.tolist()], microbatch))
+            for share in shares
+        ]
         return max(passes) - passes[self.mesh.rank]
 
-    def _idle(self, rollout: Rollout, reference: LanguageModel | None, *, critic: bool) -> Tensor:
+    def _idle(self, rollout: Rollout, frozen: Sequence[LanguageModel], *, critic: bool) -> Tensor:
         """Read a row for nothing, so that the other processes can read theirs.
 
         Returns:
@@ -303,12 +322,12 @@ class Components:
         row = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
         part = (row[0][:1], row[1][:1], row[2][:1], row[3][:1])
         hidden = self.policy.hidden_states(*part)
-        if reference is not None:
-            with torch.no_grad():
-                reference.hidden_states(*part)
+        with torch.no_grad():
+            for model in frozen:
+                model.hidden_states(*part)
         total = hidden.sum() + self.policy.head.weight.sum()
-        if reference is not None:
-            total = total + 0 * reference.head.weight.detach().sum().to(total.device)
+        for model in frozen:
+            total = total + 0 * model.head.weight.detach().sum().to(total.device)
         if critic and self.value is not None:
             total = total + self.value.state_values(*part, hidden).sum()
         return 0 * total
@@ -353,7 +372,7 @@ class Components:
         rows: Experience,
         *,
         tokens: int,
-        microbatch: int,
+        microbatch: Limit,
         numbers: Sequence[int] | None = None,
     ) -> BackwardPass:
         """Add the gradients of some rows, a microbatch at a time; any split adds to the same.
@@ -361,7 +380,7 @@ class Components:
         Args:
             rows: a minibatch, or some responses of it.
             tokens: kept tokens of the whole minibatch.
-            microbatch: responses at once.
+            microbatch: responses at once, or a budget of tokens.
             numbers: which responses of the minibatch the rows are; all of them by default.
 
         Raises:
@@ -385,7 +404,7 @@ class Components:
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 
-    def backward_of_minibatch(self, minibatch: Experience, *, microbatch: int) -> BackwardPass:
+    def backward_of_minibatch(self, minibatch: Experience, *, microbatch: Limit) -> BackwardPass:
         """`backward` of a whole minibatch; of several processes each has gradients of its rows.
 
         Raises:
@@ -394,7 +413,7 @@ class Components:
         tokens, mesh = int(minibatch.mask.sum()), self.mesh
         if mesh.size == 1:
             return self.backward(minibatch, tokens=tokens, microbatch=microbatch)
-        shares = strides(minibatch.scored.rollout, mesh.size)
+        shares = balanced_rows(minibatch.scored.rollout, mesh.size)
         share = shares[mesh.rank]
         work = partial(
             self.backward,
@@ -406,9 +425,10 @@ class Components:
         if self.divided:
             own = work()
             rollout = minibatch.scored.rollout
-            reference = self.reference if self.differentiates_kl else None
-            for _ in range(self._idle_passes(shares, microbatch)):
-                mesh.agree(partial(self._idle, rollout, reference, critic=True)).backward()
+            # In the order in which an update reads them.
+            frozen = _each(self.teacher_of, self.reference if self.differentiates_kl else None)
+            for _ in range(self._idle_passes(rollout, shares, microbatch)):
+                mesh.agree(partial(self._idle, rollout, frozen, critic=True)).backward()
             self.release()
         else:
             own = mesh.agree(work)
@@ -433,6 +453,11 @@ class Components:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.mesh.add([cast(Tensor, parameter.grad) for parameter in parameters])
+
+
+def _each(*models: LanguageModel | None) -> list[LanguageModel]:
+    """The models that there are, each once: the reference may be the teacher."""
+    return list({id(model): model for model in models if model is not None}.values())
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

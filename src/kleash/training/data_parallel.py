@@ -1,7 +1,7 @@
 """Heavy passes divided by rows among the processes, their small results put together in all.
 
     generate   neighbouring rows, each with the random numbers it has in one process
-    read       long and short responses alike in every process
+    read       as many tokens in every process, or nearly
     rewards    classifiers by rows; callables in the first process alone, for they may have effects
 
 Every process then holds the numbers of the whole batch, those of one process but for the rounding
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kleash.mesh import Mesh
+from kleash.models.batching import balanced_shares
 from kleash.models.policy import Policy
 from kleash.models.reward_model import NO_COLUMNS, ClassifierReward, Columns, Content, RewardModel
 from kleash.rollout.prompts import PromptBatch
@@ -27,9 +28,19 @@ from kleash.rollout.sampling import (
     require_room,
     write_piece,
 )
+from kleash.rollout.scoring_pass import row_lengths
 from kleash.types import Rollout, ScoredRollout
 
-SCORED = ("rollout_logprobs", "ref_logprobs", "kl", "entropy", "values", "final_values")
+SCORED = (
+    "rollout_logprobs",
+    "ref_logprobs",
+    "kl",
+    "entropy",
+    "values",
+    "final_values",
+    "teacher_kl",
+    "teacher_forward_kl",
+)
 """What reading a response gives."""
 
 
@@ -85,11 +96,11 @@ def runs(count: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def strides(written: Rollout, size: int) -> list[Int[Tensor, " rows"]]:
-    """Rows for each process, every one long and short responses alike."""
-    length = written.prompt_mask.sum(dim=1) + written.response_mask.sum(dim=1)
-    order = length.argsort(descending=True, stable=True)
-    return [order[rank::size] for rank in range(size)]
+def balanced_rows(written: Rollout, size: int) -> list[Int[Tensor, " rows"]]:
+    """Rows for each process, with about as many tokens in each."""
+    device = written.response_mask.device
+    shares = balanced_shares(row_lengths(written), size)
+    return [torch.tensor(share, dtype=torch.long, device=device) for share in shares]
 
 
 def together(

@@ -16,6 +16,7 @@ from torch import Tensor
 from kleash.algorithms import dispatch
 from kleash.kl.control.groups import States, betas_of
 from kleash.kl.statistics import clustered_mean, response_kl
+from kleash.models.batching import Limit
 from kleash.models.policy import Policy
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import text_of
@@ -130,8 +131,10 @@ class HeldoutEvaluator:
 
     components: Components
     responses_per_prompt: int
-    microbatch: int
-    """Responses written at once."""
+    written_at_once: int
+    """Responses."""
+    microbatch: Limit
+    """What is scored at once at most."""
     samples: int
     """How many prompts' responses are kept as samples."""
 
@@ -152,7 +155,7 @@ class HeldoutEvaluator:
         components, count = self.components, self.responses_per_prompt
         judged = components.judge(
             components.write(
-                components.heldout, responses_per_prompt=count, microbatch=self.microbatch
+                components.heldout, responses_per_prompt=count, microbatch=self.written_at_once
             )
         )
         scored = components.score(

@@ -218,7 +218,7 @@ class Trainer:
             scored = components.score(
                 judged.rollout,
                 scores,
-                microbatch=config.rollout.microbatch_size,
+                microbatch=config.rollout.microbatch,
                 spot_check=_is_due(config.logging.spot_check_every, pending.step),
             )
             pending.scored = scored
@@ -310,7 +310,7 @@ class Trainer:
             scored.scores,
             reference=components.original,
             critic=False,
-            microbatch=self.config.rollout.microbatch_size,
+            microbatch=self.config.rollout.microbatch,
         ).kl
 
     def _require_sound(
@@ -427,7 +427,8 @@ class Trainer:
         evaluator = HeldoutEvaluator(
             self.session.components,
             responses_per_prompt=config.heldout.responses_per_prompt,
-            microbatch=max(256, config.rollout.microbatch_size),
+            written_at_once=max(256, config.rollout.microbatch_size),
+            microbatch=config.rollout.microbatch,
             samples=_HELDOUT_SAMPLES,
         )
         metrics, samples = evaluator.evaluate(

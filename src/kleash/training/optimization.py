@@ -65,7 +65,7 @@ class PolicyUpdater:
                 minibatch = select(experience, chosen)
                 components.optimizer.zero_grad(set_to_none=True)
                 passed = components.backward_of_minibatch(
-                    minibatch, microbatch=config.algorithm.microbatch_size
+                    minibatch, microbatch=config.algorithm.microbatch
                 )
                 if first_error is None:
                     first_error = passed.ratio_error

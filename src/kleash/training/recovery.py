@@ -118,7 +118,7 @@ def check_after_last_update(session: Session, pending: PendingStep) -> dict[str,
         torch.zeros(len(rollout.response_ids), device=components.policy.device),
         reference=components.original,
         critic=False,
-        microbatch=config.rollout.microbatch_size,
+        microbatch=config.rollout.microbatch,
     )
     try:
         check_bounds(config.tripwires, pending.scored, pending.scored.kl)

@@ -33,6 +33,7 @@ def load_teacher(
         attention=start.attention,
         revision=wanted.revision,
         merge=wanted.adapter,
+        sharding=policy.sharding,
     )
     words = check_compatible(policy, teacher).words
     return replace(teacher, words=words, precision=start.precision)

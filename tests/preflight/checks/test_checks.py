@@ -182,7 +182,7 @@ def test_some_copies_and_a_small_leak_only_warn(trial: Trial) -> None:
 
 
 def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    def memory() -> Finding:
+    def memory(trial: Trial = trial) -> Finding:
         return resources.examine(trial)[0]
 
     plenty = memory()
@@ -190,6 +190,10 @@ def test_memory_that_nearly_suffices(trial: Trial, monkeypatch: pytest.MonkeyPat
     needs = float(plenty.measured.split()[1]) * 2**30
     monkeypatch.setattr(resources, "machine_bytes", lambda device: int(needs * 1.05))
     assert memory().verdict == "warn"
+    # The remedy names the key that is in force.
+    tokens = trial.config.algorithm.model_copy(update={"microbatch_tokens": 64})
+    by_tokens = replace(trial, config=trial.config.model_copy(update={"algorithm": tokens}))
+    assert "Lower algorithm.microbatch_tokens (now 64) and rollout" in memory(by_tokens).remedy
 
 
 def test_adam_is_counted_once_for_every_parameter(trial: Trial) -> None:

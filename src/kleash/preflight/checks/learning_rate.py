@@ -95,7 +95,7 @@ def kl_of_one_update(trial: Trial, *, share: float = 1.0) -> float:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
         optimizer.zero_grad(set_to_none=True)
-        components.backward_of_minibatch(batch, microbatch=trial.config.algorithm.microbatch_size)
+        components.backward_of_minibatch(batch, microbatch=trial.config.algorithm.microbatch)
         components.add_gradients()
         components.release()
         clip_gradients(components.parameters(), trial.config.optimizer.max_grad_norm)

@@ -15,9 +15,13 @@ import torch
 from torch import nn
 
 from kleash.algorithms import dispatch
-from kleash.algorithms.common import select
+from kleash.algorithms.common import kept_rows, select
+from kleash.config.algorithm import PassesConfig
+from kleash.config.rollout import RolloutConfig
+from kleash.models.batching import most_rows
 from kleash.preflight.findings import Check, Finding, skipped
 from kleash.preflight.probe_batch import MICROBATCH, Trial
+from kleash.rollout.scoring_pass import microbatches, row_lengths
 from kleash.training.recovery import copy_bytes, several_updates, undone_in_memory
 
 _ITERATIONS = 2
@@ -93,7 +97,9 @@ def machine_bytes(device: torch.device) -> int:
 def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
     components, config = trial.components, trial.config
     has = machine_bytes(components.policy.device)
-    rows = min(config.algorithm.microbatch_size, config.responses_per_step)
+    # A budget of tokens is full too where every row is as long as the longest.
+    longest = max(row_lengths(trial.rollout))
+    rows = min(most_rows(config.algorithm.microbatch, longest), config.responses_per_step)
     grown = max(0, last.peak - first.before)
     needs = (
         first.before
@@ -109,10 +115,14 @@ def _memory(trial: Trial, first: Cost, last: Cost) -> Finding:
         measured,
         f"The run needs about {needs / _GIB:.1f} GiB and the machine has {has / _GIB:.1f} GiB: it "
         "will stop in the first update, or swap.",
-        f"Lower algorithm.microbatch_size (now {config.algorithm.microbatch_size}) and "
-        f"rollout.microbatch_size (now {config.rollout.microbatch_size}), or train an adapter "
-        "(policy.lora).",
+        f"Lower {_size('algorithm', config.algorithm)} and {_size('rollout', config.rollout)}, or "
+        "train an adapter (policy.lora).",
     )
+
+
+def _size(section: str, sizes: PassesConfig | RolloutConfig) -> str:
+    key = "microbatch_size" if sizes.microbatch_tokens is None else "microbatch_tokens"
+    return f"{section}.{key} (now {getattr(sizes, key)})"
 
 
 def _time(trial: Trial, cost: Cost) -> Finding:
@@ -146,13 +156,17 @@ def _iterate(trial: Trial) -> Cost:
     experience = dispatch.algorithm_of(components.settings).prepare(
         scored, 0.1, components.settings
     )
-    rows = torch.arange(responses, device=device)[: config.algorithm.microbatch_size]
-    part = select(experience, rows)
+    # The first is the largest, which memory is measured on.
+    kept = select(experience, kept_rows(experience))
+    rows = microbatches(kept.scored.rollout, config.algorithm.microbatch)[0]
+    part = select(kept, rows)
     loss, _ = components.loss(part, tokens=int(part.mask.sum()))
     loss.total.backward()
     peak = _peak(device)
     components.optimizer.zero_grad(set_to_none=True)
-    learning = (time.perf_counter() - was_read) * responses / len(rows)
+    lengths = row_lengths(kept.scored.rollout)
+    share = sum(lengths[i] for i in rows.tolist()) / sum(lengths)
+    learning = (time.perf_counter() - was_read) / share
     return Cost(
         responses=responses,
         tokens=int(written.rollout.response_mask.sum()),
