@@ -22,16 +22,12 @@ MOST_SAMPLES = 10_000_000
 
 @contextlib.contextmanager
 def without_collection() -> Generator[None]:
-    """Within, no garbage is looked for: what imports make stays, and looking is a tenth of them.
-
-    What was made is left out of later collections too.
-    """
+    """Within, no garbage is looked for: what imports make stays, and looking is a tenth of them."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.freeze()
 
 
 def numbers(text: str) -> list[float]:
