@@ -14,9 +14,10 @@ Every response has 64 tokens. TRL is given no stop token, kleash a stop id beyon
 TRL finds padding by comparing ids, so its padding id lies beyond the vocabulary too: nothing is
 masked in either. One minibatch of the whole batch, so one optimiser step an epoch.
 
-Phases: `generate` is writing alone; `score` every forward pass without gradient (policy, reference,
-value and reward model) and what is read off it; `update` forward, backward and optimiser; `other`
-the rest (TRL: its entropy for the log is there). Memory "above" is the peak less what the
+Phases: `generate` is writing alone; `score` every forward pass before the update (policy,
+reference, value and reward model) and what is read off it; `update` forward, backward and
+optimiser, in kleash's first update without the forward pass, which is that of scoring; `other` the
+rest (TRL: its entropy for the log is there). Memory "above" is the peak less what the
 process held before it loaded a model, less weights, gradients and optimiser states.
 
 GRPO and RLOO are TRL 1.16's, in groups of 4 responses and with β > 0, so that it reads a reference.

@@ -219,6 +219,7 @@ def run_kleash(
     phases.wrap(components, "write", "generate")
     phases.wrap(components, "judge", "score")
     phases.wrap(components, "score", "score")
+    phases.wrap(loop, "score_and_keep", "score")
     phases.wrap(optimization.PolicyUpdater, "update", "update")
     tree = kleash_config(folder, shape, algorithm, epochs, own_value_model=own_value_model)
     # Without the preflight, which refuses a policy that never ends a response.
@@ -430,8 +431,8 @@ def main() -> None:
     algorithm, system, name, size, passes, threads, *trl = sys.argv[1:]
     folder, shape, epochs = Path(name), SHAPES[size], int(passes)
     torch.set_num_threads(int(threads))
-    # Behind everything that is installed: nothing but TRL itself is to come from there.
-    sys.path += trl
+    # Before an installed TRL, which may be another; the folder holds nothing but TRL itself.
+    sys.path[:0] = trl
     if system == "build":
         build(folder, shape)
     elif system == "trl" and algorithm == "ppo":

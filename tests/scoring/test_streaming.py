@@ -404,3 +404,46 @@ def test_top_1_agreement_is_that_of_whole_logits_with_the_lowest_id_among_equals
             tiles=cut,
         )
         assert scores.same_top is not None and scores.same_top.tolist() == agree.tolist()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_gradient_in_place_is_the_one_that_is_returned(before):
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(21, rows=5, words=7, pad=2)]
+    (hidden, head), reference = models_of(tensors, 7)
+    weight, targets = tensors[1], torch.tensor([1, 2, 3, 0, 6])
+    start = torch.randn_like(weight).detach() if before else None
+    found = []
+    for where in ("returned", "in_place"):
+        for tensor in tensors:
+            tensor.grad = None
+        weight.grad = None if start is None else start.clone()
+        held, handed = weight.grad, []
+        hook = weight.register_hook(handed.append)
+        tiles = Tiles(2, 3, body="plain", weight_gradients=where)
+        scores = streaming.token_scores(
+            hidden, head, targets, reference=reference, want=["kl", "logprobs"], tiles=tiles
+        )
+        (scores.kl.sum() + scores.logprobs.square().sum()).backward()
+        hook.remove()
+        found.append([tensor.grad.clone() for tensor in tensors[:3]])
+        if where == "in_place":
+            assert all(gradient is None for gradient in handed)
+            assert held is None or weight.grad is held
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-12)
+
+
+def test_of_two_models_the_policy_alone_can_be_kept():
+    tensors = [tensor.requires_grad_() for tensor in tensors_of(22, rows=4, words=6)]
+    (hidden, head), reference = models_of(tensors, 6)
+    case = (hidden, head, torch.tensor([1, 2, 3, 0]))
+    found = []
+    for cut in (PLAIN, Tiles(2, 2, keep_bytes=9**9, keep_reference=False, body="plain")):
+        scores = streaming.token_scores(*case, reference=reference, want=["kl"], tiles=cut)
+        kept = scores.kl.grad_fn.summed.kept
+        assert {len(outs) for outs in kept.values()} == ({1} if cut.keep_bytes else set())
+        found.append(torch.autograd.grad(scores.kl.sum(), tensors[:2]))
+        # Given up as it was used.
+        assert not kept
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-14, rtol=1e-12)

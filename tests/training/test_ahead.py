@@ -164,8 +164,8 @@ def test_a_step_that_was_refused_is_made_from_the_same_rollout_when_resumed(
     config = settings(material, tmp_path / "run", logging={"checkpoint_every": 4})
     update = PolicyUpdater.update
 
-    def fails(self: PolicyUpdater, experience: Any, *, done: int) -> Any:
-        numbers = update(self, experience, done=done)
+    def fails(self: PolicyUpdater, experience: Any, *, done: int, **more: Any) -> Any:
+        numbers = update(self, experience, done=done, **more)
         if done == 2:
             raise NonFiniteError("planted")
         return numbers

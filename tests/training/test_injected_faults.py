@@ -105,11 +105,11 @@ def test_a_reference_overwritten(material: Path, tmp_path: Path, whole: Path) ->
     config = configuration(material, tmp_path / "run")
     update = PolicyUpdater.update
 
-    def overwrites(self: PolicyUpdater, experience: Any, *, done: int) -> Any:
+    def overwrites(self: PolicyUpdater, experience: Any, *, done: int, **more: Any) -> Any:
         if done == 2:
             with torch.no_grad():
                 next(self.components.reference.model.parameters()).view(-1)[3] += 1e-6
-        return update(self, experience, done=done)
+        return update(self, experience, done=done, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyUpdater, "update", overwrites)

@@ -127,8 +127,8 @@ def test_what_the_last_update_did_is_looked_at(
     """A jump in the last update of all, which no later step would see."""
     update, jumps = PolicyUpdater.update, [0]
 
-    def leaps(self: PolicyUpdater, experience: Any, *, done: int) -> Any:
-        numbers = update(self, experience, done=done)
+    def leaps(self: PolicyUpdater, experience: Any, *, done: int, **more: Any) -> Any:
+        numbers = update(self, experience, done=done, **more)
         if done == self.config.steps - 1 and jumps[0] == 0:
             jumps[0] += 1
             with torch.no_grad():

@@ -31,7 +31,7 @@ Truncated = Literal["score", "penalise", "drop", "bootstrap"]
 """A response cut by the length limit: score it as it stands, subtract a penalty from the score,
 leave it out of the losses, or continue it with the value of its last state."""
 
-Rows = TypeVar("Rows", Experience, ScoredRollout, Rollout)
+Rows = TypeVar("Rows", Experience, ScoredRollout, Rollout, Fresh)
 
 
 def check_leash(placement: Placement, *, mixing: float | None, allow_biased: bool) -> None:

@@ -266,7 +266,7 @@ GLOSSARY: tuple[Metric, ...] = (
         "policy/ratio_first_error",
         "First ratio, off 1 by",
         "Largest deviation from 1 of any token's ratio on the first minibatch, before anything was "
-        "learned from the rollout.",
+        "learned from the rollout; none where that minibatch used the reading of scoring itself.",
         "max_t |π(y_t) / π_rollout(y_t) − 1|",
         "ratio",
         "below 1e-4; anything more means that two paths score the same tokens differently",

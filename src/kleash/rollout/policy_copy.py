@@ -19,7 +19,9 @@ class PolicyCopy:
 
     def __init__(self, policy: Policy) -> None:
         """Copy the model once; `take_weights` keeps it up to date."""
-        self._policy = replace(policy, model=deepcopy(policy.model), adapter=None)
+        # It never learns, and so has no gradient's memory to spare (`writing_products`).
+        model = deepcopy(policy.model).requires_grad_(False)
+        self._policy = replace(policy, model=model, adapter=None)
 
     @property
     def seeded(self) -> bool:

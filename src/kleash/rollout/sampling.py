@@ -22,6 +22,7 @@ from transformers import (
 from kleash.errors import ConfigError, NonFiniteError, PromptError
 from kleash.models.lm_head import as_scored
 from kleash.models.policy import Policy
+from kleash.models.writing_products import writing_products
 from kleash.rollout.finished_rows import generate_going
 from kleash.rollout.prompts import PromptBatch
 from kleash.types import Rollout
@@ -347,8 +348,9 @@ def write_piece(
     mine = prompt_ids[rows, first:]
     sampler = _Sampler(spec.temperature, policy.words, rows, len(prompt_ids), generator)
     settings = _clean_settings(policy, spec)
+    fast = writing_products(policy.model, rows=len(mine), tokens=spec.max_new_tokens)
     # `generate` fills settings left at None from the model's own file, so that file is put aside.
-    with _settings(policy.model, settings), as_scored(policy.model, policy.precision):
+    with _settings(policy.model, settings), as_scored(policy.model, policy.precision), fast:
         response = generate_going(policy.model, mine, prompt_mask[rows, first:], settings, sampler)
     return Piece(response, sampler.logprobs(response.shape[1]), sampler.draws)
 

@@ -6,6 +6,7 @@ here too.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -34,6 +35,7 @@ __all__ = [
     "response_texts",
     "row_lengths",
     "score",
+    "score_and_keep",
 ]
 
 
@@ -58,7 +60,6 @@ class TokenScorer(Protocol):
 _NUMBERS: tuple[Quantity, ...] = ("logprobs", "ref_logprobs", "kl", "entropy")
 
 
-@torch.no_grad()
 def score(
     rollout: Rollout,
     *,
@@ -94,32 +95,108 @@ def score(
         NonFiniteError: if a log-probability or KL is not finite, naming response and token.
         ScoringError: if a log-probability is above 0 or a KL below it, beyond rounding.
     """
-    shape = rollout.response_mask.shape
     out: dict[str, Tensor] = {}
+    models = _Models(policy, reference, value, teacher)
     for rows in microbatches(rollout, microbatch):
-        part, kept = _trim(rollout, rollout.response_mask, rows)
-        hidden = policy.hidden_states(*part)
-        ref_hidden = reference.hidden_states(*part)
-        read = partial(
-            scorer, hidden[:, :-1][kept], policy.head, part[2][kept], temperature=temperature
-        )
-        got = read(reference=(ref_hidden[:, :-1][kept], reference.head), want=_NUMBERS)
-        for name in _NUMBERS:
-            _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
+        with torch.no_grad():
+            _read(out, rollout, rows, models, scorer, temperature, keep_ref_hidden)
+    return _scored(rollout, scores, out)
+
+
+def score_and_keep(
+    rollout: Rollout,
+    *,
+    policy: LanguageModel,
+    reference: LanguageModel,
+    scores: Float[Tensor, " batch"],
+    value: ValueFunction | None = None,
+    temperature: float = 1.0,
+    keep_ref_hidden: bool = False,
+    scorer: TokenScorer = token_scores,
+) -> tuple[ScoredRollout, Fresh]:
+    """`score`, and what `fresh` would say of the same rows, from one reading of the policy.
+
+    Until the policy is updated both say the same, so that the first update need not read it again:
+    the graph of this reading is kept for it. That is the memory of the activations of the whole
+    rollout, from here to the backward pass, so all responses are read at once.
+
+    Args:
+        rollout: the sampled responses.
+        policy: the policy, whose numbers and gradients are kept.
+        reference: the frozen reference.
+        scores: score of each response, passed through.
+        value: value function, if there is one; gradients reach it too.
+        temperature: that of sampling.
+        keep_ref_hidden: as in `score`.
+        scorer: from hidden states to per-token numbers.
+
+    Returns:
+        The scored rollout, without gradient, and the live numbers of every response token; of the
+        latter one backward pass can be made.
+
+    Raises:
+        NonFiniteError, ScoringError: as `score`.
+    """
+    out: dict[str, Tensor] = {}
+    rows = torch.arange(len(rollout.response_mask), device=rollout.response_mask.device)
+    models = _Models(policy, reference, value, None)
+    with torch.enable_grad():
+        _read(out, rollout, rows, models, scorer, temperature, keep_ref_hidden)
+    live = Fresh(logprobs=out["logprobs"], values=out.get("values"), kl=out["kl"])
+    return _scored(rollout, scores, {name: number.detach() for name, number in out.items()}), live
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Who reads a rollout."""
+
+    policy: LanguageModel
+    reference: LanguageModel
+    value: ValueFunction | None
+    teacher: LanguageModel | None
+
+
+def _read(
+    out: dict[str, Tensor],
+    rollout: Rollout,
+    rows: Int[Tensor, " rows"],
+    models: _Models,
+    scorer: TokenScorer,
+    temperature: float,
+    keep_ref_hidden: bool,
+) -> None:
+    """Write what the models say of some responses into the tensors of the whole batch."""
+    shape = rollout.response_mask.shape
+    reference, teacher, value = models.reference, models.teacher, models.value
+    part, kept = _trim(rollout, rollout.response_mask, rows)
+    hidden = models.policy.hidden_states(*part)
+    ref_hidden = reference.hidden_states(*part)
+    read = partial(
+        scorer, hidden[:, :-1][kept], models.policy.head, part[2][kept], temperature=temperature
+    )
+    got = read(reference=(ref_hidden[:, :-1][kept], reference.head), want=_NUMBERS)
+    for name in _NUMBERS:
+        _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
+    if keep_ref_hidden:
+        _write_states(out, "ref_hidden", rows, ref_hidden, kept)
+    if teacher is not None:
+        own = ref_hidden if teacher is reference else teacher.hidden_states(*part)
+        both = read(reference=(own[:, :-1][kept], teacher.head), want=("kl", "reverse_kl"))
+        _write_rows(out, "teacher_kl", rows, _spread(both.kl, kept), shape)
+        _write_rows(out, "teacher_forward_kl", rows, _spread(both.reverse_kl, kept), shape)
         if keep_ref_hidden:
-            _write_states(out, "ref_hidden", rows, ref_hidden, kept)
-        if teacher is not None:
-            own = ref_hidden if teacher is reference else teacher.hidden_states(*part)
-            both = read(reference=(own[:, :-1][kept], teacher.head), want=("kl", "reverse_kl"))
-            _write_rows(out, "teacher_kl", rows, _spread(both.kl, kept), shape)
-            _write_rows(out, "teacher_forward_kl", rows, _spread(both.reverse_kl, kept), shape)
-            if keep_ref_hidden:
-                _write_states(out, "teacher_hidden", rows, own, kept)
-        if value is not None:
-            states = value.state_values(*part, _states_of(part[3], hidden))
-            _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
-            last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
-            _write_rows(out, "final_values", rows, last, shape[:1])
+            _write_states(out, "teacher_hidden", rows, own, kept)
+    if value is not None:
+        states = value.state_values(*part, _states_of(part[3], hidden))
+        _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
+        last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
+        _write_rows(out, "final_values", rows, last, shape[:1])
+
+
+def _scored(
+    rollout: Rollout, scores: Float[Tensor, " batch"], out: dict[str, Tensor]
+) -> ScoredRollout:
+    """What was written, checked."""
     _check(out["logprobs"], out["ref_logprobs"], out["kl"])
     return ScoredRollout(
         rollout=rollout,

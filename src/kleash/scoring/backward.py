@@ -51,14 +51,21 @@ class SideGradients:
     Sums are held in the working dtype, and rounded to the tensor's own at the end.
     """
 
-    def __init__(self, side: Side, wanted: NeededGradients, weight_rows: int) -> None:
-        """Allocate what is wanted; `weight_rows` counts the rows of padding too."""
-        self._side = side
+    def __init__(
+        self, side: Side, wanted: NeededGradients, weight_rows: int, added_to: Tensor | None = None
+    ) -> None:
+        """Allocate what is wanted; `weight_rows` counts the rows of padding too.
+
+        `added_to` is a gradient of the weight that there is already, and is added to.
+        """
+        self._side, self._adds = side, added_to is not None
         words, like = side.weight.shape[0], side.hidden
         self.hidden = self.weight = self.bias = None
         if wanted.hidden:
             self.hidden = torch.zeros_like(like, dtype=side.dtype)
-        if wanted.weight:
+        if wanted.weight and added_to is not None:
+            self.weight = added_to
+        elif wanted.weight:
             # Rows of words are all written to below; rows of padding have no gradient.
             self.weight = side.weight.new_empty(weight_rows, like.shape[1])
             self.weight[words:] = 0
@@ -72,7 +79,7 @@ class SideGradients:
         if self.weight is not None:
             self._sum = self.weight[cols]
             if self._sum.dtype != self._side.dtype:
-                self._sum = torch.empty_like(self._sum, dtype=self._side.dtype)
+                self._sum = self._sum.to(self._side.dtype)
 
     def add(self, tile: Float[Tensor, "R C"], rows: slice) -> None:
         """One product for the hidden states of these rows, one for the weights of the column."""
@@ -82,7 +89,7 @@ class SideGradients:
         if self.hidden is not None:
             _add_product(self.hidden[rows], factor, self._words, side)
         if self.weight is not None:
-            if rows.start == 0:
+            if rows.start == 0 and not self._adds:
                 side.product(factor.T, side.rows(rows), self._sum)
             else:
                 _add_product(self._sum, factor.T, side.rows(rows), side)
@@ -104,6 +111,7 @@ def walk_back(
     wanted: list[NeededGradients],
     weight_rows: list[int],
     tiles: Tiles,
+    added_to: Float[Tensor, "V D"] | None = None,
 ) -> list[SideGradients]:
     """Make (or find) each tile of logits again and multiply its gradient out.
 
@@ -116,10 +124,13 @@ def walk_back(
             quantity depends.
         weight_rows: for each model, rows of its head, padding included.
         tiles: shape of the tiles, the same as forward.
+        added_to: a gradient of the policy's weight that there is already, and is added to.
     """
     gradients = [
-        SideGradients(side, want, rows)
-        for side, want, rows in zip(sides, wanted, weight_rows, strict=True)
+        SideGradients(side, want, rows, into)
+        for side, want, rows, into in zip(
+            sides, wanted, weight_rows, (added_to, None)[: len(sides)], strict=True
+        )
     ]
     if not any(wanted):
         return gradients
@@ -169,12 +180,13 @@ class _Remake:
         self._buffers = [Buffer(side, tiles) for side in sides]
 
     def tile(self, rows: slice, cols: slice) -> list[Bare | None]:
-        kept = self._kept.get((rows.start, cols.start))
+        # Taken out: what was turned into a gradient need not be held any longer.
+        kept = self._kept.pop((rows.start, cols.start), [])
         made: list[Bare | None] = []
         for index, side in enumerate(self._sides):
             if not self._needed[index]:
                 made.append(None)
-            elif kept is not None:
+            elif index < len(kept):
                 made.append(side.bare(kept[index], cols))
             else:
                 out = self._buffers[index].tile(rows.stop - rows.start, cols.stop - cols.start)

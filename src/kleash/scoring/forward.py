@@ -27,7 +27,12 @@ from kleash.scoring.tiles import (
 from kleash.scoring.top_k import Likeliest, TopK
 
 Kept = dict[tuple[int, int], list[Tensor]]
-"""Bare products of tiles, one for each model, by the tile's first row and first column."""
+"""Bare products of tiles by the tile's first row and first column: one for each model, or the
+policy's alone."""
+
+_BLOCK = 1 << 24
+"""Numbers of a block of kept tiles. The C library gives blocks of 32 MiB and more back at once, and
+may keep smaller ones for itself."""
 
 
 @dataclass(frozen=True)
@@ -166,22 +171,32 @@ class _Products:
         self._sides = sides
         self._buffers = [Buffer(side, tiles) for side in sides]
         self._left = keep_bytes
+        self._held = len(sides) if tiles.keep_reference else 1
+        self._block = sides[0].new_empty(0)
         self.kept: Kept = {}
 
     def tile(self, hidden: list[Tensor], rows: slice, cols: slice) -> list[Bare]:
         shape = (hidden[0].shape[0], cols.stop - cols.start)
-        size = len(hidden) * shape[0] * shape[1] * self._sides[0].dtype.itemsize
-        keep = size <= self._left
-        if keep:
+        size = self._held * shape[0] * shape[1] * self._sides[0].dtype.itemsize
+        outs = [buffer.tile(*shape) for buffer in self._buffers]
+        if size <= self._left:
             self._left -= size
-            outs = [side.new_empty(*shape) for side in self._sides]
-            self.kept[rows.start, cols.start] = outs
-        else:
-            outs = [buffer.tile(*shape) for buffer in self._buffers]
+            outs[: self._held] = held = [self._hold(*shape) for _ in range(self._held)]
+            self.kept[rows.start, cols.start] = held
         return [
             side.bare(side.product(block, side.columns(cols).T, out), cols)
             for side, block, out in zip(self._sides, hidden, outs, strict=True)
         ]
+
+    def _hold(self, rows: int, columns: int) -> Float[Tensor, "R C"]:
+        """Memory for one tile, of a block large enough to go back to the system when it is free."""
+        size = rows * columns
+        if len(self._block) < size:
+            side = self._sides[0]
+            within_budget = self._left // side.dtype.itemsize
+            self._block = side.new_empty(max(size, min(_BLOCK, within_budget)))
+        tile, self._block = self._block[:size], self._block[size:]
+        return tile.view(rows, columns)
 
 
 class Aim:

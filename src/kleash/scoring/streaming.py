@@ -223,6 +223,8 @@ class _Streamed(torch.autograd.Function):
             weights = _upstream(request.want, upstream, sides)
             reached = (weights.to_policy, weights.to_reference)
             needs = (ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6])
+            # The live leaf, whose `.grad` is everyone's.
+            leaf = request.head.weight if _adds_in_place(request) else None
             gradients = walk_back(
                 sides,
                 targets,
@@ -234,11 +236,19 @@ class _Streamed(torch.autograd.Function):
                 ],
                 weight_rows=[weight.shape[0] for weight in (tensors[1], tensors[4])[: len(sides)]],
                 tiles=request.tiles,
+                added_to=None if leaf is None else leaf.grad,
             )
+            if leaf is not None and gradients[0].weight is not None:
+                leaf.grad, gradients[0].weight = gradients[0].weight, None
         found = [*_in_dtypes_of(gradients[0], tensors[:3]), None, None, None]
         if len(gradients) == 2:
             found[3:] = _in_dtypes_of(gradients[1], tensors[3:])
         return (*found, None, None)
+
+
+def _adds_in_place(request: _Request) -> bool:
+    weight = request.head.weight
+    return request.tiles.weight_gradients == "in_place" and weight.is_leaf
 
 
 def _upstream(

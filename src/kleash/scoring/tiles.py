@@ -58,6 +58,12 @@ class Tiles:
     """Words per tile."""
     keep_bytes: int = 0
     """Bytes of logits to keep from forward for backward; what is not kept is computed again."""
+    keep_reference: bool = True
+    """Whether the reference's are kept beside the policy's: a loss of log-probabilities alone does
+    not ask for them."""
+    weight_gradients: Literal["returned", "in_place"] = "returned"
+    """Where the gradient of the policy's head goes: to autograd as a matrix, or, of a weight that
+    is a leaf, straight into its `.grad`, so that there is one such matrix and not two."""
     body: Body = "auto"
     """Arithmetic on a tile: plain torch, compiled by torch.compile, Triton kernels, or "auto":
     Triton on a CUDA device that has it; on a CPU compiled where a C++ compiler works and a call has

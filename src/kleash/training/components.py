@@ -5,8 +5,9 @@
 they are those of one process but for rounding.
 """
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -25,6 +26,7 @@ from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
 from kleash.models import batching
 from kleash.models.batching import Limit
+from kleash.models.gradients_in_place import embedding_gradient_in_place
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import NoReward, RewardModel, WeightedSum
@@ -296,6 +298,15 @@ class Components:
         columns = together(own, share, len(rollout.response_ids), self.mesh)
         return ScoredRollout(rollout=rollout, scores=scores, **columns)
 
+    @property
+    def update_tiles(self) -> Tiles:
+        """How the update walks over the logits; divided weights need their gradients returned."""
+        return replace(
+            self.tiles,
+            keep_reference=self.differentiates_kl,
+            weight_gradients="returned" if self.divided else "in_place",
+        )
+
     def _idle_passes(self, rollout: Rollout, shares: Sequence[Tensor], microbatch: Limit) -> int:
         """How many more microbatches the process with the most reads; 0 if models are whole.
 
@@ -332,14 +343,17 @@ class Components:
             total = total + self.value.state_values(*part, hidden).sum()
         return 0 * total
 
-    def loss(self, part: Experience, *, tokens: int) -> tuple[Loss, Fresh]:
+    def loss(
+        self, part: Experience, *, tokens: int, kept: Fresh | None = None
+    ) -> tuple[Loss, Fresh]:
         """The loss of one microbatch and what the models say of it now; gradients flow.
 
         Args:
             part: the rows.
             tokens: kept tokens of the whole minibatch, which the loss divides by.
+            kept: what the models said of them in scoring, where they have not learnt since.
         """
-        now = self._read_again(part)
+        now = self._read_again(part) if kept is None else kept
         return dispatch.algorithm_of(self.settings).loss(
             part, now, self.settings, tokens=tokens
         ), now
@@ -357,15 +371,19 @@ class Components:
                 temperature=self.sampling.temperature,
                 tiles=self.tiles,
             )
-        return fresh(
-            part,
-            policy=self.policy,
-            value=self.value,
-            reference=self.reference,
-            temperature=self.sampling.temperature,
-            want=("logprobs", "kl") if self.differentiates_kl else ("logprobs",),
-            scorer=partial(token_scores, tiles=self.tiles),
-        )
+        in_place = contextlib.nullcontext()
+        if not self.divided:
+            in_place = embedding_gradient_in_place(self.policy)
+        with in_place:
+            return fresh(
+                part,
+                policy=self.policy,
+                value=self.value,
+                reference=self.reference,
+                temperature=self.sampling.temperature,
+                want=("logprobs", "kl") if self.differentiates_kl else ("logprobs",),
+                scorer=partial(token_scores, tiles=self.update_tiles),
+            )
 
     def backward(
         self,
@@ -374,6 +392,7 @@ class Components:
         tokens: int,
         microbatch: Limit,
         numbers: Sequence[int] | None = None,
+        kept: Fresh | None = None,
     ) -> BackwardPass:
         """Add the gradients of some rows, a microbatch at a time; any split adds to the same.
 
@@ -382,6 +401,7 @@ class Components:
             tokens: kept tokens of the whole minibatch.
             microbatch: responses at once, or a budget of tokens.
             numbers: which responses of the minibatch the rows are; all of them by default.
+            kept: what `kept_reading.score_and_keep` said of them; they are one microbatch then.
 
         Raises:
             RefusedError: a number is not finite; it names the response among the minibatch.
@@ -393,8 +413,10 @@ class Components:
         mesh = self.mesh if self.divided else ALONE
         for chosen in microbatches(rows.scored.rollout, microbatch) if len(rows.mask) else ():
             part = select(rows, chosen)
+            before = None if kept is None else select(kept, chosen)
             loss, now = mesh.agree(
-                partial(self.loss, part, tokens=tokens), rows=[named[i] for i in chosen.tolist()]
+                partial(self.loss, part, tokens=tokens, kept=before),
+                rows=[named[i] for i in chosen.tolist()],
             )
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
@@ -404,15 +426,22 @@ class Components:
             metrics.append(loss.metrics)
         return BackwardPass(metrics, error, weights)
 
-    def backward_of_minibatch(self, minibatch: Experience, *, microbatch: Limit) -> BackwardPass:
+    def backward_of_minibatch(
+        self, minibatch: Experience, *, microbatch: Limit, kept: Fresh | None = None
+    ) -> BackwardPass:
         """`backward` of a whole minibatch; of several processes each has gradients of its rows.
+
+        Args:
+            minibatch: the rows of an optimiser step.
+            microbatch: responses at once, or a budget of tokens.
+            kept: as in `backward`, in one process.
 
         Raises:
             RefusedError: as it does.
         """
         tokens, mesh = int(minibatch.mask.sum()), self.mesh
         if mesh.size == 1:
-            return self.backward(minibatch, tokens=tokens, microbatch=microbatch)
+            return self.backward(minibatch, tokens=tokens, microbatch=microbatch, kept=kept)
         shares = balanced_rows(minibatch.scored.rollout, mesh.size)
         share = shares[mesh.rank]
         work = partial(

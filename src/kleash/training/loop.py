@@ -38,6 +38,7 @@ from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepE
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
 from kleash.training.evidence import PendingStep
 from kleash.training.interruption import RunInterrupted, StopRequest, catch_signals
+from kleash.training.kept_reading import is_read_at_once, score_and_keep
 from kleash.training.kl_control import (
     controller_measures,
     leash_measures,
@@ -76,7 +77,7 @@ from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
 from kleash.training.vocabulary import vocabulary_measures
-from kleash.types import Experience, ScoredRollout
+from kleash.types import Experience, Fresh, Rollout, ScoredRollout
 
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
@@ -215,12 +216,7 @@ class Trainer:
 
         # 2–3. Policy, reference and critic score the same tokens.
         with clock.measure("time/score"):
-            scored = components.score(
-                judged.rollout,
-                scores,
-                microbatch=config.rollout.microbatch,
-                spot_check=_is_due(config.logging.spot_check_every, pending.step),
-            )
+            scored, kept = self._score(judged.rollout, scores, pending.step)
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
@@ -230,7 +226,7 @@ class Trainer:
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = closely | self._climb(experience, pending)
+            updates = closely | self._climb(experience, pending, kept)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -300,6 +296,23 @@ class Trainer:
                 seen = seen.update(raw)
                 return seen.normalise(raw), seen
 
+    def _score(
+        self, rollout: Rollout, scores: Tensor, step: int
+    ) -> tuple[ScoredRollout, Fresh | None]:
+        """The rollout scored and, where its first update reads all of it at once, the graph.
+
+        In the first step, and where a spot check is due, the update reads the policy again: the
+        ratios of two readings show whether the model is deterministic.
+        """
+        config, components = self.config, self.session.components
+        at_once = (config.rollout.microbatch, config.algorithm.microbatch)
+        spot_check = _is_due(config.logging.spot_check_every, step)
+        whole = config.algorithm.minibatches == 1 and step > 1 and not spot_check
+        if whole and is_read_at_once(components, rollout, at_once):
+            return score_and_keep(components, rollout, scores)
+        scored = components.score(rollout, scores, microbatch=at_once[0], spot_check=spot_check)
+        return scored, None
+
     def _original_kl(self, scored: ScoredRollout) -> Tensor:
         """[batch, token] exact KL to the run's first reference, wherever the anchor is now."""
         components = self.session.components
@@ -367,12 +380,14 @@ class Trainer:
         count = self.config.logging.samples_per_step
         return reader.training_samples(scored, judged, step=step, count=count), numbers
 
-    def _climb(self, experience: Experience, pending: PendingStep) -> dict[str, Number]:
+    def _climb(
+        self, experience: Experience, pending: PendingStep, kept: Fresh | None
+    ) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
         with writing_ahead(self.session) as following:
-            updates = updater.update(experience, done=pending.step - 1)
+            updates = updater.update(experience, done=pending.step - 1, reading=kept)
         pending.updating = True
         pending.following = following.rollout(pending)
         return updates

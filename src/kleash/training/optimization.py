@@ -25,7 +25,7 @@ from kleash.training.components import Components
 from kleash.training.metrics import Number
 from kleash.training.optimizers import set_learning_rates
 from kleash.training.pretraining_mix import PretrainingMix, pretraining_loss
-from kleash.types import Experience
+from kleash.types import Experience, Fresh
 
 _FIRST_RATIO_TOLERANCE = {
     torch.float64: 1e-3,
@@ -44,12 +44,15 @@ class PolicyUpdater:
     components: Components
     config: Config
 
-    def update(self, experience: Experience, *, done: int) -> dict[str, Number]:
+    def update(
+        self, experience: Experience, *, done: int, reading: Fresh | None = None
+    ) -> dict[str, Number]:
         """Passes over the rollout in minibatches; each is one optimiser step.
 
         Args:
             experience: the rollout.
             done: steps finished before this one.
+            reading: what `kept_reading.score_and_keep` said of it; a minibatch is all of it then.
 
         Raises:
             RefusedError: a number is not finite; it names the response and token of the rollout.
@@ -59,17 +62,22 @@ class PolicyUpdater:
         factor = learning_rate_factor(config.optimizer, step=done, steps=config.steps)
         set_learning_rates(components.optimizer, factor)
         made: list[dict[str, float]] = []
-        first_error, effective = None, 1.0
+        first_error: float | None = None
+        effective = 1.0
         for chosen in self._minibatches(experience):
             try:
                 minibatch = select(experience, chosen)
                 components.optimizer.zero_grad(set_to_none=True)
                 passed = components.backward_of_minibatch(
-                    minibatch, microbatch=config.algorithm.microbatch
+                    minibatch,
+                    microbatch=config.algorithm.microbatch,
+                    kept=None if reading is None else select(reading, chosen),
                 )
-                if first_error is None:
+                if not made and reading is None:
                     first_error = passed.ratio_error
                     _require_first_ratio(first_error, components.policy.compute_dtype)
+                # Of the policy as it was before its first update.
+                reading = None
                 kept = effective_sample_size(passed.weights, minibatch.mask)
                 effective = min(effective, float(kept) / int(minibatch.mask.sum()))
                 if made and effective < cast(float, config.algorithm.min_effective_samples):
@@ -117,6 +125,8 @@ class PolicyUpdater:
                 token=token,
             )
         self.components.optimizer.step()
+        # Writing and scoring have the memory meanwhile.
+        self.components.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _culprit(self, minibatch: Experience) -> tuple[int | None, int | None]:
@@ -153,6 +163,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """
     norm = gradient_norm(parameters)
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
+    if bool(scale == 1):
+        return norm
     for parameter in parameters:
         if parameter.grad is not None:
             own(parameter.grad).mul_(scale.to(own(parameter.grad).device))
