@@ -64,6 +64,8 @@ FORWARD: dict[str, Way] = {
     "everything streamed, plain": streamed(PLAIN),
     "everything streamed, compiled": streamed(COMPILED),
     "k1 streamed, plain": streamed(PLAIN, ("logprobs", "ref_logprobs")),
+    "KL streamed, plain": streamed(PLAIN, ("kl",)),
+    "KL and k1 streamed, plain": streamed(PLAIN, ("kl", "logprobs", "ref_logprobs")),
     "k1 streamed, compiled": streamed(COMPILED, ("logprobs", "ref_logprobs")),
 }
 BACKWARD: dict[str, Way] = {
@@ -149,16 +151,23 @@ def _status(key: str) -> int:
 
 def forward(arguments: argparse.Namespace) -> None:
     case = make_case(arguments.tokens, arguments.width, arguments.words)
-    ways = _possible(FORWARD)
+    ways = _chosen(FORWARD, arguments.only)
     with torch.no_grad():
         seconds = time_in_turns(ways, case, arguments.rounds, arguments.clock)
-    print_times(seconds, ["two bare products", "k1 materialised"])
+    print_times(
+        seconds, [name for name in ("two bare products", "k1 materialised") if name in ways]
+    )
 
 
 def backward(arguments: argparse.Namespace) -> None:
     case = make_case(arguments.tokens, arguments.width, arguments.words)
-    seconds = time_in_turns(_possible(BACKWARD), case, arguments.rounds, arguments.clock)
-    print_times(seconds, ["six bare products", "KL materialised"])
+    ways = _chosen(BACKWARD, arguments.only)
+    seconds = time_in_turns(ways, case, arguments.rounds, arguments.clock)
+    print_times(
+        seconds, [name for name in ("six bare products", "KL materialised") if name in ways]
+    )
+    if arguments.only:
+        return
     gradients = (case.hidden.nbytes + case.weight.nbytes) / 2**20
     print(f"\nExtra peak less the gradients themselves ({gradients:.0f} MiB):\n")
     print("| way | MiB |\n|---|---|")
@@ -326,6 +335,10 @@ def _possible(ways: dict[str, Way]) -> dict[str, Way]:
     }
 
 
+def _chosen(ways: dict[str, Way], only: list[str] | None) -> dict[str, Way]:
+    return {name: way for name, way in _possible(ways).items() if not only or name in only}
+
+
 COMMANDS = {
     "forward": forward,
     "memory": memory,
@@ -352,6 +365,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="an eighth of the vocabulary")
     parser.add_argument("--output", default="exact-kl.svg", help="where `figure` writes")
     parser.add_argument("--way", help="of `peak`")
+    parser.add_argument("--only", nargs="+", help="ways of `forward` and `backward`")
     parser.add_argument("--table", choices=("forward", "backward"), help="of `peak`")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

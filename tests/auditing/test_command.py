@@ -10,6 +10,7 @@ import torch
 from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
+from kleash.auditing import model_pair
 from kleash.auditing.bits_per_byte import audit_bytes, raw_texts
 from kleash.auditing.inputs import Source
 from kleash.auditing.model_pair import ModelPair, open_checkpoint
@@ -117,6 +118,20 @@ def test_a_row_of_checkpoints_is_a_curve(kleash, tmp_path) -> None:
     for name in ("1-step-100", "2-step-200"):
         assert (tmp_path / name / "audit.html").is_file()
     assert "step-200" in (tmp_path / "drift.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("models", "opened"), [(("step-100", "step-200", "base"), 3), (("base", "./base"), 1)]
+)
+def test_no_directory_is_opened_twice(kleash, monkeypatch, models, opened) -> None:
+    paths: list[str] = []
+    load = model_pair.load_policy
+    monkeypatch.setattr(
+        model_pair, "load_policy", lambda path, **named: paths.append(path) or load(path, **named)
+    )
+    code, out, _ = kleash(*models, "--texts", "texts.jsonl", "--keep", "1")
+    assert code == 0 and len(paths) == opened
+    assert ("identical" in out) == (opened == 1)
 
 
 def test_errors_are_one_sentence(kleash, tmp_path) -> None:

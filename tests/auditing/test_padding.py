@@ -10,16 +10,22 @@ from audit_models import SMALL, change, noise, write_prompts, write_texts
 from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, PretrainedConfig, RwkvConfig
 
+from kleash.auditing import padding
 from kleash.auditing.accumulator import AuditAccumulator
 from kleash.auditing.api import audit
 from kleash.auditing.generation import Written
 from kleash.auditing.inputs import Item, Source
 from kleash.auditing.model_pair import load_pair
-from kleash.auditing.padding import require_sampler_agreement
+from kleash.auditing.padding import (
+    largest_kl,
+    require_padding_invariance,
+    require_sampler_agreement,
+)
 from kleash.auditing.token_classes import token_classes
 from kleash.auditing.token_records import Record
 from kleash.errors import ModelError
 from kleash.models.policy import load_policy
+from kleash.types import Head
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """Recurrent models announce which kernels they lack."""
@@ -155,3 +161,37 @@ def test_responses_of_another_distribution_are_refused(tmp_path, shift, refused)
         cause = "it reads the padding" if ragged else "cached states are not those"
         with pytest.raises(ModelError, match=f"got 0.0048.* between sampler and scoring .*{cause}"):
             require_sampler_agreement(written, records, model, forward=True)
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.1, 2.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_bound_lies_above_the_exact_kl_and_reaches_it_within_its_constants(size, softcap):
+    make = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 5, generator=make, dtype=torch.float64)
+    one = torch.randn(40, 5, generator=make, dtype=torch.float64)
+    other = one + size * torch.randn(40, 5, generator=make, dtype=torch.float64)
+    head = Head(weight, scale=0.7, softcap=softcap, vocab_size=10)
+    logits = [0.7 * (h @ weight[:10].T) for h in (one, other)]
+    if softcap is not None:
+        logits = [softcap * torch.tanh(z / softcap) for z in logits]
+    log_p, log_q = (z.log_softmax(-1) for z in logits)
+    exact = float((log_p.exp() * (log_p - log_q)).sum(-1).max())
+    bound = largest_kl(one, other, head)
+    assert exact <= bound
+    if softcap is None:
+        assert bound < 40 * exact
+
+
+def test_a_sound_model_is_checked_for_padding_without_a_product_with_the_vocabulary(
+    tmp_path, texts, monkeypatch
+) -> None:
+    model = load_pair(save_model(tmp_path / "a"), tmp_path / "a").policy
+    items = list(Source("texts", texts).items(model.tokenizer, None))
+    read: list[int] = []
+    whole = padding._together_and_alone
+    monkeypatch.setattr(padding, "_kl_of", None)
+    monkeypatch.setattr(
+        padding, "_together_and_alone", lambda *given: read.append(1) or whole(*given)
+    )
+    require_padding_invariance(items, model, budget=8192)
+    assert read == [1]

@@ -1,5 +1,6 @@
 """The command line as a stranger meets it: each test runs the real program."""
 
+import gc
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kleash.cli.console import without_collection
 from kleash.cli.main import split_overrides
 from kleash.errors import UsageError
 from kleash.storage.plan_file import make_frontier, write_frontier
@@ -154,3 +156,10 @@ def test_overrides_are_split_from_the_configuration() -> None:
     assert overrides == {"leash.target-kl": "6", "steps": "3"}
     with pytest.raises(UsageError, match="--seed needs a value"):
         split_overrides(("--seed", "--steps"))
+
+
+def test_the_collector_is_back_after_the_imports_even_when_they_fail() -> None:
+    with pytest.raises(ImportError), without_collection():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()

@@ -9,11 +9,11 @@ import scipy.special
 import scipy.stats
 import torch
 
-from kleash.scoring.api import QUANTITIES, TokenScores, check_request
+from kleash.scoring.api import QUANTITIES, WITHOUT_GRADIENT, TokenScores, check_request
 from kleash.scoring.dense import token_scores
 from kleash.types import Head
 
-DIFFERENTIABLE = [name for name in QUANTITIES if not name.startswith("top_k")]
+DIFFERENTIABLE = [name for name in QUANTITIES if name not in WITHOUT_GRADIENT]
 
 
 def model(rows=5, width=3, words=7, seed=0, **head):
@@ -64,6 +64,7 @@ def test_scores_of_explicit_distributions_agree_with_scipy(p, q):
     coarse = [p[best], 1 - p[best]], [q[best], 1 - q[best]]
     assert scores.top_k_mass.item() == pytest.approx(p[best], abs=1e-14)
     assert scores.top_k_kl.item() == pytest.approx(scipy.stats.entropy(*coarse), abs=1e-12)
+    assert scores.same_top.item() == (best == int(np.argmax(q)))
 
 
 INFINITE = [  # p, q, kl, reverse_kl

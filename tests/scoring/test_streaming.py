@@ -18,7 +18,7 @@ from scorer_cases import (
 )
 
 from kleash.scoring import dense, streaming, tiles
-from kleash.scoring.api import OF_TOP_K, QUANTITIES
+from kleash.scoring.api import QUANTITIES, WITHOUT_GRADIENT
 from kleash.scoring.forward import sum_up
 from kleash.scoring.tiles import Tiles
 from kleash.types import Head
@@ -84,7 +84,7 @@ def test_each_quantity_alone_costs_and_says_the_same(name):
     tensors = [tensor.requires_grad_() for tensor in tensors_of(1, rows=4, words=8)]
     case = (tensors, 8, torch.tensor([0, 3, 7, 7]), weights_for(4))
     kwargs = {"want": [name], "top_k": 2}
-    if name in OF_TOP_K:
+    if name in WITHOUT_GRADIENT:
         scores = streaming.token_scores(
             *models_of(tensors, 8)[0],
             case[2],
@@ -382,6 +382,28 @@ def test_a_word_that_one_side_lacks_makes_one_kl_infinite(side_without):
     assert values["kl"].isinf().all() == (side_without == 5)
     assert values["reverse_kl"].isinf().all() == (side_without == 2)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 0.3, "softcap": 1.5}])
+def test_top_1_agreement_is_that_of_whole_logits_with_the_lowest_id_among_equals(head):
+    """Against numpy's argmax; equal words lie in one tile and in two, before and after."""
+    policy_row = [[0, 2, 1, 2, 0, 2], [5, 1, 1, 1, 1, 5], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1]]
+    other_row = [[0, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 5], [5, 4, 3, 2, 1, 0], [2, 1, 2, 2, 1, 1]]
+    z, u = torch.tensor(policy_row).float(), torch.tensor(other_row).float()
+    bias = torch.tensor([0.0, 0, 0, 0, 0, -torch.inf]) if not head else None
+    banned = 0.0 if bias is None else bias
+    agree = (z + banned).numpy().argmax(1) == (u + banned).numpy().argmax(1)
+    assert set(agree.tolist()) == {False, True}
+    for cut in (Tiles(2, 2, body="plain"), Tiles(3, 4, body="plain"), PLAIN):
+        scores = streaming.token_scores(
+            z,
+            Head(torch.eye(6), bias, **head),
+            torch.zeros(4, dtype=torch.long),
+            reference=(u, Head(torch.eye(6), bias)),
+            want=["same_top"],
+            tiles=cut,
+        )
+        assert scores.same_top is not None and scores.same_top.tolist() == agree.tolist()
 
 
 @pytest.mark.parametrize("before", [False, True])

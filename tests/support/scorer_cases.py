@@ -2,11 +2,11 @@
 
 import torch
 
-from kleash.scoring.api import OF_TOP_K, QUANTITIES
+from kleash.scoring.api import QUANTITIES, WITHOUT_GRADIENT
 from kleash.scoring.tiles import Tiles
 from kleash.types import Head
 
-DIFFERENTIABLE = [name for name in QUANTITIES if name not in OF_TOP_K]
+DIFFERENTIABLE = [name for name in QUANTITIES if name not in WITHOUT_GRADIENT]
 
 
 NAMES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
@@ -43,7 +43,9 @@ def scored(scorer, tensors, words, targets, upstream, *, want=DIFFERENTIABLE, he
     (hidden, policy), reference = models_of(tensors, words, **(head or {}))
     scores = scorer.token_scores(hidden, policy, targets, reference=reference, want=want, **kwargs)
     values = {name: getattr(scores, name) for name in want}
-    loss = sum((values[name] * upstream[name]).sum() for name in want if name not in OF_TOP_K)
+    loss = sum(
+        (values[name] * upstream[name]).sum() for name in want if name not in WITHOUT_GRADIENT
+    )
     gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
     return values, dict(zip(NAMES, gradients, strict=True))
 

@@ -11,12 +11,18 @@ from kleash.auditing.console import AuditDisplay, print_audit
 from kleash.auditing.drift_curve import Drift, drift_of, write_drift
 from kleash.auditing.html import write_audit, write_page
 from kleash.auditing.inputs import Source
-from kleash.auditing.model_pair import ModelPair, comparable_pair, open_checkpoint
+from kleash.auditing.model_pair import (
+    ModelPair,
+    comparable_pair,
+    open_checkpoint,
+    open_reference,
+)
 from kleash.auditing.options import AuditOptions
 from kleash.auditing.partial_results import NAME
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import audit_pair
 from kleash.errors import UsageError
+from kleash.models.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,15 @@ def run_command(command: AuditCommand) -> int:
         _check_bytewise(command)
     console = Console(highlight=False, stderr=command.as_json)
     outputs = _outputs(command)
-    audits = [
-        _audit_one(command, policy, output, console)
-        for policy, output in zip(command.policies, outputs, strict=True)
-    ]
+    options = command.options
+    dtype, device = options.dtype, options.device or "cpu"
+    audits: list[Audit] = []
+    theirs: Policy | None = None
+    for path, output in zip(command.policies, outputs, strict=True):
+        ours = open_checkpoint(path, dtype=dtype, device=device)
+        if theirs is None:
+            theirs = open_reference(command.reference, (path, ours), dtype, device)
+        audits.append(_audit_one(command, (ours, theirs), output, console))
     drift = None
     if len(audits) > 1:
         drift = drift_of(audits)
@@ -70,13 +81,11 @@ def _check_bytewise(command: AuditCommand) -> None:
         raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 
 
-def _audit_one(command: AuditCommand, policy: str, output: Path | None, console: Console) -> Audit:
+def _audit_one(
+    command: AuditCommand, models: tuple[Policy, Policy], output: Path | None, console: Console
+) -> Audit:
     options = replace(command.options, output=output)
-    device = options.device or "cpu"
-    ours, theirs = (
-        open_checkpoint(path, dtype=options.dtype, device=device)
-        for path in (policy, command.reference)
-    )
+    ours, theirs = models
     if command.bytewise:
         found = audit_bytes(ModelPair(ours, theirs), command.source, options)
         if output is not None:

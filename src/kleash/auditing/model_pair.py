@@ -51,10 +51,29 @@ def load_pair(
     Raises:
         ModelError: if a model cannot be used, or the two have different tokens.
     """
-    return comparable_pair(
-        open_checkpoint(policy, dtype=dtype, device=device),
-        open_checkpoint(reference, dtype=dtype, device=device),
-    )
+    ours = open_checkpoint(policy, dtype=dtype, device=device)
+    return comparable_pair(ours, open_reference(reference, (policy, ours), dtype, device))
+
+
+def open_reference(
+    path: str | Path, policy: tuple[str | Path, Policy], dtype: AuditDtype, device: str
+) -> Policy:
+    """Open what a policy is measured against: the policy itself where it is the same directory.
+
+    Args:
+        path: as `open_checkpoint` takes it.
+        policy: its path, and the policy as it was opened.
+        dtype: of both.
+        device: of both.
+
+    Raises:
+        ModelError, EngineError: as `open_checkpoint` does.
+    """
+    other, opened = policy
+    # `vllm:DIR` is no directory: two engines are not one.
+    if Path(path).is_dir() and Path(other).is_dir() and Path(path).samefile(other):
+        return opened
+    return open_checkpoint(path, dtype=dtype, device=device)
 
 
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:

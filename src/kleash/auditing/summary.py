@@ -1,7 +1,7 @@
 """From the running account to what is said: means with intervals, shares, texts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from kleash.auditing.token_records import Record
 from kleash.auditing.worst_responses import ResponseDetails, item_of, response_details
 from kleash.kl.position_bins import POSITIONS, first_position
 from kleash.report.token_heatmap import spaced
-from kleash.rollout.top_tokens import decode, text_of_id
+from kleash.rollout.top_tokens import TopTokens, decode, text_of_id
 
 RESOLVABLE = 3.0
 """A KL below so many times the floor is rounding."""
@@ -102,8 +102,11 @@ def with_details(
     closer: dict[int, ResponseDetails] = {}
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
     random_numbers = {record.number for record in chance}
+    places = _places(tokens, whole={record.number for record in (*worst, *chance)})
     for number, record in sorted(every.items()):
-        closer[number], mass = response_details(record, pair, temperature=temperature)
+        closer[number], mass = response_details(
+            record, pair, temperature=temperature, places=places.get(number)
+        )
         if number in random_numbers:
             moved += mass
     count = sum(len(record.ids) for record in chance)
@@ -120,7 +123,14 @@ def with_details(
         part,
         samples=samples,
         worst_tokens=[
-            _worst_token(r, at, account, closer[r.number], tokenizer) for r, at in tokens
+            _worst_token(
+                r,
+                at,
+                account,
+                _at(closer[r.number], places[r.number].index(at) if r.number in places else at),
+                tokenizer,
+            )
+            for r, at in tokens
         ],
         gained=_moved_most(mean),
         lost=_moved_most(-mean),
@@ -139,6 +149,22 @@ def texts_of_ids(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> d
         for token in part.worst_tokens:
             ids.update((*token.policy_top.ids, *token.reference_top.ids))
     return {str(number): text_of_id(tokenizer, number) for number in sorted(ids)}
+
+
+def _places(
+    tokens: Sequence[tuple[Record, int]], *, whole: Collection[int]
+) -> dict[int, list[int]]:
+    """Places of the tokens by record, of records that are not looked at as a whole."""
+    found: dict[int, list[int]] = {}
+    for record, place in tokens:
+        if record.number not in whole:
+            found.setdefault(record.number, []).append(place)
+    return found
+
+
+def _at(details: ResponseDetails, index: int) -> tuple[TopTokens, TopTokens]:
+    """What policy and reference wanted at one of the tokens that were looked at."""
+    return details.policy_top[index], details.reference_top[index]
 
 
 def _exponential(of: ConfidenceInterval) -> ConfidenceInterval:
@@ -252,7 +278,7 @@ def _worst_token(
     record: Record,
     at: int,
     account: AuditAccumulator,
-    closer: ResponseDetails,
+    tops: tuple[TopTokens, TopTokens],
     tokenizer: PreTrainedTokenizerBase,
 ) -> WorstToken:
     ids = record.ids.tolist()
@@ -268,8 +294,8 @@ def _worst_token(
         kl=float(kl[at]),
         logprob=float(record.logprobs[at]),
         ref_logprob=float(record.ref_logprobs[at]),
-        policy_top=closer.policy_top[at],
-        reference_top=closer.reference_top[at],
+        policy_top=tops[0],
+        reference_top=tops[1],
     )
 
 

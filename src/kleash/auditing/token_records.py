@@ -15,10 +15,9 @@ from torch import Tensor
 
 from kleash.auditing.float64_states import states_of
 from kleash.auditing.inputs import Item, pack
-from kleash.auditing.top_tokens import top_words
 from kleash.errors import NonFiniteError, RunError
 from kleash.models.policy import LanguageModel
-from kleash.scoring import token_scores
+from kleash.scoring import Quantity, token_scores
 
 By = Literal["policy", "reference", "text", "given"]
 """Who wrote what is scored: a model on its own, neither (a text), or "given" as a response."""
@@ -60,7 +59,14 @@ class Record:
     """1 at tokens where both find the same word likeliest; empty where it was not asked."""
 
 
-_SCORES = ("kl", "reverse_kl", "logprobs", "ref_logprobs", "entropy", "ref_entropy")
+_SCORES: tuple[Quantity, ...] = (
+    "kl",
+    "reverse_kl",
+    "logprobs",
+    "ref_logprobs",
+    "entropy",
+    "ref_entropy",
+)
 _DTYPES = {"prompt_ids": "<i4", "ids": "<i4", "same_top": "u1", **dict.fromkeys(_SCORES, "<f4")}
 
 
@@ -147,17 +153,12 @@ def _score_batch(
         targets,
         reference=(ref_states, both.reference.head),
         temperature=temperature,
-        want=_SCORES,
+        want=(*_SCORES, "same_top") if agreement else _SCORES,
     )
     columns = {name: getattr(scores, name).float().cpu() for name in _SCORES}
     _refuse_nan(columns, batch)
-    same = torch.zeros(0, dtype=torch.uint8)
-    if agreement:
-        first, second = (
-            top_words(hidden, model.head)
-            for hidden, model in ((states, both.policy), (ref_states, both.reference))
-        )
-        same = (first == second).to(torch.uint8).cpu()
+    found = scores.same_top
+    same = torch.zeros(0, dtype=torch.uint8) if found is None else found.to(torch.uint8).cpu()
     records: list[Record] = []
     at = 0
     for number, item in batch:

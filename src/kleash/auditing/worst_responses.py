@@ -28,7 +28,7 @@ class ResponseDetails:
 
 @torch.no_grad()
 def response_details(
-    record: Record, pair: ModelPair, *, temperature: float
+    record: Record, pair: ModelPair, *, temperature: float, places: Sequence[int] | None = None
 ) -> tuple[ResponseDetails, Float[Tensor, " vocab"]]:
     """The likeliest words of both models at each token of a response.
 
@@ -36,13 +36,16 @@ def response_details(
         record: the response.
         pair: the two models.
         temperature: divides both models' logits.
+        places: the tokens that are looked at, in this order; None: all.
 
     Returns:
-        The words, and Σ_t (π_t − π_ref,t): the probability each word gained over the response.
+        The words, and Σ_t (π_t − π_ref,t): the probability each word gained over these tokens.
     """
     part, kept = side_by_side([item_of(record)], pair.policy.device)
     states = states_of(pair.policy, part, kept)
     ref_states = states_of(pair.reference, part, kept)
+    if places is not None:
+        states, ref_states = states[list(places)], ref_states[list(places)]
     moved = torch.zeros(pair.policy.words, dtype=torch.float64)
     tops: tuple[list[TopTokens], list[TopTokens]] = ([], [])
     for rows, ref_rows in zip(states.split(ROWS), ref_states.split(ROWS), strict=True):

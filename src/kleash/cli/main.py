@@ -20,6 +20,7 @@ from kleash.cli.console import (
     numbers,
     quiet_libraries,
     split_overrides,
+    without_collection,
 )
 from kleash.cli.explicit_kl import kl_command
 from kleash.cli.recipes import init, recipes_app
@@ -139,19 +140,21 @@ def train(
         Skip the quick part of `kleash check`, which otherwise runs first.
     """
     del debug
-    path, overrides = split_overrides(arguments)
+    with without_collection():
+        path, overrides = split_overrides(arguments)
     if resume is not None and path is not None:
         raise UsageError("--resume takes its configuration from the run: give no CONFIG")
-    from rich.console import Console
+    with without_collection():
+        from rich.console import Console
 
-    from kleash.config.loading import load_config
-    from kleash.mesh import is_first_process, joined, reported_once
-    from kleash.playground.build import with_world
-    from kleash.preflight.runner import require_sound
-    from kleash.preflight.runtime_monitor import RuntimeMonitor
-    from kleash.training.continuation import config_of_run
-    from kleash.training.loop import Trainer
-    from kleash.training.progress import saying
+        from kleash.config.loading import load_config
+        from kleash.mesh import is_first_process, joined, reported_once
+        from kleash.playground.build import with_world
+        from kleash.preflight.runner import require_sound
+        from kleash.preflight.runtime_monitor import RuntimeMonitor
+        from kleash.training.continuation import config_of_run
+        from kleash.training.loop import Trainer
+        from kleash.training.progress import saying
 
     quiet_libraries()
     with reported_once():
@@ -393,9 +396,10 @@ def audit(
         Print JSON instead of a table.
     """
     del debug
-    from kleash.auditing.api import one_source
-    from kleash.auditing.command import AuditCommand, run_command
-    from kleash.auditing.inputs import Source
+    with without_collection():
+        from kleash.auditing.api import one_source
+        from kleash.auditing.command import AuditCommand, run_command
+        from kleash.auditing.inputs import Source
 
     if not others:
         raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")

@@ -16,10 +16,12 @@ a scorer gives, for each row (a position whose next token is known), any of
     top_k_mass            Σ p_v over the k likeliest words of p       in (0, 1]
     top_k_kl              KL(π‖π_ref) after every other word has been
                           put into one bucket                         0 ≤ top_k_kl ≤ kl
+    same_top              1[argmax p = argmax q], the lowest id       0 or 1, no unit
+                          among equals
 
-all in nats. Logits of −∞ are words of probability 0: they add nothing where 0·log 0 arises, and a
-KL is ∞ exactly where one side has a word that the other has not. An infinite KL (and the variance
-beside it) is constant in every logit, so its gradient is zero. The two top-k numbers are for
+all but the last in nats. Logits of −∞ are words of probability 0: they add nothing where 0·log 0
+arises, and a KL is ∞ exactly where one side has a word that the other has not. An infinite KL (and
+the variance beside it) is constant in every logit, so its gradient is zero. The last three are for
 reading; no gradient flows through them.
 """
 
@@ -43,22 +45,34 @@ Quantity = Literal[
     "log_ratio_variance",
     "top_k_mass",
     "top_k_kl",
+    "same_top",
 ]
 
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 OF_REFERENCE: frozenset[Quantity] = frozenset(
-    {"ref_logprobs", "kl", "reverse_kl", "ref_entropy", "log_ratio_variance", "top_k_kl"}
+    {
+        "ref_logprobs",
+        "kl",
+        "reverse_kl",
+        "ref_entropy",
+        "log_ratio_variance",
+        "top_k_kl",
+        "same_top",
+    }
 )
 """Quantities that need a reference."""
 
 OF_TOP_K: frozenset[Quantity] = frozenset({"top_k_mass", "top_k_kl"})
 """Quantities that need `top_k`."""
 
+WITHOUT_GRADIENT: frozenset[Quantity] = frozenset({*OF_TOP_K, "same_top"})
+"""Quantities that are for reading alone."""
+
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What was asked for, per row, in nats; None where it was not asked for.
+    """What was asked for, per row, in nats (`same_top`: 0 or 1); None where it was not asked for.
 
     float32, or float64 where the policy's hidden states are float64.
     """
@@ -72,6 +86,7 @@ class TokenScores:
     log_ratio_variance: Float[Tensor, " N"] | None = None
     top_k_mass: Float[Tensor, " N"] | None = None
     top_k_kl: Float[Tensor, " N"] | None = None
+    same_top: Float[Tensor, " N"] | None = None
 
 
 def working_dtype(hidden: Float[Tensor, "N D"]) -> torch.dtype:

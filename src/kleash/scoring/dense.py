@@ -74,6 +74,7 @@ def token_scores(
             logq = _log_softmax(*reference, temperature, dtype)
             out |= _against_reference(logp, logq)
             out["ref_logprobs"] = _at(logq, targets)
+            out["same_top"] = (logp.argmax(-1) == logq.argmax(-1)).to(dtype)
         else:
             logq = logp
         if top_k is not None and asked & OF_TOP_K:

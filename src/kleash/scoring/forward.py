@@ -24,7 +24,7 @@ from kleash.scoring.tiles import (
     slices,
     spans,
 )
-from kleash.scoring.top_k import TopK
+from kleash.scoring.top_k import Likeliest, TopK
 
 Kept = dict[tuple[int, int], list[Tensor]]
 """Bare products of tiles by the tile's first row and first column: one for each model, or the
@@ -47,6 +47,7 @@ class Summed:
     top_k_mass: Float[Tensor, " N"] | None
     top_k_kl: Float[Tensor, " N"] | None
     kept: Kept
+    same_top: Float[Tensor, " N"] | None = None
 
 
 def sum_up(
@@ -82,6 +83,7 @@ def sum_up(
         tally.start(span.stop - span.start)
         aim = Aim(sides, targets[span])
         top = None if top_k is None else TopK(sides, span.stop - span.start, top_k)
+        likeliest = Likeliest(sides, span.stop - span.start) if "same_top" in want else None
         for cols in spans(words, tiles.columns):
             bare = products.tile(hidden, span, cols)
             out = tally.slot()
@@ -96,14 +98,19 @@ def sum_up(
             aim.look(bare, cols)
             if top is not None:
                 top.add([raw_logits(one) for one in bare])
+            if likeliest is not None:
+                likeliest.look(bare, [out[names.index(name)] for name in ("m", "n")], cols)
         sums = tally.moments()
         blocks.append(sums | aim.logits() | ({} if top is None else top.scores(sums)))
+        if likeliest is not None:
+            blocks[-1]["same_top"] = likeliest.same()
     found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return Summed(
         z=found.pop("z"),
         u=found.pop("u", None),
         top_k_mass=found.pop("top_k_mass", None),
         top_k_kl=found.pop("top_k_kl", None),
+        same_top=found.pop("same_top", None),
         moments=Moments(**found),
         kept=products.kept,
     )
@@ -119,6 +126,7 @@ def scores_of(
         "entropy": None if of.mean_a is None else LN2 * (of.log_s - of.mean_a),
         "top_k_mass": summed.top_k_mass,
         "top_k_kl": summed.top_k_kl,
+        "same_top": summed.same_top,
     }
     if len(sides) == 2 and summed.u is not None and of.n is not None and of.log_r is not None:
         ref_score = LN2 * (summed.u - of.n - of.log_r)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from kleash.scoring.api import (
     OF_REFERENCE,
     OF_TOP_K,
+    WITHOUT_GRADIENT,
     Quantity,
     TokenScores,
     check_request,
@@ -206,7 +207,8 @@ class _Streamed(torch.autograd.Function):
         ctx.request, ctx.summed = request, summed
         ctx.set_materialize_grads(False)
         out = {name: scores[name].to(request.dtype) for name in request.want}
-        ctx.mark_non_differentiable(*(out[name] for name in request.want if name in OF_TOP_K))
+        silent = [out[name] for name in request.want if name in WITHOUT_GRADIENT]
+        ctx.mark_non_differentiable(*silent)
         return tuple(out.values())
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The k likeliest words and one bucket for all others, kept up to date tile by tile.
+"""The k likeliest words and one bucket for all others, or the likeliest alone, tile by tile.
 
 Throwing the tail away would give a number that is no KL and can be negative; with the tail in one
 bucket it is the KL of coarsened distributions, and coarsening can only lower a KL (data
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kleash.scoring.tiles import BANNED, LN2, Sides
+from kleash.scoring.tiles import BANNED, LN2, Bare, Sides, raw_logits
 
 
 class TopK:
@@ -55,3 +55,33 @@ class TopK:
         top = self._nats[model] * self._tops[model].double()
         logits = torch.cat([top, self._tails[model][:, None]], dim=1)
         return torch.where(logits < BANNED / 2, -torch.inf, logits - log_sum[:, None])
+
+
+class Likeliest:
+    """Each model's likeliest word over the tiles of some rows; the lowest id among equals.
+
+    A tile's maxima are known from its sums, so only rows that a tile improves are searched for the
+    word: of T tiles in no particular order log T, not T.
+    """
+
+    def __init__(self, sides: Sides, rows: int) -> None:
+        """Start with nothing seen of so many rows."""
+        self._best = [torch.full_like(side.new_empty(rows), -torch.inf) for side in sides]
+        device = sides[0].hidden.device
+        self._words = [torch.zeros(rows, dtype=torch.long, device=device) for _ in sides]
+
+    def look(
+        self, bare: Sequence[Bare], maxima: Sequence[Float[Tensor, " R"]], cols: slice
+    ) -> None:
+        """See one more tile of the words `cols`, with each row's greatest raw logit in it."""
+        for one, top, best, words in zip(bare, maxima, self._best, self._words, strict=True):
+            better = (top > best).nonzero()[:, 0]
+            if len(better):
+                raw = raw_logits(one._replace(product=one.product[better]))
+                words[better] = raw.argmax(1) + cols.start
+                best[better] = top[better]
+
+    def same(self) -> Float[Tensor, " R"]:
+        """1 where both models' likeliest word is the same, else 0."""
+        first, second = self._words
+        return (first == second).double()
