@@ -312,8 +312,13 @@ def _lost_connection(error: BaseException | None) -> bool:
         if isinstance(error, dist.DistError):
             return True
         text = str(error)
-        if isinstance(error, RuntimeError) and (
-            "gloo" in text or "Connection closed by peer" in text or "Connection reset" in text
+        # An engine's error is one too, and may name a connection: that to its server.
+        if (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, KleashError)
+            and (
+                "gloo" in text or "Connection closed by peer" in text or "Connection reset" in text
+            )
         ):
             return True
         error = error.__cause__ or error.__context__
