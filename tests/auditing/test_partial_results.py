@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,8 @@ def test_a_broken_model_is_named(base, tmp_path, prompts) -> None:
         if "norm" in name:
             parameter.fill_(math.nan)
 
-    pair = load_pair(base, base)
+    # One directory would be one model, whose policy could not write either.
+    pair = load_pair(base, shutil.copytree(base, tmp_path / "broken"))
     with torch.no_grad():
         for name, parameter in pair.reference.model.named_parameters():
             break_it(name, parameter)

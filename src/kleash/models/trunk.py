@@ -79,7 +79,8 @@ def trunk_states(
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
     place = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    longest = int(place.max()) + 1
+    padded = not bool(mask.all())
+    longest = int(place.max()) + 1 if padded else ids.shape[1]
     moved = longest < ids.shape[1]
     if moved:
         # A short prompt's row begins with padding, a short response's ends with it: moved to the
@@ -89,7 +90,7 @@ def trunk_states(
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A causal model sees no padding behind a text, and attention is faster without a mask.
-    if not bool(mask[:, 0].all()):
+    if padded and not bool(mask[:, 0].all()):
         inputs["attention_mask"] = mask.long()
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     if "position_ids" in inspect.signature(trunk.forward).parameters:

@@ -82,6 +82,8 @@ def generate_going(
     while len(going) and written < limit:
         left = copy(settings)
         left.max_new_tokens = limit - written
+        if settings.min_new_tokens is not None:
+            left.min_new_tokens = max(0, settings.min_new_tokens - written)
         criteria = [] if cache is None else [_SomeEnded(stops, len(going))]
         made = cast(Any, model).generate(
             input_ids=ids,
