@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rollouts import PROMPT, SHAPES, random_policy
@@ -34,6 +34,11 @@ def off_by(policy: Any, prompt: tuple[int, ...], ids: list[int], said: list[floa
     law = logits[len(prompt) - 1 : -1].log_softmax(-1)
     own = law.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
     return float((own - torch.tensor(said).double()).abs().max())
+
+
+def _number(name: str) -> int:
+    """Of a request, as transformers names it."""
+    return int(name.split("_")[-1])
 
 
 def main() -> None:
@@ -61,15 +66,15 @@ def main() -> None:
     batching = ContinuousBatchingConfig(return_logprobs=True, seed=3, page_size=32, num_blocks=512)
 
     def continuous(inputs: list[list[int]]) -> list[Any]:
-        found = policy.model.generate_batch(
+        found: dict[str, Any] = cast(Any, policy.model).generate_batch(
             inputs=inputs,
             generation_config=settings,
             continuous_batching_config=batching,
             progress_bar=False,
         )
-        return [one for _, one in sorted(found.items(), key=lambda x: int(x[0].split("_")[-1]))]
+        return [found[name] for name in sorted(found, key=_number)]
 
-    attention = policy.model.config._attn_implementation
+    attention = cast(str, getattr(policy.model.config, "_attn_implementation"))  # noqa: B009
     generate(policy, batch_prompts(prompts[:2], pad_id=0), SamplingSpec(4), microbatch=2)
     torch.manual_seed(3)
     rollout, plain = timed(lambda: generate(policy, batch, spec, microbatch=arguments.prompts))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from iteration import TRL, install_trl
 
@@ -108,7 +108,7 @@ def run_trl(options: argparse.Namespace, seed: int, output: Path) -> Curve:
     }
     GRPOTrainer(
         model=str(options.real / "models" / "stories260K"),
-        reward_funcs=reward,
+        reward_funcs=cast(Any, reward),
         args=GRPOConfig(**settings),
         train_dataset=Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines]),
     ).train()

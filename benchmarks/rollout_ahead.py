@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def tree_of(folder: Path, arguments: argparse.Namespace, ahead: int) -> dict[str
 
 
 @contextmanager
-def served(file: Path, port: int) -> Iterator[None]:
+def served(file: Path, port: int) -> Generator[None]:
     """A server on the second core, while it answers."""
     command = [sys.executable, "-m", "kleash", "serve-rollouts", str(file), "--port", str(port)]
     process = subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, {1}))
@@ -101,6 +101,7 @@ def main() -> None:
         folder = Path(name)
         random_policy(SHAPES["9.7 M"]).model.save_pretrained(folder / "policy")
         tokenizer = AutoTokenizer.from_pretrained(REAL / "models/gpt2-tokenizer-only")
+        tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder / "policy")
         file = folder / "run.yaml"
         file.write_text(yaml.safe_dump(tree_of(folder, arguments, 0)))
@@ -110,8 +111,9 @@ def main() -> None:
             for ahead in (0, 1):
                 run = train(parse_config(tree_of(folder, arguments, ahead), where="here"))
                 # The first step has nothing written ahead, and nothing is beside the last update.
-                rows = [row for row in read_run(run).metrics if 1 < row["step"] < arguments.steps]
-                both = [read_run(run).metrics[0], *rows]
+                lines: list[dict[str, Any]] = [dict(line) for line in read_run(run).metrics]
+                rows = [row for row in lines if 1 < row["step"] < arguments.steps]
+                both = [lines[0], *rows]
                 steps = [b["seconds"] - a["seconds"] for a, b in zip(both, rows, strict=False)]
                 found[f"ahead {ahead}"] = {
                     "step_s": statistics.median(steps),

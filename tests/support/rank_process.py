@@ -78,9 +78,7 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
         case "killed at":
             _killed_at(patch, fault["place"])
         case "killed after":
-            end = threading.Timer(fault["seconds"], os.kill, (os.getpid(), signal.SIGKILL))
-            end.daemon = True
-            end.start()
+            _killed_after(fault["seconds"])
         case "asleep":
             at_step(lambda trainer: time.sleep(3600))
         case "asked to stop":
@@ -99,6 +97,12 @@ def break_something(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:
             patch.setattr(kleash.training.startup, "assemble", _no_file)
         case _:
             raise ValueError(fault)
+
+
+def _killed_after(seconds: float) -> None:
+    end = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    end.daemon = True
+    end.start()
 
 
 def _killed_at(patch: pytest.MonkeyPatch, place: str) -> None:

@@ -283,7 +283,7 @@ def test_a_launcher_that_is_not_there(
     [
         ({"distributed": {"strategy": "none"}}, "expected one process with `distributed.strategy"),
         ({"rollout": {"prompts_per_step": 1}}, "as many processes as the 1 responses of a step"),
-        ({"rollout": {"engine": "vllm"}}, "expected `rollout.engine: hf` with several processes"),
+        ({"rollout": {"engine": "vllm"}}, "expected a server of its own with several processes"),
         ({"device": "meta"}, "each takes a GPU of its own, got 'meta'"),
     ],
 )

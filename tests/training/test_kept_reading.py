@@ -26,7 +26,7 @@ from kleash.rollout import scoring_pass
 from kleash.rollout.scoring_pass import SamplingSpec
 from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
-from kleash.training.kept_reading import is_read_at_once, score_and_keep
+from kleash.training.kept_reading import WholeReading
 from kleash.training.loop import train
 from kleash.types import Experience, Rollout
 
@@ -155,7 +155,7 @@ def test_one_reading_gives_the_gradient_of_two(algorithm: str, placement: str) -
     rows = shuffled(twice)
     said = components.backward_of_minibatch(select(twice, rows), microbatch=3)
     expected = gradients(components)
-    scored, kept = score_and_keep(components, rollout, scores)
+    scored, kept = WholeReading(components).score(rollout, scores)
     assert not scored.rollout_logprobs.requires_grad
     assert (kept.kl is not None) == (placement in DIFFERENTIATES_KL)
     once = prepare(scored, BETA, components.settings)
@@ -170,11 +170,11 @@ def test_one_reading_gives_the_gradient_of_two(algorithm: str, placement: str) -
 
 def test_a_rollout_is_read_at_once_where_one_microbatch_takes_it() -> None:
     components, rollout = language_models("rloo")
-    assert is_read_at_once(components, rollout, (12, 12))
-    assert not is_read_at_once(components, rollout, (12, 11))
-    assert not is_read_at_once(components, rollout, (11, 12))
+    assert WholeReading(components).fits(rollout, (12, 12))
+    assert not WholeReading(components).fits(rollout, (12, 11))
+    assert not WholeReading(components).fits(rollout, (11, 12))
     several = replace(components, mesh=replace(ALONE, size=2))
-    assert not is_read_at_once(several, rollout, (12, 12))
+    assert not WholeReading(several).fits(rollout, (12, 12))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_run_reads_once_and_learns_the_same(
     def never(*_: object) -> bool:
         return False
 
-    monkeypatch.setattr("kleash.training.loop.is_read_at_once", never)
+    monkeypatch.setattr("kleash.training.kept_reading.WholeReading.fits", never)
     twice = run("twice")
     # The first step reads the policy twice, and says how far the two readings are apart.
     assert [line.get("policy/ratio_first_error") is None for line in once[1:]] == [

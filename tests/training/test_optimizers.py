@@ -12,13 +12,13 @@ import torch
 from training_hooks import interrupt_after
 
 from kleash.errors import ConfigError
-from kleash.training.components import trained_parameters
 from kleash.training.loop import train
 from kleash.training.optimizers import (
     make_optimizer,
     moment_bytes,
     round_by_chance,
     set_learning_rates,
+    trained_parameters,
 )
 
 needs_torchao = pytest.mark.skipif(

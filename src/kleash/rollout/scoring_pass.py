@@ -97,9 +97,12 @@ def score(
     """
     out: dict[str, Tensor] = {}
     models = _Models(policy, reference, value, teacher)
+    shape = tuple(rollout.response_mask.shape)
     for rows in microbatches(rollout, microbatch):
         with torch.no_grad():
-            _read(out, rollout, rows, models, scorer, temperature, keep_ref_hidden)
+            reading = _reading(rollout, rows, models, scorer, temperature)
+            got = reading.policy_scores(reference=reading.against, want=_NUMBERS)
+            _write_down(out, reading, got, models, shape=shape, keep_ref_hidden=keep_ref_hidden)
     return _scored(rollout, scores, out)
 
 
@@ -140,8 +143,11 @@ def score_and_keep(
     out: dict[str, Tensor] = {}
     rows = torch.arange(len(rollout.response_mask), device=rollout.response_mask.device)
     models = _Models(policy, reference, value, None)
+    shape = tuple(rollout.response_mask.shape)
     with torch.enable_grad():
-        _read(out, rollout, rows, models, scorer, temperature, keep_ref_hidden)
+        reading = _reading(rollout, rows, models, scorer, temperature)
+        got = reading.policy_scores(reference=reading.against, want=_NUMBERS)
+        _write_down(out, reading, got, models, shape=shape, keep_ref_hidden=keep_ref_hidden)
     live = Fresh(logprobs=out["logprobs"], values=out.get("values"), kl=out["kl"])
     return _scored(rollout, scores, {name: number.detach() for name, number in out.items()}), live
 
@@ -156,38 +162,72 @@ class _Models:
     teacher: LanguageModel | None
 
 
-def _read(
-    out: dict[str, Tensor],
+@dataclass(frozen=True)
+class _Reading:
+    """Hidden states of some responses, before their heads."""
+
+    rows: Int[Tensor, " rows"]
+    part: tuple[Tensor, Tensor, Tensor, Tensor]
+    kept: Bool[Tensor, "rows short"]
+    hidden: Float[Tensor, "rows short+1 hidden"]
+    ref_hidden: Float[Tensor, "rows short+1 hidden"]
+    policy_scores: partial[Any]
+    """The scorer, given what the policy says of the kept tokens; a reference is still to come."""
+    against: tuple[Tensor, Head]
+    """The reference's states and head."""
+
+
+def _reading(
     rollout: Rollout,
     rows: Int[Tensor, " rows"],
     models: _Models,
     scorer: TokenScorer,
     temperature: float,
-    keep_ref_hidden: bool,
-) -> None:
-    """Write what the models say of some responses into the tensors of the whole batch."""
-    shape = rollout.response_mask.shape
-    reference, teacher, value = models.reference, models.teacher, models.value
+) -> _Reading:
     part, kept = _trim(rollout, rollout.response_mask, rows)
     hidden = models.policy.hidden_states(*part)
-    ref_hidden = reference.hidden_states(*part)
-    read = partial(
-        scorer, hidden[:, :-1][kept], models.policy.head, part[2][kept], temperature=temperature
-    )
-    got = read(reference=(ref_hidden[:, :-1][kept], reference.head), want=_NUMBERS)
+    ref_hidden = models.reference.hidden_states(*part)
+    states, head = hidden[:, :-1][kept], models.policy.head
+    policy_scores = partial(scorer, states, head, part[2][kept], temperature=temperature)
+    against = ref_hidden[:, :-1][kept], models.reference.head
+    return _Reading(rows, part, kept, hidden, ref_hidden, policy_scores, against)
+
+
+def _write_down(
+    out: dict[str, Tensor],
+    reading: _Reading,
+    got: Any,
+    models: _Models,
+    *,
+    shape: tuple[int, ...],
+    keep_ref_hidden: bool,
+) -> None:
+    """Write what the models say of some responses into the tensors of the whole batch.
+
+    Args:
+        out: of the whole batch, by name.
+        reading: of some rows.
+        got: their scores.
+        models: who read them.
+        shape: rows and columns of the whole batch.
+        keep_ref_hidden: see `score`.
+    """
+    rows, part, kept = reading.rows, reading.part, reading.kept
+    reference, teacher, value = models.reference, models.teacher, models.value
     for name in _NUMBERS:
         _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
     if keep_ref_hidden:
-        _write_states(out, "ref_hidden", rows, ref_hidden, kept)
+        _write_states(out, "ref_hidden", rows, reading.ref_hidden, kept)
     if teacher is not None:
-        own = ref_hidden if teacher is reference else teacher.hidden_states(*part)
-        both = read(reference=(own[:, :-1][kept], teacher.head), want=("kl", "reverse_kl"))
+        own = reading.ref_hidden if teacher is reference else teacher.hidden_states(*part)
+        to_teacher = own[:, :-1][kept], teacher.head
+        both = reading.policy_scores(reference=to_teacher, want=("kl", "reverse_kl"))
         _write_rows(out, "teacher_kl", rows, _spread(both.kl, kept), shape)
         _write_rows(out, "teacher_forward_kl", rows, _spread(both.reverse_kl, kept), shape)
         if keep_ref_hidden:
             _write_states(out, "teacher_hidden", rows, own, kept)
     if value is not None:
-        states = value.state_values(*part, _states_of(part[3], hidden))
+        states = value.state_values(*part, _states_of(part[3], reading.hidden))
         _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
         last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
         _write_rows(out, "final_values", rows, last, shape[:1])

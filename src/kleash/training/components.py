@@ -6,7 +6,7 @@ they are those of one process but for rounding.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -60,6 +60,7 @@ from kleash.training.data_parallel import (
     together,
 )
 from kleash.training.metrics import first_ratio_error
+from kleash.training.optimizers import trained_parameters
 from kleash.training.pretraining_mix import PretrainingMix
 from kleash.training.responses import JudgedResponses, Responses
 from kleash.types import Experience, Fresh, Loss, Rollout, ScoredRollout
@@ -265,6 +266,22 @@ class Components:
         )
         if alone:
             return local(rollout, scores=scores)
+        frozen = _each(against, teacher)
+        return self._score_together(
+            rollout, scores, local, frozen, microbatch=microbatch, critic=critic
+        )
+
+    def _score_together(
+        self,
+        rollout: Rollout,
+        scores: Float[Tensor, " batch"],
+        local: Callable[..., ScoredRollout],
+        frozen: Sequence[LanguageModel],
+        *,
+        microbatch: Limit,
+        critic: bool,
+    ) -> ScoredRollout:
+        """`local` of each process's rows, put together."""
         shares = balanced_rows(rollout, self.mesh.size)
         share = shares[self.mesh.rank]
 
@@ -279,7 +296,7 @@ class Components:
                 refused = error
             with torch.no_grad():
                 for _ in range(self._idle_passes(rollout, shares, microbatch)):
-                    self._idle(rollout, _each(against, teacher), critic=critic)
+                    self._idle(rollout, frozen, critic=critic)
             if refused is not None:
                 raise refused
             return found
@@ -395,7 +412,7 @@ class Components:
             tokens: kept tokens of the whole minibatch.
             microbatch: responses at once, or a budget of tokens.
             numbers: which responses of the minibatch the rows are; all of them by default.
-            kept: what `kept_reading.score_and_keep` said of them; they are one microbatch then.
+            kept: what `WholeReading.score` said of them; they are one microbatch then.
 
         Raises:
             RefusedError: a number is not finite; it names the response among the minibatch.
@@ -481,8 +498,3 @@ class Components:
 def _each(*models: LanguageModel | None) -> list[LanguageModel]:
     """The models that there are, each once: the reference may be the teacher."""
     return list({id(model): model for model in models if model is not None}.values())
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The optimiser's parameters, in its order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

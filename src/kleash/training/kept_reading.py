@@ -10,7 +10,7 @@ several processes, which update on other rows than they scored; distillation.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtyping import Float
@@ -25,37 +25,43 @@ from kleash.training.components import Components
 from kleash.types import Fresh, Rollout, ScoredRollout
 
 
-def is_read_at_once(components: Components, rollout: Rollout, limits: Sequence[Limit]) -> bool:
-    """Whether the graph of scoring a rollout can be kept for its first update.
+@dataclass(frozen=True)
+class WholeReading:
+    """Reads a rollout at once, for scoring and for its first update."""
 
-    Args:
-        components: of the run.
-        rollout: what was written.
-        limits: of a microbatch, in scoring and in the update.
-    """
-    if components.mesh.size > 1 or isinstance(components.settings, DistillSettings):
-        return False
-    return all(len(scoring_pass.microbatches(rollout, limit)) == 1 for limit in limits)
+    components: Components
 
+    def fits(self, rollout: Rollout, limits: Sequence[Limit]) -> bool:
+        """Whether the graph of scoring a rollout can be kept for its first update.
 
-def score_and_keep(
-    components: Components, rollout: Rollout, scores: Float[Tensor, " batch"]
-) -> tuple[ScoredRollout, Fresh]:
-    """`components.score`, and what the models say, with its graph, for `PolicyUpdater.update`.
+        Args:
+            rollout: what was written.
+            limits: of a microbatch, in scoring and in the update.
+        """
+        distilled = isinstance(self.components.settings, DistillSettings)
+        if self.components.mesh.size > 1 or distilled:
+            return False
+        return all(len(scoring_pass.microbatches(rollout, limit)) == 1 for limit in limits)
 
-    Raises:
-        NonFiniteError, ScoringError: as `scoring_pass.score`.
-    """
-    with embedding_gradient_in_place(components.policy):
-        scored, kept = scoring_pass.score_and_keep(
-            rollout,
-            policy=components.policy,
-            reference=components.reference,
-            scores=scores,
-            value=components.value,
-            temperature=components.sampling.temperature,
-            keep_ref_hidden=components.differentiates_kl,
-            scorer=partial(token_scores, tiles=components.update_tiles),
-        )
-    # As of a second reading, which has a KL where the loss differentiates it.
-    return scored, kept if components.differentiates_kl else replace(kept, kl=None)
+    def score(
+        self, rollout: Rollout, scores: Float[Tensor, " batch"]
+    ) -> tuple[ScoredRollout, Fresh]:
+        """`components.score`, and what the models say, with its graph, for `PolicyUpdater.update`.
+
+        Raises:
+            NonFiniteError, ScoringError: as `scoring_pass.score`.
+        """
+        components = self.components
+        with embedding_gradient_in_place(components.policy):
+            scored, kept = scoring_pass.score_and_keep(
+                rollout,
+                policy=components.policy,
+                reference=components.reference,
+                scores=scores,
+                value=components.value,
+                temperature=components.sampling.temperature,
+                keep_ref_hidden=components.differentiates_kl,
+                scorer=partial(token_scores, tiles=components.update_tiles),
+            )
+        # As of a second reading, which has a KL where the loss differentiates it.
+        return scored, kept if components.differentiates_kl else replace(kept, kl=None)

@@ -38,7 +38,7 @@ from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepE
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
 from kleash.training.evidence import PendingStep
 from kleash.training.interruption import RunInterrupted, StopRequest, catch_signals
-from kleash.training.kept_reading import is_read_at_once, score_and_keep
+from kleash.training.kept_reading import WholeReading
 from kleash.training.kl_control import (
     controller_measures,
     leash_measures,
@@ -216,7 +216,12 @@ class Trainer:
 
         # 2–3. Policy, reference and critic score the same tokens.
         with clock.measure("time/score"):
-            scored, kept = self._score(judged.rollout, scores, pending.step)
+            kept, rows = None, config.rollout.microbatch
+            spot = _is_due(config.logging.spot_check_every, pending.step)
+            if not spot and self._is_read_once(judged.rollout):
+                scored, kept = WholeReading(components).score(judged.rollout, scores)
+            else:
+                scored = components.score(judged.rollout, scores, microbatch=rows, spot_check=spot)
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
@@ -296,22 +301,17 @@ class Trainer:
                 seen = seen.update(raw)
                 return seen.normalise(raw), seen
 
-    def _score(
-        self, rollout: Rollout, scores: Tensor, step: int
-    ) -> tuple[ScoredRollout, Fresh | None]:
-        """The rollout scored and, where its first update reads all of it at once, the graph.
+    def _is_read_once(self, rollout: Rollout) -> bool:
+        """Whether the first update can use the graph of scoring: it reads all rows at once.
 
-        In the first step, and where a spot check is due, the update reads the policy again: the
-        ratios of two readings show whether the model is deterministic.
+        Not in the first step, as where a spot check is due: there the update reads the policy
+        again, and the ratios of two readings show whether the model is deterministic.
         """
-        config, components = self.config, self.session.components
-        at_once = (config.rollout.microbatch, config.algorithm.microbatch)
-        spot_check = _is_due(config.logging.spot_check_every, step)
-        whole = config.algorithm.minibatches == 1 and step > 1 and not spot_check
-        if whole and is_read_at_once(components, rollout, at_once):
-            return score_and_keep(components, rollout, scores)
-        scored = components.score(rollout, scores, microbatch=at_once[0], spot_check=spot_check)
-        return scored, None
+        config = self.config
+        if self.session.state.step == 0 or config.algorithm.minibatches > 1:
+            return False
+        limits = (config.rollout.microbatch, config.algorithm.microbatch)
+        return WholeReading(self.session.components).fits(rollout, limits)
 
     def _original_kl(self, scored: ScoredRollout) -> Tensor:
         """[batch, token] exact KL to the run's first reference, wherever the anchor is now."""

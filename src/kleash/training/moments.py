@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kleash.errors import RunError
 from kleash.mesh import Mesh
-from kleash.training.components import trained_parameters
+from kleash.training.optimizers import trained_parameters
 
 _INDEX = "parameters.json"
 

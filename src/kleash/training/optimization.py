@@ -52,7 +52,7 @@ class PolicyUpdater:
         Args:
             experience: the rollout.
             done: steps finished before this one.
-            reading: what `kept_reading.score_and_keep` said of it; a minibatch is all of it then.
+            reading: what `WholeReading.score` said of it; a minibatch is all of it then.
 
         Raises:
             RefusedError: a number is not finite; it names the response and token of the rollout.

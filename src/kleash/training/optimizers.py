@@ -196,3 +196,8 @@ def _adamw_8bit() -> Any:
             "expected the package torchao for optimizer.name: adamw_8bit, got none installed: "
             "pip install 'kleash[8bit]'"
         ) from error
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """The optimiser's parameters, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

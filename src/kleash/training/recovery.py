@@ -28,9 +28,9 @@ from kleash.models.sharding import own
 from kleash.storage.atomic_directories import drop_directory, list_checkpoints, step_of
 from kleash.storage.events import new_event
 from kleash.training.callbacks import RefusalEvent
-from kleash.training.components import trained_parameters
 from kleash.training.evidence import PendingStep, keep_evidence
 from kleash.training.metrics import Number, with_error
+from kleash.training.optimizers import trained_parameters
 from kleash.training.session import Session
 from kleash.training.snapshot import put_back, remember, weights_are_finite
 from kleash.training.state import TrainingState

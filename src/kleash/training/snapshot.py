@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kleash.models.sharding import own
-from kleash.training.components import trained_parameters
+from kleash.training.optimizers import trained_parameters
 from kleash.training.random_state import random_states, restore_random_states
 
 

@@ -5,6 +5,7 @@ Nothing is written before everything that can be wrong at the start has been loo
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kleash.config.loading import dump_config
 from kleash.config.schema import Config
 from kleash.errors import RunError
 from kleash.mesh import Mesh
+from kleash.models.policy import Reference
 from kleash.rollout.prompts import PromptCursor
 from kleash.storage.plan_file import PLAN_FILE, Frontier, holds_plan, read_frontier, write_frontier
 from kleash.storage.run_directory import RunWriter, read_run
@@ -71,11 +73,13 @@ def open_session(
     found = mesh.first(lambda: find_run(config))
     torch.manual_seed(config.seed)
     components = mesh.agree(lambda: assemble(config, rewards, rows, mesh=mesh))
-    warnings = _warnings(found, preflight, config, components)
+    look = partial(preflight, config, components) if preflight else list[str]
+    warnings = _said_again(found) if found else look()
     guard = ReferenceGuard.of(components.original, components.reference)
     _require_alike(dump_config(config), components, guard)
-    checkpoint = None if found is None else latest_checkpoint(path / "checkpoints")
+    checkpoint = None
     if found is not None:
+        checkpoint = latest_checkpoint(path / "checkpoints")
         require_same_teacher(read_run(path).meta, components.teacher, str(path))
     if checkpoint is None:
         frontier, state = _begin(config, components)
@@ -85,33 +89,25 @@ def open_session(
         components = replace(components, reference=anchor)
         guard = ReferenceGuard.of(components.original, anchor)
         frontier = read_frontier(path / PLAN_FILE) if holds_plan(path) else None
-    tree = yaml.safe_load(dump_config(config))
+    undo = undone_in_memory(config.tripwires, components.optimizer)
     # Made by every process, for the hash of divided weights needs all of them.
     meta = run_meta(
-        config,
-        components.policy,
-        guard.original,
-        argv,
-        state=state,
-        undo_in_memory=undone_in_memory(config.tripwires, components.optimizer),
+        config, components.policy, guard.original, argv, state=state, undo_in_memory=undo
     )
-    meta |= {"warnings": warnings, "saved_step": None}
-    if components.teacher is not None:
-        meta["teacher"] = asdict(components.teacher.identity())
+    meta |= {"warnings": warnings, "saved_step": None, **_teacher_meta(components.teacher)}
     if found is not None and checkpoint is None:
         _require_same_beginning(read_run(path).meta, meta, str(path))
     run = SilentRun(path)
     if mesh.is_first:
         through_step = -1 if checkpoint is None else state.step
-        run = _open_directory(path, found, tree, meta, through_step=through_step)
+        run = _open_directory(path, found, dump_config(config), meta, through_step=through_step)
         if frontier is not None and checkpoint is None:
             write_frontier(path / PLAN_FILE, frontier)
+    per_step = config.responses_per_step
     return Session(
         config=config,
         components=replace(components, frontier=frontier),
-        leash=make_leash(
-            config.leash, starts=state.starts, responses_per_step=config.responses_per_step
-        ),
+        leash=make_leash(config.leash, starts=state.starts, responses_per_step=per_step),
         state=state,
         run=run,
         guard=guard,
@@ -122,24 +118,34 @@ def open_session(
     )
 
 
-def _warnings(
-    found: EarlierRun | None, preflight: Preflight | None, config: Config, components: Components
-) -> list[str]:
-    """What is to be said before the first step: by the preflight, or of a run that begins again."""
-    if found is not None:
-        return [] if found.restart is None else [found.restart.sentence]
-    return [] if preflight is None else preflight(config, components)
+def _teacher_meta(teacher: Reference | None) -> dict[str, Any]:
+    """Which teacher, for the record; hashed by all processes together."""
+    return {} if teacher is None else {"teacher": asdict(teacher.identity())}
+
+
+def _said_again(found: EarlierRun) -> list[str]:
+    """What is to be said of a run that begins again; of one that goes on, nothing."""
+    return [] if found.restart is None else [found.restart.sentence]
 
 
 def _open_directory(
     path: Path,
     found: EarlierRun | None,
-    settings: Mapping[str, Any],
+    written: str,
     meta: Mapping[str, Any],
     *,
     through_step: int,
 ) -> RunWriter:
-    """The run directory, new, or that of an earlier run as it was after a step."""
+    """The run directory, new, or that of an earlier run as it was after a step.
+
+    Args:
+        path: of the run.
+        found: the run that is there already.
+        written: the configuration, as `dump_config` writes it.
+        meta: for run.json.
+        through_step: the last step of an earlier run that stays.
+    """
+    settings = yaml.safe_load(written)
     if found is None:
         return RunWriter.create(path, settings=settings, meta=meta)
     run = RunWriter.reopen(path, through_step=through_step, event=found.restart)
