@@ -186,6 +186,7 @@ def run_kleash(
     loading: Any = importlib.import_module("kleash.config.loading")
     components: Any = importlib.import_module("kleash.training.components").Components
     loop: Any = importlib.import_module("kleash.training.loop")
+    kept_reading: Any = importlib.import_module("kleash.training.kept_reading")
     optimization: Any = importlib.import_module("kleash.training.optimization")
     startup: Any = importlib.import_module("kleash.training.startup")
     phases = Phases()
@@ -219,7 +220,7 @@ def run_kleash(
     phases.wrap(components, "write", "generate")
     phases.wrap(components, "judge", "score")
     phases.wrap(components, "score", "score")
-    phases.wrap(loop, "score_and_keep", "score")
+    phases.wrap(kept_reading.WholeReading, "score", "score")
     phases.wrap(optimization.PolicyUpdater, "update", "update")
     tree = kleash_config(folder, shape, algorithm, epochs, own_value_model=own_value_model)
     # Without the preflight, which refuses a policy that never ends a response.
