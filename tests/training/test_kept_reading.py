@@ -10,7 +10,7 @@ import small_run
 import tiny_models
 import torch
 from oracles import TabularModel, gradient_models
-from shared_gradients import BETA, PLACEMENTS, TableOfValues
+from shared_gradients import BETA, PLACEMENTS, TableOfValues, components_of
 from small_run import numbers, save_material, two_words
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,11 +20,8 @@ from kleash.algorithms.common import kept_rows, select
 from kleash.kl.placements import DIFFERENTIATES_KL
 from kleash.mesh import ALONE
 from kleash.models.policy import Policy, Reference
-from kleash.models.reward_model import NoReward
 from kleash.models.value_model import ValueHead
 from kleash.rollout import scoring_pass
-from kleash.rollout.scoring_pass import SamplingSpec
-from kleash.scoring.tiles import default_tiles
 from kleash.training.components import Components
 from kleash.training.kept_reading import WholeReading
 from kleash.training.loop import train
@@ -88,11 +85,10 @@ def language_models(algorithm: str, **settings: Any) -> tuple[Components, Rollou
     tokenizer = tiny_models.tokenizer()
     policy = Policy(model, tokenizer, "", words=20, stop_ids=())
     reference = Reference(other.requires_grad_(False), tokenizer, "", 20, "")
-    value, parameters = None, policy.parameters()
+    value = None
     if algorithm == "ppo":
         value = ValueHead(policy.hidden_size, features="trunk")
         nn.init.normal_(value.outer.weight)
-        parameters += value.parameters()
     made = SETTINGS[algorithm](**settings)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 20, (12, 9), generator=generator)
@@ -105,24 +101,7 @@ def language_models(algorithm: str, **settings: Any) -> tuple[Components, Rollou
         ended=torch.arange(12) % 3 > 0,
         prompt_index=torch.arange(12) // 4,
     )
-    components = Components(
-        policy=policy,
-        reference=reference,
-        original=reference,
-        value=value,
-        reward=NoReward(),
-        gold=None,
-        prompts=[],
-        heldout=[],
-        groups=[],
-        heldout_groups=[],
-        pretraining=None,
-        sampling=SamplingSpec(),
-        settings=made,
-        optimizer=torch.optim.SGD(parameters),
-        tiles=default_tiles(torch.device("cpu")),
-    )
-    return components, rollout
+    return components_of(policy, reference, value, made, ALONE), rollout
 
 
 def gradients(components: Components) -> torch.Tensor:
