@@ -128,6 +128,11 @@ def print_predictions(found: list[Prediction], rates: Rates, console: Console) -
         f"at {rates.flops / 1e12:.3g} TFLOP/s and {rates.memory / 1e9:.3g} GB/s of memory, both "
         f"measured on this device, and {rates.network / 1e9:.3g} GB/s of network, as given"
     )
+    if any(one.strategy == "fsdp" for one in found):
+        console.print(
+            "warning: fsdp took half as much memory again as predicted where that was measured, on "
+            "two CPU processes (docs/scaling.md): leave room for it"
+        )
 
 
 def _size(number: int) -> str:
