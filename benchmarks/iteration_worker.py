@@ -220,7 +220,7 @@ def run_kleash(
     phases.wrap(components, "write", "generate")
     phases.wrap(components, "judge", "score")
     phases.wrap(components, "score", "score")
-    phases.wrap(kept_reading.WholeReading, "score", "score")
+    phases.wrap(kept_reading.SharedReading, "score", "score")
     phases.wrap(optimization.PolicyUpdater, "update", "update")
     tree = kleash_config(folder, shape, algorithm, epochs, own_value_model=own_value_model)
     # Without the preflight, which refuses a policy that never ends a response.
