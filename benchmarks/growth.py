@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from iteration import PROMPT_TOKENS, Shape
+from iteration import PROMPT_TOKENS, Passes, Shape
 from iteration_worker import build, kleash_config
 
 from kleash.config.loading import parse_config
@@ -101,7 +101,7 @@ def seconds_of(size: Size, rounds: int) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder, shape)
-        tree = kleash_config(folder, shape, "ppo", 1, own_value_model=False)
+        tree = kleash_config(folder, shape, "ppo", Passes(1), own_value_model=False)
         tree["rollout"]["max_new_tokens"] = size.length
         tree["steps"] = rounds + 1
         loop.Trainer._step, startup.assemble = timed_step, without_stop

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kleash.models import freed_memory
-from kleash.models.freed_memory import freed_memory_returned
+from kleash.models.freed_memory import return_freed_memory_before
 from kleash.models.trunk import trunk_of
 
 HOLES = """
@@ -50,7 +50,10 @@ def test_pages_between_blocks_go_back_to_the_system() -> None:
     assert int(done.stdout) > 0.8 * 900 * 100_000 / 1024
 
 
-def test_it_is_returned_once_all_behind_the_trunk_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_returned_before_the_head_and_before_the_trunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After everything that was read later: a critic, which comes behind the head here."""
     model, order = a_model(), list[str]()
     monkeypatch.setattr(freed_memory, "WORTH", 1)
     monkeypatch.setattr(freed_memory, "return_freed_memory", lambda: order.append("returned"))
@@ -58,29 +61,29 @@ def test_it_is_returned_once_all_behind_the_trunk_is_over(monkeypatch: pytest.Mo
     model.model.layers[0].mlp.down_proj.weight.register_hook(lambda _: order.append("trunk"))
     other = torch.ones(3, requires_grad=True)
     other.register_hook(lambda _: order.append("critic"))
-    with freed_memory_returned(SimpleNamespace(model=model)):
-        states = trunk_of(model)(torch.tensor([[1, 2, 3]]))[0]
-    loss = model.lm_head(states).square().sum() + (other * other).sum()
-    loss.backward()
-    assert sorted(order[:2]) == ["critic", "head"]
-    assert order[2:] == ["returned", "trunk"]
-    # Later readings are not watched any more.
-    order.clear()
-    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
-    assert "returned" not in order
+    states = trunk_of(model)(torch.tensor([[1, 2, 3]]))[0]
+    logits = model.lm_head(states)
+    return_freed_memory_before(SimpleNamespace(model=model), logits, states)
+    critic = other * other
+    (logits.square().sum() + critic.sum()).backward()
+    assert order == ["critic", "returned", "head", "returned", "trunk"]
 
 
 def test_small_and_frozen_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = a_model()
+    model, order = a_model(), list[str]()
+    monkeypatch.setattr(freed_memory, "return_freed_memory", lambda: order.append("returned"))
 
-    def watched() -> bool:
-        with freed_memory_returned(SimpleNamespace(model=model)):
-            return bool(trunk_of(model)._forward_hooks)
+    def returned(policy: object) -> bool:
+        order.clear()
+        states = trunk_of(model)(torch.tensor([[1, 2, 3]]))[0]
+        return_freed_memory_before(policy, states, states.detach())
+        states.sum().backward()
+        return bool(order)
 
-    assert not watched()
+    policy = SimpleNamespace(model=model)
+    assert not returned(policy)
     monkeypatch.setattr(freed_memory, "WORTH", sum(p.numel() * 4 for p in model.parameters()))
-    assert watched()
+    assert returned(policy)
+    assert not returned(SimpleNamespace())
     model.lm_head.weight.requires_grad_(False)
-    assert not watched()
-    with freed_memory_returned(SimpleNamespace()):
-        pass
+    assert not returned(policy)

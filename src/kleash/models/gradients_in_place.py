@@ -17,19 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kleash.models.freed_memory import freed_memory_returned
-
-
-@contextlib.contextmanager
-def frugal_backward(policy: object) -> Generator[None]:
-    """Within, what a policy reads takes its backward pass less memory; the gradient is the same.
-
-    Args:
-        policy: see `embedding_gradient_in_place` and `freed_memory_returned`.
-    """
-    with embedding_gradient_in_place(policy), freed_memory_returned(policy):
-        yield
-
 
 @contextlib.contextmanager
 def embedding_gradient_in_place(policy: object) -> Generator[None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kleash.errors import NonFiniteError, ScoringError
 from kleash.models import batching
+from kleash.models.freed_memory import return_freed_memory_before
 from kleash.models.policy import LanguageModel
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
@@ -193,6 +194,7 @@ class _Reader:
             temperature=self.temperature,
         )
         got = scores(reference=(ref_hidden[:, :-1][kept], self.reference.head), want=_NUMBERS)
+        return_freed_memory_before(self.policy, got.logprobs, hidden)
         said = {name: _spread(getattr(got, name), kept) for name in _NUMBERS}
         states = {"ref_hidden": ref_hidden} if self.keep_ref_hidden else {}
         if self.teacher is not None:
@@ -284,6 +286,7 @@ def fresh(
         temperature=temperature,
         want=tuple(want),
     )
+    return_freed_memory_before(policy, got.logprobs, hidden)
     width = experience.mask.shape[1]
     logprobs = _pad_columns(_spread(got.logprobs, kept), width)
     kl = None if with_reference is None else _pad_columns(_spread(got.kl, kept), width)
@@ -341,6 +344,7 @@ def distilled(
         tiles=tiles,
         gradient=gradient,
     )
+    return_freed_memory_before(policy, found.logprobs, hidden)
     width = experience.mask.shape[1]
     logprobs = _pad_columns(_spread(found.logprobs, kept), width)
     divergences = [_pad_columns(_spread(each, kept), width) for each in found.divergences]

@@ -26,7 +26,7 @@ from kleash.kl.placements import DIFFERENTIATES_KL, prefix_weights
 from kleash.mesh import ALONE, Mesh
 from kleash.models import batching
 from kleash.models.batching import Limit
-from kleash.models.gradients_in_place import frugal_backward
+from kleash.models.gradients_in_place import embedding_gradient_in_place
 from kleash.models.policy import LanguageModel, Policy, Reference
 from kleash.models.reference_offload import FrozenReference
 from kleash.models.reward_model import NoReward, RewardModel, WeightedSum
@@ -384,7 +384,7 @@ class Components:
             )
         in_place = contextlib.nullcontext()
         if not self.divided:
-            in_place = frugal_backward(self.policy)
+            in_place = embedding_gradient_in_place(self.policy)
         with in_place:
             return fresh(
                 part,

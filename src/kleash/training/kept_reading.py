@@ -19,7 +19,7 @@ from torch import Tensor
 from kleash.algorithms.common import select
 from kleash.algorithms.distill import DistillSettings
 from kleash.models.batching import Limit
-from kleash.models.gradients_in_place import frugal_backward
+from kleash.models.gradients_in_place import embedding_gradient_in_place
 from kleash.rollout import scoring_pass
 from kleash.scoring import token_scores
 from kleash.training.components import Components
@@ -75,7 +75,7 @@ class SharedReading:
             NonFiniteError, ScoringError: as `scoring_pass.score`.
         """
         components = self.components
-        with frugal_backward(components.policy):
+        with embedding_gradient_in_place(components.policy):
             scored, kept = scoring_pass.score_and_keep(
                 rollout,
                 rows,
