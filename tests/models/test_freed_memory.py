@@ -55,35 +55,38 @@ def test_it_is_returned_before_the_head_and_before_the_trunk(
 ) -> None:
     """After everything that was read later: a critic, which comes behind the head here."""
     model, order = a_model(), list[str]()
-    monkeypatch.setattr(freed_memory, "WORTH", 1)
+    monkeypatch.setattr(freed_memory, "WIDE", 1)
     monkeypatch.setattr(freed_memory, "return_freed_memory", lambda: order.append("returned"))
     model.lm_head.weight.register_hook(lambda _: order.append("head"))
     model.model.layers[0].mlp.down_proj.weight.register_hook(lambda _: order.append("trunk"))
     other = torch.ones(3, requires_grad=True)
     other.register_hook(lambda _: order.append("critic"))
     states = trunk_of(model)(torch.tensor([[1, 2, 3]]))[0]
-    logits = model.lm_head(states)
-    return_freed_memory_before(SimpleNamespace(model=model), logits, states)
+    logits = model.lm_head(states).flatten()
+    return_freed_memory_before(SimpleNamespace(model=model, words=1), logits, states)
     critic = other * other
     (logits.square().sum() + critic.sum()).backward()
     assert order == ["critic", "returned", "head", "returned", "trunk"]
 
 
-def test_small_and_frozen_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_would_not_pay_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow models, logits larger than the gradients, frozen weights, and what is no model."""
     model, order = a_model(), list[str]()
     monkeypatch.setattr(freed_memory, "return_freed_memory", lambda: order.append("returned"))
 
     def returned(policy: object) -> bool:
         order.clear()
         states = trunk_of(model)(torch.tensor([[1, 2, 3]]))[0]
-        return_freed_memory_before(policy, states, states.detach())
+        return_freed_memory_before(policy, torch.zeros(3), states)
         states.sum().backward()
         return bool(order)
 
-    policy = SimpleNamespace(model=model)
-    assert not returned(policy)
-    monkeypatch.setattr(freed_memory, "WORTH", sum(p.numel() * 4 for p in model.parameters()))
-    assert returned(policy)
+    # Three tokens, so that their logits are as many as the parameters.
+    words = sum(p.numel() for p in model.parameters()) // 3
+    assert not returned(SimpleNamespace(model=model, words=words))
+    monkeypatch.setattr(freed_memory, "WIDE", model.config.hidden_size)
+    assert returned(SimpleNamespace(model=model, words=words))
+    assert not returned(SimpleNamespace(model=model, words=words + 1))
     assert not returned(SimpleNamespace())
     model.lm_head.weight.requires_grad_(False)
-    assert not returned(policy)
+    assert not returned(SimpleNamespace(model=model, words=words))

@@ -9,26 +9,37 @@ Left out: GPUs, whose memory PyTorch manages itself, and C libraries without `ma
 
 import ctypes
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-WORTH = 64 << 20
-"""Fewest bytes of trained weights: the gradients of a small model fit into the holes."""
+WIDE = 512
+"""Least width of states: of a narrower model the products take so little time that taking the pages
+of its logits anew would show."""
 
 
-def return_freed_memory_before(policy: object, *tensors: Tensor) -> None:
-    """Have freed memory returned in the backward pass, just before each tensor's own part of it.
+def return_freed_memory_before(
+    policy: object, logprobs: Float[Tensor, " N"], states: Float[Tensor, "*rows hidden"]
+) -> None:
+    """Have freed memory returned in the backward pass, before the head's part and the trunk's.
 
     All that was computed after a tensor has been differentiated by then. Numbers do not change;
-    pages that were returned are taken anew where they are needed.
+    pages that were returned are taken anew where they are needed. Nothing happens where the logits
+    take more memory than the trained weights: then the peak is before the gradients.
 
     Args:
-        policy: its `model` says how large the gradients are; without one nothing happens.
-        tensors: results of it; those without gradient are passed over.
+        policy: its `model` and `words` say how large gradients and logits are; without them nothing
+            happens.
+        logprobs: what its head said.
+        states: what its trunk said.
     """
-    model = getattr(policy, "model", None)
-    if not isinstance(model, nn.Module) or not _is_worth(model):
+    model, words = getattr(policy, "model", None), getattr(policy, "words", 0)
+    if not isinstance(model, nn.Module) or states.shape[-1] < WIDE:
         return
-    for tensor in tensors:
+    trained = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    if gradients < logprobs.numel() * words * logprobs.element_size():
+        return
+    for tensor in (logprobs, states):
         if tensor.requires_grad:
             tensor.register_hook(_return_before)
 
@@ -48,8 +59,3 @@ def return_freed_memory() -> bool:
 
 def _return_before(_: Tensor) -> None:
     return_freed_memory()
-
-
-def _is_worth(model: nn.Module) -> bool:
-    trained = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
-    return sum(p.numel() * p.element_size() for p in trained) >= WORTH
