@@ -9,9 +9,9 @@ CPU-seconds on one thread, medians of the steps after the first; an iteration wr
 updates once.
 
 The exponent is the slope of a least-squares line on log-log paper, `last` that of the last doubling
-alone, where what does not grow weighs least. `of work` is the last exponent against the products of
-an iteration (`products_of`) in the place of the axis: time ∝ work^e. A width's matrices grow as its
-square, and so does their work.
+alone, where what does not grow weighs least. `of work` is the slope over the last two doublings
+against the products of an iteration (`products_of`) in the place of the axis: time ∝ work^e. A
+width's matrices grow as its square, and so does their work.
 """
 
 import argparse
@@ -133,9 +133,11 @@ def main() -> None:
         logs = [math.log(second) for second in seconds]
         fit = statistics.linear_regression([math.log(one) for one in found], logs)
         last = logs[-1] - logs[-2]
-        work = math.log(products_of(sizes[-1]) / products_of(sizes[-2]))
+        work = statistics.linear_regression(
+            [math.log(products_of(size)) for size in sizes[-3:]], logs[-3:]
+        )
         cells = [f"{second:.3f}" for second in seconds]
-        cells += [f"{one:.2f}" for one in (fit.slope, last / math.log(2), last / work)]
+        cells += [f"{one:.2f}" for one in (fit.slope, last / math.log(2), work.slope)]
         print(f"| {axis}, from {min(found):,} | " + " | ".join(cells) + " |", flush=True)
 
 
