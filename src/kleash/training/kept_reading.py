@@ -1,13 +1,14 @@
 """One reading of the policy for scoring a rollout and for the beginning of its first update.
 
 Until the policy is updated it says in the update what it said in scoring: all ratios are 1. So the
-graph of scoring is kept for the first microbatch of the first minibatch, and that is left with the
+graph of scoring is kept for the first microbatch of the first update, and that is left with the
 backward pass. Which rows it has is known before scoring, for the order of the first epoch is drawn
 there. It costs the memory of the activations of one microbatch, from scoring to the update, while
 the gradients of the update before are not held any more.
 
 Left out: microbatches that are larger than scoring's own; several processes, which update on other
-rows than they scored; distillation.
+rows than they scored; distillation; and, by the caller, several minibatches, where it saves next to
+nothing (docs/performance.md).
 """
 
 from dataclasses import dataclass, replace
@@ -31,27 +32,26 @@ class SharedReading:
     """Reads a rollout for scoring, and some of its rows for the first update too."""
 
     components: Components
-    minibatches: int
-    """Optimiser steps in an epoch."""
     scoring: Limit
     """How large a microbatch may be in scoring."""
     updating: Limit
     """How large it may be in the update."""
 
-    def rows(self, rollout: Rollout, order: Int[Tensor, " kept"]) -> Int[Tensor, " rows"] | None:
+    def rows(
+        self, rollout: Rollout, minibatch: Int[Tensor, " kept"]
+    ) -> Int[Tensor, " rows"] | None:
         """The rows whose graph scoring can keep: the first microbatch of the first update.
 
         Args:
             rollout: what was written.
-            order: rows of the first epoch, in the order in which it takes them.
+            minibatch: rows of the first update, in the order in which it takes them.
 
         Returns:
             In the order in which the update reads them; None where nothing can be kept.
         """
         distilled = isinstance(self.components.settings, DistillSettings)
-        if self.components.mesh.size > 1 or distilled or not len(order):
+        if self.components.mesh.size > 1 or distilled or not len(minibatch):
             return None
-        minibatch = order.chunk(self.minibatches)[0]
         parts = scoring_pass.microbatches(select(rollout, minibatch), self.updating)
         first = minibatch[parts[0]]
         # Scoring is not to read more at once than it was allowed.

@@ -221,10 +221,12 @@ class Trainer:
             order = epoch_order(trained_rows(rollout, components.settings.truncated))
             spot = _is_due(config.logging.spot_check_every, pending.step)
             limit, passes = config.rollout.microbatch, config.algorithm
-            shared = SharedReading(components, passes.minibatches, limit, passes.microbatch)
+            shared = SharedReading(components, limit, passes.microbatch)
             # Not in the first step, as where a spot check is due: there the update reads the policy
-            # again, and the ratios of two readings show whether the model is deterministic.
-            rows = None if spot or state.step == 0 else shared.rows(rollout, order)
+            # again, and the ratios of two readings show whether the model is deterministic. With
+            # several minibatches they show it in each step: sharing a part would save too little.
+            apart = spot or state.step == 0 or passes.minibatches > 1
+            rows = None if apart else shared.rows(rollout, order)
             if rows is None:
                 scored = components.score(rollout, scores, microbatch=limit, spot_check=spot)
             else:
