@@ -62,6 +62,7 @@ from kleash.training.metrics import (
 )
 from kleash.training.optimization import PolicyUpdater
 from kleash.training.progress import TrainingDisplay
+from kleash.training.quantization_floor import has_floor, quantization_meta
 from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
@@ -342,6 +343,8 @@ class Trainer:
         session, step = self.session, pending.step
         if step == 1 and not self.config.reference.reference_differs:
             _require_reference_is_start(scored)
+        if step == 1 and has_floor(self.config):
+            session.run.update_meta(**quantization_meta(self.config, scored))
         event = RolloutEvent(
             step=step,
             config=self.config,
