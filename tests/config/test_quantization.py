@@ -1,4 +1,4 @@
-"""`policy.quantization` and `reference.quantization`: what `auto` stands for, and what is refused."""
+"""`policy.quantization`, `reference.quantization`: what `auto` stands for, what is refused."""
 
 from typing import Any
 
