@@ -133,14 +133,15 @@ def test_in_bfloat16_weights_are_rounded_and_then_quantised(models: dict[str, Pa
     assert not torch.equal(logprobs_of(model), expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_directory_in_four_bits_opens_as_it_is_or_as_plain_matrices(
-    models: dict[str, Path], tmp_path: Path
+    kind: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     held = AutoModelForCausalLM.from_pretrained(
-        models["llama"], dtype=torch.float32, quantization_config=settings
+        models[kind], dtype=torch.float32, quantization_config=settings
     )
     held.save_pretrained(tmp_path)
     tiny_models.tokenizer().save_pretrained(tmp_path)
@@ -150,11 +151,31 @@ def test_a_directory_in_four_bits_opens_as_it_is_or_as_plain_matrices(
     assert (ours(kept) - expected).abs().max() < 1e-5
     assert (ours(plain) - expected).abs().max() < 1e-5
     # Scales that are quantised themselves make it another model than ours.
-    once = load_reference(models["llama"], quantization="nf4")
+    once = load_reference(models[kind], quantization="nf4")
     assert kept.identity().sha256 != once.identity().sha256
     assert (ours(kept) - ours(once)).abs().max() > 1e-3
     plain.save(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+def test_a_directory_of_bfloat16_is_computed_in_float32(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    held = AutoModelForCausalLM.from_pretrained(
+        models["llama"], dtype=torch.bfloat16, quantization_config=settings
+    )
+    held.save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    four, plain = adapted(tmp_path), load_policy(tmp_path, adapter=LORA)
+    for mine, other in zip(four.parameters(), plain.parameters(), strict=True):
+        other.data.copy_(mine.data)
+    for model in (four, plain):
+        ours(model)[..., 7].sum().backward()
+    assert (ours(four) - ours(plain)).abs().max() < 1e-5
+    for mine, other in zip(four.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None and other.grad is not None
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_scale_that_changes_changes_the_fingerprint(models: dict[str, Path]) -> None:

@@ -35,6 +35,7 @@ from kleash.models.quantization import (
     Quantization,
     compute_in,
     dequantised,
+    keep_rest_in,
     new_settings,
     opening,
     quantised_layers,
@@ -350,7 +351,7 @@ def _load(
             "number of layers in config.json, or save the shorter model with save_pretrained"
         )
     if how:
-        model = _with_quantisation(model, path, quantization)
+        model = _with_quantisation(model, path, dtype, quantization)
     switch_off_dropout(model)
     return model, sorted(info["missing_keys"])
 
@@ -374,7 +375,10 @@ def _quantised_opening(
 
 
 def _with_quantisation(
-    model: PreTrainedModel, path: str | Path, quantization: Quantization | Mapping[str, Any]
+    model: PreTrainedModel,
+    path: str | Path,
+    dtype: Dtype,
+    quantization: Quantization | Mapping[str, Any],
 ) -> PreTrainedModel:
     """A model that was opened in four bits, as it is wanted.
 
@@ -386,10 +390,11 @@ def _with_quantisation(
             f"expected linear layers to quantise in {str(path)!r}, got none in "
             f"{type(model).__name__}: leave quantization out"
         )
-    dtype = model.dtype
+    if dtype != "auto":
+        keep_rest_in(model, getattr(torch, dtype))
     if quantization == "none":
-        return dequantised(model, dtype)
-    compute_in(model, dtype)
+        return dequantised(model, model.dtype)
+    compute_in(model, model.dtype)
     return model
 
 

@@ -171,6 +171,20 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         settings.bnb_4bit_compute_dtype = dtype
 
 
+def keep_rest_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that are not quantised get this type, which a quantised checkpoint overrules.
+
+    But for those that the architecture keeps in float32.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
 def require_exact_products(model: nn.Module) -> None:
     """After a first reading: no layer went over to the product in bfloat16 without a gradient.
 
