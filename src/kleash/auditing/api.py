@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from kleash.auditing.inputs import Source, SourceKind
+from kleash.auditing.inputs import Source
 from kleash.auditing.model_sources import ModelSource, opened_pair
-from kleash.auditing.options import AuditKeywords, make_options
+from kleash.auditing.options import AuditKeywords, SourceKind, make_options, one_source
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Watch, audit_pair
-from kleash.errors import ConfigError
 
 Texts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]]
 """A file, or texts, or rows as a file would hold them."""
@@ -70,21 +69,6 @@ def audit(
         tempfile.TemporaryDirectory() as folder,
     ):
         return audit_pair(pair, Source(kind, _as_file(kind, what, Path(folder))), chosen, watch)
-
-
-def one_source(given: Mapping[SourceKind, Any]) -> tuple[SourceKind, Any]:
-    """The one source that was given.
-
-    Raises:
-        ConfigError: if there is none, or more than one.
-    """
-    found: list[tuple[SourceKind, Any]] = [
-        (kind, value) for kind, value in given.items() if value is not None
-    ]
-    if len(found) != 1:
-        names = " and ".join(kind for kind, _ in found) or "none"
-        raise ConfigError(f"expected one of prompts, texts and responses, got {names}")
-    return found[0]
 
 
 def _as_file(kind: SourceKind, given: Texts, folder: Path) -> Path:
