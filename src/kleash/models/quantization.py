@@ -37,14 +37,21 @@ BITS = 4.5
 """Of a weight: four, and a scale in float32 for every 64."""
 
 
+def silence_library() -> None:
+    """Before it is imported, which peft does wherever it is installed.
+
+    It says then that it has no faster product for this CPU, the one that is not used here.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def require_library() -> Any:
     """The package bitsandbytes.
 
     Raises:
         ModelError: it is not installed.
     """
-    # It says on import that it has no faster product, the one which is not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence_library()
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
