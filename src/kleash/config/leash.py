@@ -11,11 +11,11 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.config.policy import Quantization
 from kleash.config.section import InputKind, Section, SettingError
 from kleash.kl.control.controllers import ScheduledBeta
 from kleash.kl.control.groups import OTHERS
 from kleash.kl.placements import Placement, check_placement
-from kleash.models.quantization import Quantization
 
 LEASH_KINDS = ("beta", "target_kl", "target_kl_per_token", "schedule")
 """Ways to give the strength of the leash; a run has one."""

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from kleash.config.section import InputKind, Section, SettingError
-from kleash.models.quantization import Quantization
 
 Precision = Literal["float32", "bf16", "pure_bf16"]
+Quantization = Literal["none", "nf4"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
