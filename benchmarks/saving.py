@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kleash.config.loading import parse_config
 from kleash.config.recipe_library import recipe_named
 from kleash.mesh import joined
 from kleash.training.loop import Trainer
+from kleash.training.metrics import Number
 from kleash.training.session import Session
 
 SIZES = {"small": (384, 8, 8_000), "large": (1024, 12, 32_000)}
@@ -79,9 +81,9 @@ def seconds_of(case: str, folder: Path, strategy: str) -> list[float]:
     found: list[float] = []
     save = Session.save_if_due
 
-    def timed(self: Session, *given: Any) -> None:
+    def timed(self: Session, metrics: Mapping[str, Number]) -> None:
         began = time.perf_counter()
-        save(self, *given)
+        save(self, metrics)
         found.append(time.perf_counter() - began)
 
     tree = tree_of(case, folder) | {

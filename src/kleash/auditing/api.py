@@ -32,8 +32,9 @@ def audit(
     read them) or responses (rows of prompt and response).
 
     Args:
-        policy: a Hugging Face directory or hub name, the directory of a PEFT adapter, or a loaded
-            transformers or PEFT model with its tokenizer, as `(model, tokenizer)`.
+        policy: a Hugging Face directory or hub name, the directory of a PEFT adapter or of a run
+            (the policy of its newest checkpoint), or a loaded transformers or PEFT model with its
+            tokenizer, as `(model, tokenizer)`.
         reference: the same.
         prompts: a prompt file, or a list of prompts.
         texts: a .txt file, a file with rows of `text`, or a list of texts.

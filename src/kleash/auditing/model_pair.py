@@ -15,6 +15,8 @@ from kleash.models.merging import adapter_settings, is_adapter
 from kleash.models.policy import Identity, Policy, load_policy
 from kleash.models.quantization import dequantised
 from kleash.models.vocabulary import SharedVocabulary, shared_vocabulary
+from kleash.storage.atomic_directories import checkpoint_of
+from kleash.storage.run_directory import holds_run
 
 QUANTISED = "nf4:"
 """Before the path of a model that is to be read as its quantised weights make it."""
@@ -74,24 +76,41 @@ def open_reference(
         ModelError, EngineError: as `open_checkpoint` does.
     """
     other, opened = policy
+    path, other = model_directory(path), model_directory(other)
     # `vllm:DIR` is no directory: two engines are not one.
     if Path(path).is_dir() and Path(other).is_dir() and Path(path).samefile(other):
         return opened
     return open_checkpoint(path, dtype=dtype, device=device)
 
 
+def model_directory(path: str | Path) -> str | Path:
+    """The directory of a model: of a run the policy of its newest checkpoint, else the path itself.
+
+    Raises:
+        RunError: a run has no checkpoint.
+    """
+    run = Path(path)
+    if not holds_run(run) or (run / "config.json").exists():
+        return path
+    return checkpoint_of(run) / "policy"
+
+
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
     """Open a model, or an adapter together with the base that it names; `vllm:DIR` with vLLM.
 
     Quantised weights are read as the plain matrices that they stand for; `nf4:DIR` is the model in
-    a directory as `quantization: nf4` would keep it.
+    a directory as `quantization: nf4` would keep it. Of a run's
+    directory that is the policy of its newest checkpoint.
 
     Raises:
         ModelError: if either cannot be used.
+        RunError: if a run has no checkpoint.
         EngineError: if vLLM cannot serve it.
     """
     if str(path).startswith(PREFIX):
-        return open_served(str(path), device=device)
+        served = model_directory(str(path).removeprefix(PREFIX))
+        return open_served(f"{PREFIX}{served}", device=device)
+    path = model_directory(path)
     stored: Dtype = "float32" if dtype == "float64" else dtype
     if str(path).startswith(QUANTISED):
         found = _quantised(str(path), dtype=stored, device=device)
@@ -134,7 +153,7 @@ def same_weights(one: Identity, other: Identity) -> bool:
 
 def _quantised(path: str, *, dtype: Dtype, device: str) -> Policy:
     """A model as its quantised weights make it, in plain matrices."""
-    source = path.removeprefix(QUANTISED)
+    source = str(model_directory(path.removeprefix(QUANTISED)))
     if is_adapter(source):
         raise ModelError(
             f"expected a whole model after {QUANTISED}, got the adapter in {source!r}: give its "

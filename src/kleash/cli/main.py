@@ -381,7 +381,8 @@ def audit(
     Parameters
     ----------
     policy
-        A Hugging Face directory or hub name, or the directory of a LoRA adapter.
+        A Hugging Face directory or hub name, the directory of a LoRA adapter, or that of a run: the
+        policy of its newest checkpoint.
     others
         More policies, and at last the reference.
     prompts
