@@ -99,8 +99,8 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
     """Open a model, or an adapter together with the base that it names; `vllm:DIR` with vLLM.
 
     Quantised weights are read as the plain matrices that they stand for; `nf4:DIR` is the model in
-    a directory as `quantization: nf4` would keep it. Of a run's
-    directory that is the policy of its newest checkpoint.
+    a directory as `quantization: nf4` would keep it. Of a run's directory that is the policy of its
+    newest checkpoint.
 
     Raises:
         ModelError: if either cannot be used.
