@@ -357,18 +357,18 @@ def _load(
 
 
 def _quantised_opening(
-    config: PretrainedConfig,
+    shape: PretrainedConfig,
     path: str | Path,
     dtype: Dtype,
     device: str,
     quantization: Quantization | Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `from_pretrained` is given besides; empty for weights that are and stay plain."""
-    stored = stored_settings(config, path)
+    stored = stored_settings(shape, path)
     if stored is None and quantization == "none":
         return {}
     require_library()
-    kind = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    kind = shape.dtype if dtype == "auto" else getattr(torch, dtype)
     compute = kind if isinstance(kind, torch.dtype) else torch.float32
     wanted = quantization if isinstance(quantization, Mapping) else new_settings(compute)
     return opening(wanted, stored=stored is not None, device=device, compute=compute)

@@ -68,7 +68,7 @@ def new_settings(compute: torch.dtype) -> dict[str, Any]:
     ).to_dict()
 
 
-def stored_settings(config: PretrainedConfig, path: str | Path) -> dict[str, Any] | None:
+def stored_settings(shape: PretrainedConfig, path: str | Path) -> dict[str, Any] | None:
     """How the weights of a checkpoint were quantised by bitsandbytes; None: they were not.
 
     Other libraries' checkpoints are left to transformers.
@@ -76,7 +76,7 @@ def stored_settings(config: PretrainedConfig, path: str | Path) -> dict[str, Any
     Raises:
         ModelError: in eight bits.
     """
-    found = getattr(config, "quantization_config", None)
+    found = getattr(shape, "quantization_config", None)
     if found is None:
         return None
     settings: dict[str, Any] = dict(found if isinstance(found, Mapping) else found.to_dict())

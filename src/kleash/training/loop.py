@@ -343,8 +343,9 @@ class Trainer:
         session, step = self.session, pending.step
         if step == 1 and not self.config.reference.reference_differs:
             _require_reference_is_start(scored)
-        if step == 1 and has_floor(self.config):
-            session.run.update_meta(**quantization_meta(self.config, scored))
+        sections = self.config.policy, self.config.reference
+        if step == 1 and has_floor(*sections):
+            session.run.update_meta(**quantization_meta(*sections, scored))
         event = RolloutEvent(
             step=step,
             config=self.config,

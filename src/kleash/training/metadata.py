@@ -109,7 +109,7 @@ def run_meta(
         "undo": "memory" if undo_in_memory else "checkpoint",
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(policy.identity()),
-        **quantization_meta(config),
+        **quantization_meta(config.policy, config.reference),
         # Settings of the model's own generation_config.json that were put aside.
         "sampling_put_aside": overridden_settings(policy),
         "versions": {

@@ -13,7 +13,8 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kleash.config.schema import Config
+from kleash.config.leash import ReferenceConfig
+from kleash.config.policy import PolicyConfig
 from kleash.kl.statistics import Estimate, clustered_mean, clustered_ratio, response_kl
 from kleash.types import ScoredRollout
 
@@ -47,26 +48,27 @@ def quantization_floor(
     )
 
 
-def has_floor(config: Config) -> bool:
+def has_floor(policy: PolicyConfig, reference: ReferenceConfig) -> bool:
     """Whether policy and reference are one model of which one is quantised, or otherwise."""
-    policy, reference = config.policy, config.reference
     return reference.path is None and policy.quantization != reference.quantization
 
 
-def quantization_meta(config: Config, first: ScoredRollout | None = None) -> dict[str, Any]:
+def quantization_meta(
+    policy: PolicyConfig, reference: ReferenceConfig, first: ScoredRollout | None = None
+) -> dict[str, Any]:
     """What run.json says of it; empty where nothing is quantised.
 
     Args:
-        config: the run.
+        policy: its section of the configuration.
+        reference: its section.
         first: the rollout of the first step, where the floor is measured; None: not yet.
     """
-    policy, reference = config.policy.quantization, config.reference.quantization
-    if policy == reference == "none":
+    if policy.quantization == reference.quantization == "none":
         return {}
-    said: dict[str, Any] = {"policy": policy, "reference": reference}
-    if config.reference.kind == "adapter_off":
+    said: dict[str, Any] = {"policy": policy.quantization, "reference": reference.quantization}
+    if reference.kind == "adapter_off":
         said["kl_floor"] = 0.0
-    elif first is not None and has_floor(config):
+    elif first is not None and has_floor(policy, reference):
         rollout = first.rollout
         floor = quantization_floor(first.kl, rollout.response_mask, rollout.prompt_index)
         said["kl_floor"] = asdict(floor)

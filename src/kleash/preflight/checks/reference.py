@@ -107,7 +107,7 @@ def quantization(trial: Trial) -> Finding:
             f"weights is measured by kleash audit {policy}:{config.policy.path} "
             f"{config.policy.path}"
         )
-    if not has_floor(config) or not trial.at_start:
+    if not has_floor(config.policy, config.reference) or not trial.at_start:
         return check.skip("The KL between the two is not that of quantisation alone.")
     mask = trial.rollout.response_mask
     found = quantization_floor(trial.scored.kl, mask, trial.rollout.prompt_index)
