@@ -1,13 +1,18 @@
 """Predicted memory against counts by hand; `benchmarks/memory.py` compares it with processes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny_models
 from config_trees import minimal
 from transformers import LlamaConfig
 
 from kleash.config.loading import parse_config
+from kleash.models.fingerprint import all_weights
+from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
+from kleash.models.policy import load_policy, load_reference
 from kleash.preflight.memory import Workload, activation_bytes, model_size, predict
 from kleash.preflight.scaling import Rates, Step, bytes_sent, predictions
 from kleash.preflight.scaling_table import workload_of
@@ -134,3 +139,43 @@ def test_a_budget_of_tokens_is_as_many_of_the_longest_rows_as_fit() -> None:
     )
     # Rows of 30 tokens; one is longer than the second budget and read alone.
     assert (load.update_rows, load.rollout_rows) == (3, 1)
+
+
+def test_four_bits_are_counted_as_the_library_keeps_them(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = tiny_models.save_model(
+        tmp_path, hidden_size=128, intermediate_size=256, max_position_embeddings=64
+    )
+    model_config = load_config(folder)
+    adapter = AdapterSpec(rank=3, targets=("q_proj",))
+    policy = load_policy(folder, adapter=adapter, quantization="nf4")
+    held = sum(w.numel() * w.element_size() for _, w in all_weights(policy.model))
+    found = predict(model_config, replace(LOAD, adapter=adapter, quantized=True))
+    # Sixteen numbers of a table for each layer are left out.
+    assert found.weights == pytest.approx(held, rel=0.01)
+    own = {"quantized": False, "quantized_reference": True}
+    copied = predict(model_config, replace(LOAD, adapter=adapter, **own)).reference
+    reference = load_reference(folder, quantization="nf4")
+    kept = sum(w.numel() * w.element_size() for _, w in all_weights(reference.model))
+    assert copied == pytest.approx(kept, rel=0.01)
+    plain = predict(model_config, replace(LOAD, adapter=adapter))
+    assert found.weights < 0.25 * plain.weights
+    # One matrix is dequantised at a time.
+    assert found.gathered == 4 * 128 * 256
+
+
+def test_the_configuration_says_what_is_quantised() -> None:
+    policy = {"path": "p", "lora": {"rank": 2}, "quantization": "nf4"}
+    config = parse_config(
+        minimal(policy=policy, reference={"quantization": "none"}), where="the test"
+    )
+    load = workload_of(
+        config.policy,
+        config.algorithm,
+        config.rollout,
+        optimizer="adamw",
+        copied_reference=config.reference.kind == "copy",
+        quantized_reference=config.reference.quantization != "none",
+        prompt_tokens=10,
+    )
+    assert (load.reference, load.quantized, load.quantized_reference) == (True, True, False)

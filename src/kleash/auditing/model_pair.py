@@ -13,9 +13,13 @@ from kleash.errors import ModelError
 from kleash.models.loading import Dtype
 from kleash.models.merging import adapter_settings, is_adapter
 from kleash.models.policy import Identity, Policy, load_policy
+from kleash.models.quantization import dequantised
 from kleash.models.vocabulary import SharedVocabulary, shared_vocabulary
 from kleash.storage.atomic_directories import checkpoint_of
 from kleash.storage.run_directory import holds_run
+
+QUANTISED = "nf4:"
+"""Before the path of a model that is to be read as its quantised weights make it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,9 @@ def model_directory(path: str | Path) -> str | Path:
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
     """Open a model, or an adapter together with the base that it names; `vllm:DIR` with vLLM.
 
-    Of a run's directory that is the policy of its newest checkpoint.
+    Quantised weights are read as the plain matrices that they stand for; `nf4:DIR` is the model in
+    a directory as `quantization: nf4` would keep it. Of a run's directory that is the policy of its
+    newest checkpoint.
 
     Raises:
         ModelError: if either cannot be used.
@@ -106,7 +112,9 @@ def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Poli
         return open_served(f"{PREFIX}{served}", device=device)
     path = model_directory(path)
     stored: Dtype = "float32" if dtype == "float64" else dtype
-    if is_adapter(path):
+    if str(path).startswith(QUANTISED):
+        found = _quantised(str(path), dtype=stored, device=device)
+    elif is_adapter(path):
         found = _open_adapter(Path(path), dtype=stored, device=device)
     else:
         # The audit measures padding itself, and can read one text at a time.
@@ -141,6 +149,19 @@ def comparable_pair(policy: Policy, reference: Policy) -> ModelPair:
 def same_weights(one: Identity, other: Identity) -> bool:
     """Whether two models are the same numbers, wherever they lie."""
     return one.sha256 == other.sha256
+
+
+def _quantised(path: str, *, dtype: Dtype, device: str) -> Policy:
+    """A model as its quantised weights make it, in plain matrices."""
+    source = str(model_directory(path.removeprefix(QUANTISED)))
+    if is_adapter(source):
+        raise ModelError(
+            f"expected a whole model after {QUANTISED}, got the adapter in {source!r}: give its "
+            "directory without the prefix; it names how its base was quantised"
+        )
+    found = load_policy(source, dtype=dtype, device=device, padded=False, quantization="nf4")
+    dequantised(found.model, found.model.dtype)
+    return replace(found, path=path)
 
 
 def _open_adapter(path: Path, *, dtype: Dtype, device: str) -> Policy:

@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from kleash.config.policy import Quantization
 from kleash.config.section import InputKind, Section, SettingError
 from kleash.kl.control.controllers import ScheduledBeta
 from kleash.kl.control.groups import OTHERS
@@ -130,6 +131,10 @@ class ReferenceConfig(Section):
     copy in main memory, moved to the device when it is used; or a copy whose hidden states are
     kept on the disk. auto: adapter_off where an adapter is trained and no `path` is given, else
     copy."""
+    quantization: Literal["auto"] | Quantization = "auto"
+    """`nf4` keeps its linear layers in 4 bits (needs kleash[qlora]). auto: as `policy.quantization`
+    where no `path` is given, else none. What the quantisation of only one of the two costs is
+    measured before the first update, in nats; see docs/precision.md."""
     cache: str | None = None
     """Directory of `kind: cached`; it belongs to one reference."""
     reference_differs: bool = False
@@ -155,16 +160,35 @@ class ReferenceConfig(Section):
             raise SettingError("`kind: cached` needs `cache`, a directory to keep it in", "kind")
         return self
 
-    def with_kind(self, *, adapter: bool) -> "ReferenceConfig":
-        """These settings with the kind that `auto` stands for.
+    @model_validator(mode="after")
+    def _quantised_where_it_can_be(self) -> "ReferenceConfig":
+        if self.quantization == "nf4" and self.kind == "cpu_offload":
+            raise SettingError(
+                "`reference.quantization: nf4` is for a copy that stays on the device, which it "
+                "makes small: take `kind: copy`, or leave `quantization` out",
+                "quantization",
+                "kind",
+            )
+        return self
+
+    def resolved(self, *, adapter: bool, quantization: Quantization) -> "ReferenceConfig":
+        """These settings with what `auto` stands for.
 
         Args:
             adapter: whether the policy trains one.
+            quantization: of the policy.
         """
-        if self.kind != "auto":
-            return self
-        own = adapter and self.path is None
-        return self.model_copy(update={"kind": "adapter_off" if own else "copy"})
+        own = self.path is None
+        auto = quantization if own and self.kind != "cpu_offload" else "none"
+        wanted = auto if self.quantization == "auto" else self.quantization
+        shared = adapter and own and wanted == quantization
+        found: dict[str, object] = {"quantization": wanted}
+        if self.kind == "auto":
+            found["kind"] = "adapter_off" if shared else "copy"
+        if own and wanted != quantization:
+            # One and the same model, in other numbers.
+            found["reference_differs"] = True
+        return self.model_copy(update=found)
 
 
 class TripwiresConfig(Section):

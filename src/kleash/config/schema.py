@@ -28,53 +28,9 @@ from kleash.config.algorithm import (
     TeacherConfig,
 )
 from kleash.config.leash import LeashConfig, PlanConfig, ReferenceConfig, TripwiresConfig
+from kleash.config.policy import PolicyConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.config.section import InputKind, Section, SettingError
-
-Precision = Literal["float32", "bf16", "pure_bf16"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-
-
-class LoraConfig(Section):
-    """Train a low-rank adapter; the reference is then the same weights with the adapter off."""
-
-    rank: PositiveInt = 16
-    """Rank of the adapter."""
-    alpha: PositiveInt = 32
-    """Scale of the adapter; its output is multiplied by alpha / rank."""
-    targets: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = "auto"
-    """Names of the modules to adapt; auto: what PEFT chooses for this architecture. The adapter's
-    own `adapter_config.json` in a checkpoint records them."""
-    modules_to_save: list[str] = Field(default_factory=list)
-    """Names of modules to train whole beside the adapter, such as `lm_head` or `embed_tokens`."""
-
-
-class PolicyConfig(Section):
-    """The model that is trained."""
-
-    path: Annotated[str, InputKind.MODEL]
-    """Directory of a Hugging Face causal language model, or its hub name."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name; none: its main branch."""
-    adapter: Annotated[str | None, InputKind.MODEL] = None
-    """Directory of a trained LoRA adapter that is merged into the weights first. Where supervised
-    training left an adapter: policy and reference both begin as base + adapter."""
-    precision: Precision = "float32"
-    """`bf16` multiplies in bfloat16 and updates float32 weights; `pure_bf16` keeps the weights
-    themselves in bfloat16, where most of a small update is rounded away. For policy, reference and
-    value model alike."""
-    gradient_checkpointing: bool = False
-    """Keep each layer's input alone and compute the layer again for its gradient: less memory, a
-    third more time in the update; for policy and value model."""
-    attention: Attention = "auto"
-    """Attention kernel, `auto` for the model's own choice; policy and reference use the same."""
-    lora: LoraConfig | None = None
-    """Train an adapter instead of all weights."""
-
-    @property
-    def base_is_frozen(self) -> bool:
-        """Whether no weight of the file is trained, nor a copy of one."""
-        return self.lora is not None and not self.lora.modules_to_save
 
 
 class ScorerConfig(Section):
@@ -270,7 +226,9 @@ class Config(Section):
         if isinstance(algorithm, PPOConfig) and algorithm.value.lr == "auto":
             value = algorithm.value.model_copy(update={"lr": self.optimizer.lr})
             algorithm = algorithm.model_copy(update={"value": value})
-        reference = self.reference.with_kind(adapter=self.policy.lora is not None)
+        reference = self.reference.resolved(
+            adapter=self.policy.lora is not None, quantization=self.policy.quantization
+        )
         if isinstance(algorithm, DistillConfig) and self.teacher is None:
             # No student begins at its teacher.
             reference = reference.model_copy(update={"reference_differs": True})
@@ -455,6 +413,36 @@ class Config(Section):
                 "`leash.reanchor_every` moves it: take one of them",
                 "reference.kind",
                 "leash.reanchor_every",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_fits(self) -> "Config":
+        policy, reference = self.policy.quantization, self.reference.quantization
+        key = "reference.quantization" if policy == "none" else "policy.quantization"
+        if self.reference.kind == "adapter_off" and policy != reference:
+            raise SettingError(
+                f"`reference.kind: adapter_off` reads the policy's own weights, whose "
+                f"`quantization` is {policy}, got `reference.quantization: {reference}`: leave it "
+                "out, or take `reference.kind: copy`",
+                "reference.quantization",
+                "reference.kind",
+            )
+        if policy == reference == "none":
+            return self
+        if self.distributed.strategy == "fsdp":
+            raise SettingError(
+                f"`{key}: nf4` keeps weights that FSDP does not divide: take "
+                "`distributed.strategy: ddp`, in which each process holds them whole in 4 bits",
+                key,
+                "distributed.strategy",
+            )
+        if policy != "none" and self.rollout.engine == "vllm":
+            raise SettingError(
+                "`policy.quantization: nf4` cannot be handed to vLLM, whose weights would be "
+                "others than those that are trained: take `rollout.engine: hf`",
+                "policy.quantization",
+                "rollout.engine",
             )
         return self
 

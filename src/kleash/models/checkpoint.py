@@ -31,9 +31,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kleash.errors import ModelError, RunError
 from kleash.mesh import Mesh
-from kleash.models.loading import quiet, switch_off_dropout
+from kleash.models.loading import load_config, quiet, switch_off_dropout
 from kleash.models.merging import MERGING_TOLERANCE, is_adapter, require_same
 from kleash.models.probing import first_lines, probe_texts, text_logprobs
+from kleash.models.quantization import (
+    compute_in,
+    opening,
+    quantised_layers,
+    save_settings,
+    stored_settings,
+)
 from kleash.models.sharded_loading import fits, read_slices, weight_files
 from kleash.models.sharding import is_sharded, own, own_part, release, whole
 
@@ -89,6 +96,7 @@ def save_policy(
                 state_dict=None if tensors is None else dict(tensors),
             )
             cast(Any, model.generation_config).save_pretrained(directory)
+            save_settings(model, directory)
         tokenizer.save_pretrained(str(directory))
     if tensors is None:
         verify_policy(directory, model, words=words, adapter=adapter)
@@ -372,7 +380,7 @@ def _open(directory: Path, like: PreTrainedModel, *, merged: bool = False) -> Pr
             if is_adapter(directory):
                 made = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
                 path, revision = made["base_model_name_or_path"], made.get("revision") or "main"
-                base = AutoModelForCausalLM.from_pretrained(path, revision=revision, **settings)
+                base = _open_base(path, revision, like, settings)
                 peft = importlib.import_module("peft")
                 opened = peft.PeftModel.from_pretrained(base, str(directory)).get_base_model()
             else:
@@ -387,6 +395,29 @@ def _open(directory: Path, like: PreTrainedModel, *, merged: bool = False) -> Pr
     return cast(PreTrainedModel, opened)
 
 
+def _open_base(
+    path: str, revision: str, like: PreTrainedModel, settings: Mapping[str, Any]
+) -> PreTrainedModel:
+    """The base of an adapter, quantised as that of the model that is held."""
+    layer = next((layer for _, layer in quantised_layers(like)), None)
+    if layer is None:
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, **settings)
+    config = load_config(path, revision=None if Path(path).is_dir() else revision)
+    how = opening(
+        cast(Any, like.config).quantization_config.to_dict(),
+        stored=stored_settings(config, path) is not None,
+        device="cpu",
+        compute=layer.compute_dtype,
+    )
+    base = AutoModelForCausalLM.from_pretrained(path, revision=revision, **settings, **how)
+    compute_in(base, layer.compute_dtype)
+    return base
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
-    """Of the weights, those of an adapter left out."""
-    return next(p.dtype for name, p in model.named_parameters() if "lora_" not in name)
+    """Of the weights, those of an adapter and quantised ones left out."""
+    return next(
+        p.dtype
+        for name, p in model.named_parameters()
+        if "lora_" not in name and p.is_floating_point()
+    )

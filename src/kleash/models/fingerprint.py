@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kleash.models.quantization import scales_of
 from kleash.models.sharding import own, total_of, whole
 
 _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -15,9 +16,15 @@ _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Named = Iterable[tuple[str, Tensor]]
 
 
+def all_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters, and of those in four bits what makes them numbers."""
+    yield from model.named_parameters()
+    yield from scales_of(model)
+
+
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights outside adapters, under the names they would have without one."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in all_weights(model):
         if "lora_" not in name and ".modules_to_save." not in name:
             yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
 

@@ -4,7 +4,6 @@ Beside the weights this finds out two things that a configuration does not say r
 tokens the classifier can take, and whether padding changes its scores.
 """
 
-import importlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from kleash.models.loading import (
     quiet,
     switch_off_dropout,
 )
+from kleash.models.lora import require_peft
 
 _ADAPTER = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -209,13 +209,7 @@ def _is_head(name: str) -> bool:
 @torch.no_grad()
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with the adapter in its weights, which scores as the unmerged one does."""
-    try:
-        peft: Any = importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            "expected the package peft for `adapter`, got none installed: "
-            "pip install 'kleash[lora]'"
-        ) from error
+    peft = require_peft()
     text = torch.arange(_vocabulary(model), device=model.device)[-_PROBE_TOKENS[1] :][None]
     try:
         with warnings.catch_warnings():

@@ -8,10 +8,11 @@ Left out: what the models are used for; that is `models`, `values` and `reward_m
 import contextlib
 import json
 import re
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -30,6 +31,17 @@ from transformers.utils import logging as transformers_logging
 from kleash.errors import ModelError
 from kleash.models.hub import require_source
 from kleash.models.probing import first_lines
+from kleash.models.quantization import (
+    Quantization,
+    compute_in,
+    dequantised,
+    keep_rest_in,
+    new_settings,
+    opening,
+    quantised_layers,
+    require_library,
+    stored_settings,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -45,14 +57,27 @@ def load_causal_lm(
     device: str,
     attention: Attention,
     revision: str | None = None,
+    quantization: Quantization | Mapping[str, Any] = "none",
 ) -> PreTrainedModel:
     """Open a causal language model, complete and without dropout, in evaluation mode.
 
+    Args:
+        path: a Hugging Face directory or hub name.
+        dtype: of the parameters, and of the products of quantised ones.
+        device: a torch device.
+        attention: implementation of attention.
+        revision: of a hub name.
+        quantization: how the linear layers are kept, or bitsandbytes' own settings. A checkpoint
+            that is quantised keeps its settings; with `none` it is opened as plain matrices.
+
     Raises:
-        ModelError: if there is no model, only pickled weights, or some weights are missing.
+        ModelError: if there is no model, only pickled weights, or some weights are missing; or
+            bitsandbytes is missing where it is needed.
     """
     _require_decoder(load_config(path, revision=revision), path)
-    model, missing = _load(AutoModelForCausalLM, path, revision, dtype, device, attention)
+    model, missing = _load(
+        AutoModelForCausalLM, path, revision, dtype, device, attention, quantization
+    )
     if missing:
         raise ModelError(
             f"expected every weight of the language model in {str(path)!r}, got none for "
@@ -283,9 +308,11 @@ def _load(
     dtype: Dtype,
     device: str,
     attention: Attention,
+    quantization: Quantization | Mapping[str, Any] = "none",
 ) -> tuple[PreTrainedModel, list[str]]:
     """Open a model; return it with the names of the weights that its files lack."""
     config = load_config(path, revision=revision)
+    how = _quantised_opening(config, path, dtype, device, quantization)
     _refuse_pickles(path)
     _require_generation_settings(Path(path))
     try:
@@ -299,6 +326,7 @@ def _load(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
         model = model.to(device)
     except _OF_FILES as error:
@@ -322,8 +350,52 @@ def _load(
             f"none for {_some(surplus)}: a model with fewer layers is another model; correct the "
             "number of layers in config.json, or save the shorter model with save_pretrained"
         )
+    if how:
+        model = _with_quantisation(model, path, dtype, quantization)
     switch_off_dropout(model)
     return model, sorted(info["missing_keys"])
+
+
+def _quantised_opening(
+    shape: PretrainedConfig,
+    path: str | Path,
+    dtype: Dtype,
+    device: str,
+    quantization: Quantization | Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `from_pretrained` is given besides; empty for weights that are and stay plain."""
+    stored = stored_settings(shape, path)
+    if stored is None and quantization == "none":
+        return {}
+    require_library()
+    kind = shape.dtype if dtype == "auto" else getattr(torch, dtype)
+    compute = kind if isinstance(kind, torch.dtype) else torch.float32
+    wanted = quantization if isinstance(quantization, Mapping) else new_settings(compute)
+    return opening(wanted, stored=stored is not None, device=device, compute=compute)
+
+
+def _with_quantisation(
+    model: PreTrainedModel,
+    path: str | Path,
+    dtype: Dtype,
+    quantization: Quantization | Mapping[str, Any],
+) -> PreTrainedModel:
+    """A model that was opened in four bits, as it is wanted.
+
+    Raises:
+        ModelError: none of its layers is in four bits.
+    """
+    if not any(quantised_layers(model)):
+        raise ModelError(
+            f"expected linear layers to quantise in {str(path)!r}, got none in "
+            f"{type(model).__name__}: leave quantization out"
+        )
+    if dtype != "auto":
+        keep_rest_in(model, getattr(torch, dtype))
+    if quantization == "none":
+        return dequantised(model, model.dtype)
+    compute_in(model, model.dtype)
+    return model
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

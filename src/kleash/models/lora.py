@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kleash.errors import ModelError
+from kleash.models.quantization import silence_library
 
 _HEAD = (
     "expected an adapter on inner layers, got target {}: the head is read directly and cannot "
@@ -48,7 +49,7 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, *, revision: str | No
     heads = [t for t in spec.targets if t.split(".")[-1] in ("lm_head", "embed_out", "output")]
     if heads:
         raise ModelError(_HEAD.format(repr(heads[0])))
-    peft = _peft()
+    peft = require_peft()
     config = peft.LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -99,7 +100,13 @@ def _require_saved(model: PreTrainedModel, spec: AdapterSpec) -> None:
             )
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    silence_library()
     try:
         return importlib.import_module("peft")
     except ImportError as error:

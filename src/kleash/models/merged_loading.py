@@ -6,9 +6,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kleash.errors import ModelError
 from kleash.models.loading import Attention, Dtype, load_causal_lm, load_config, load_tokenizer
 from kleash.models.lora import AdapterSpec
 from kleash.models.merging import merge_adapter
+from kleash.models.quantization import Quantization, dequantised, is_quantised, settings_beside
 from kleash.models.sharded_loading import ShardedModel, open_sharded
 from kleash.models.sharding import Sharding
 
@@ -45,15 +47,30 @@ def load_merged(
     device: str,
     attention: Attention,
     revision: str | None,
+    quantization: Quantization = "none",
 ) -> PreTrainedModel:
     """A causal language model, the adapter in a directory merged into it if one is named.
 
+    An adapter that was trained on a quantised base is merged into what those four bits stand for,
+    in plain matrices: into the weights before they were quantised it would be another model.
+
     Raises:
-        ModelError: as `load_causal_lm` and `merge_adapter`.
+        ModelError: as `load_causal_lm` and `merge_adapter`; an adapter is to be merged and the
+            weights to be quantised.
     """
     if merge is None:
         return load_causal_lm(
-            path, dtype=dtype, device=device, attention=attention, revision=revision
+            path,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            revision=revision,
+            quantization=quantization,
+        )
+    if quantization != "none":
+        raise ModelError(
+            f"expected a model to quantise at {str(path)!r}, got one that the adapter in {merge!r} "
+            "is to be merged into: save the merged model (merge_and_unload) and give it as path"
         )
     wanted = load_config(path, revision=revision).dtype if dtype == "auto" else _DTYPES[dtype]
     half = wanted in (torch.bfloat16, torch.float16)
@@ -64,7 +81,10 @@ def load_merged(
         device="cpu" if half else device,
         attention=attention,
         revision=revision,
+        quantization=settings_beside(merge) or "none",
     )
+    if is_quantised(model):
+        model = dequantised(model, torch.float32)
     model = merge_adapter(model, merge)
     return cast(Any, _rounded(model, wanted)).to(device) if half else model
 

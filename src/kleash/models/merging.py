@@ -11,7 +11,6 @@ The model that an adapter was trained as is base + adapter, unmerged. Merging mu
 Left out: adapters that are no change of weights (prompts, prefixes), which are refused.
 """
 
-import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
 from kleash.models.loading import quiet
+from kleash.models.lora import require_peft
 from kleash.models.probing import first_lines, own_code, probe_texts, text_logprobs
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -132,18 +132,8 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            "expected the package peft for an adapter, got none installed: "
-            "pip install 'kleash[lora]'"
-        ) from error
-
-
 def _require_mergeable(settings: Mapping[str, Any], directory: str | Path) -> None:
-    kind, peft = settings.get("peft_type"), _peft()
+    kind, peft = settings.get("peft_type"), require_peft()
     known = peft.PEFT_TYPE_TO_CONFIG_MAPPING
     if kind not in known:
         raise ModelError(
@@ -208,7 +198,7 @@ def _load_onto(model: PreTrainedModel, directory: str | Path) -> Any:
     Raises:
         ModelError: the adapter is for another model.
     """
-    peft = _peft()
+    peft = require_peft()
     try:
         with quiet(), torch.random.fork_rng(), warnings.catch_warnings():
             # Of ties, and of names on their way out. What matters is checked below.

@@ -25,7 +25,7 @@ from kleash.models.checkpoint import (
     save_policy,
     verify_sharded,
 )
-from kleash.models.fingerprint import base_weights, weights_sha256, weights_sum
+from kleash.models.fingerprint import all_weights, base_weights, weights_sha256, weights_sum
 from kleash.models.frozen_weights import divided_copy, frozen_copy
 from kleash.models.lm_head import check_causal, check_head, read_head
 from kleash.models.loading import (
@@ -39,6 +39,7 @@ from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.merged_loading import load_merged, open_divided, tokenizer_of
 from kleash.models.precision import Precision
 from kleash.models.probing import check_padding, own_code
+from kleash.models.quantization import Quantization, require_exact_products
 from kleash.models.sharding import Sharding, gather_ends, own, release
 from kleash.models.trunk import trunk_of, trunk_states
 from kleash.models.vocabulary import (
@@ -279,7 +280,7 @@ class Reference:
     def _weights(self) -> Iterable[tuple[str, Tensor]]:
         """The weights it reads with."""
         release(self.model)
-        return self.model.named_parameters() if self.adapter is None else base_weights(self.model)
+        return all_weights(self.model) if self.adapter is None else base_weights(self.model)
 
 
 def load_policy(
@@ -293,6 +294,7 @@ def load_policy(
     merge: str | None = None,
     padded: bool = True,
     sharding: Sharding | None = None,
+    quantization: Quantization = "none",
 ) -> Policy:
     """Open the model that will learn.
 
@@ -310,6 +312,7 @@ def load_policy(
             files have to be opened as a whole (`sharded_loading`).
         padded: whether texts will be read padded: then padding must change nothing, which is
             measured.
+        quantization: how the base under an adapter is kept; see `quantization`.
 
     Raises:
         ModelError: if the model or tokenizer cannot be used; see `loading`, `merging`, `lm_head`
@@ -317,8 +320,9 @@ def load_policy(
     """
     wrapped = structure = None
     if sharding is None:
-        model = load_merged(path, merge, dtype, device, attention, revision)
+        model = load_merged(path, merge, dtype, device, attention, revision, quantization)
     else:
+        assert quantization == "none", "a configuration refuses to divide quantised weights"
         opened = open_divided(path, merge, dtype, attention, revision, sharding, adapter)
         model, wrapped, structure = opened.model, opened.adapter, opened.structure
     tokenizer = tokenizer_of(path, merge, revision)
@@ -349,6 +353,7 @@ def load_reference(
     revision: str | None = None,
     merge: str | None = None,
     sharding: Sharding | None = None,
+    quantization: Quantization = "none",
 ) -> Reference:
     """Open a frozen reference of its own; the arguments are those of `load_policy`.
 
@@ -356,8 +361,9 @@ def load_reference(
         ModelError: if the model or tokenizer cannot be used.
     """
     if sharding is None:
-        model = load_merged(path, merge, dtype, device, attention, revision)
+        model = load_merged(path, merge, dtype, device, attention, revision, quantization)
     else:
+        assert quantization == "none", "a configuration refuses to divide quantised weights"
         opened = open_divided(path, merge, dtype, attention, revision, sharding, frozen=True)
         model = opened.model
     tokenizer = tokenizer_of(path, merge, revision)
@@ -465,6 +471,7 @@ def _checked_words(
         check_head(model, read_head(model, words), path)
         if padded:
             check_padding(model, words, path)
+    require_exact_products(model)
     release(model)
     return words
 

@@ -39,6 +39,11 @@ def weights_dtype(precision: Precision, *, frozen: bool) -> Literal["float32", "
     return "bfloat16" if half else "float32"
 
 
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Type of the trunk's products."""
+    return torch.float32 if precision == "float32" else torch.bfloat16
+
+
 def mixed_precision_policy(precision: Precision) -> MixedPrecisionPolicy:
     """What `fully_shard` is given for the matrices of decoder layers.
 

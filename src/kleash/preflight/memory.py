@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from kleash.mesh import BUCKET_BYTES
 from kleash.models.lora import AdapterSpec, add_adapter
 from kleash.models.precision import Precision, computing, weights_dtype
+from kleash.models.quantization import BITS
 from kleash.models.recomputation import enable_recomputation, recomputing
 from kleash.models.trunk import trunk_of
 from kleash.scoring.tiles import default_tiles
@@ -47,6 +49,10 @@ class Workload:
     adapter: AdapterSpec | None = None
     reference: bool = True
     """Whether the reference is a copy on the device; not with an adapter off, nor offloaded."""
+    quantized: bool = False
+    """Whether the linear layers under the adapter are in 4 bits."""
+    quantized_reference: bool = False
+    """The same of a reference that is a copy."""
     critic: bool = False
     """Whether a value model of the policy's size is trained beside it."""
     update_rows: int = 8
@@ -76,6 +82,10 @@ class ModelSize:
     layers: int
     largest_layer: int
     """Parameters of the largest decoder layer: what FSDP gathers at once."""
+    linear: int
+    """Parameters in linear layers of the trunk, an adapter's left out: what is quantised."""
+    largest_matrix: int
+    """Parameters of the largest of them, which is whole for a moment where it is quantised."""
     outside: int
     """Parameters outside the decoder layers, which FSDP gathers for a whole pass."""
     vocab: int
@@ -150,13 +160,15 @@ def predict(
     moments = _moment_bytes(size, load)
     critic = 0
     if load.critic:
-        whole = model_size(model_config, replace(load, adapter=None))
+        whole = model_size(model_config, replace(load, adapter=None, quantized=False))
         critic = whole.weight_bytes + whole.trainable_bytes + _moment_bytes(whole, load)
     gathered = 0
     if strategy == "fsdp":
         trained = min(1.0, size.trainable / size.parameters)
         layers = 2 * size.largest_layer * width + int(2 * trained * size.largest_layer * 4)
         gathered = layers + _outside_bytes(size, load)
+    elif load.quantized:
+        gathered = size.largest_matrix * width
     elif load.precision == "bf16" and load.adapter is None:
         # Autocast keeps each rounded matrix until the pass that made it is over.
         gathered = 2 * size.parameters
@@ -191,14 +203,22 @@ def model_size(model_config: PretrainedConfig, load: Workload) -> ModelSize:
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = getattr(text, "num_key_value_heads", None) or heads
     trainable = [p for p in model.parameters() if p.requires_grad]
+    linear = [
+        module.weight
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name
+    ]
+    saved = sum(p.numel() * (p.itemsize - BITS / 8) for p in linear) if load.quantized else 0
     depth = int(text.num_hidden_layers)
     return ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trainable),
-        weight_bytes=sum(p.numel() * p.itemsize for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.itemsize for p in model.parameters()) - int(saved),
         trainable_bytes=sum(p.numel() * p.itemsize for p in trainable),
         layers=depth,
         largest_layer=max(sizes, default=0),
+        linear=sum(p.numel() for p in linear),
+        largest_matrix=max((p.numel() for p in linear), default=0),
         outside=sum(p.numel() for p in model.parameters()) - sum(sizes),
         vocab=int(text.vocab_size),
         hidden=int(text.hidden_size),
@@ -341,12 +361,17 @@ def _moment_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def _reference_bytes(size: ModelSize, load: Workload) -> int:
-    if not load.reference or load.adapter is not None:
+    alike = load.quantized == load.quantized_reference
+    if not load.reference or (load.adapter is not None and alike):
         return 0
+    width = 4 if load.precision == "float32" else 2
+    base = size.parameters - (0 if load.adapter is None else size.trainable)
+    if load.quantized_reference:
+        return (base - size.linear) * width + int(size.linear * BITS / 8)
     if load.precision != "bf16":
-        return size.weight_bytes
+        return base * width
     ends = 2 * size.vocab * size.hidden
-    return 2 * size.parameters + 2 * min(ends, size.parameters)
+    return 2 * base + 2 * min(ends, base)
 
 
 def _head_bytes(size: ModelSize, load: Workload, rows: int) -> int:

@@ -70,6 +70,7 @@ REFERENCE: tuple[TrialCheck, ...] = (
     reference.frozen,
     reference.storage,
     reference.adapter,
+    reference.quantization,
 )
 REWARD: tuple[TrialCheck, ...] = (
     reward_model.head,

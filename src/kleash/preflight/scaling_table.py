@@ -41,6 +41,7 @@ def workload_of(
     optimizer: OptimizerName,
     copied_reference: bool,
     prompt_tokens: int,
+    quantized_reference: bool = False,
 ) -> Workload:
     """What memory depends on, out of the sections of a configuration."""
     lora = policy.lora
@@ -59,6 +60,8 @@ def workload_of(
             modules_to_save=tuple(lora.modules_to_save),
         ),
         reference=copied_reference,
+        quantized=policy.quantization != "none",
+        quantized_reference=quantized_reference,
         critic=critic is not None and critic.kind == "model",
         update_rows=most_rows(algorithm.microbatch, longest),
         rollout_rows=most_rows(rollout.microbatch, longest),
@@ -87,6 +90,7 @@ def predict_run(
         config.rollout,
         optimizer=config.optimizer.name,
         copied_reference=config.reference.kind == "copy",
+        quantized_reference=config.reference.quantization != "none",
         prompt_tokens=prompt_tokens,
     )
     return predictions(shape, load, step, world_size=world_size, rates=rates), rates

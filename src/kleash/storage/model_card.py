@@ -51,6 +51,8 @@ class ModelCardFacts:
     seed: int | None = None
     dtype: str = "float32"
     """In which the checkpoint was verified."""
+    quantized_base: bool = False
+    """Whether the base of an adapter is quantised, as the file beside it says."""
 
 
 def model_card(facts: ModelCardFacts) -> str:
@@ -139,15 +141,23 @@ def _opening(facts: ModelCardFacts) -> str:
         opened = ["import torch", "from peft import AutoPeftModelForCausalLM",
                   "from transformers import AutoTokenizer", ""]  # fmt: skip
     name = "AutoPeftModelForCausalLM" if facts.kind == "lora" else "AutoModelForCausalLM"
+    given, read = ["folder", *([dtype] if dtype else [])], list[str]()
+    if facts.quantized_base:
+        opened = ["import json", "from pathlib import Path", "", *opened[:-1],
+                  "from transformers import BitsAndBytesConfig", ""]  # fmt: skip
+        read = ['settings = json.loads((Path(folder) / "quantization_config.json").read_text())']
+        given.append("quantization_config=BitsAndBytesConfig.from_dict(settings)")
     opened += [
         'folder = "."  # this folder',
-        f"model = {name}.from_pretrained(folder, {dtype})".replace(", )", ")"),
+        *read,
+        f"model = {name}.from_pretrained({', '.join(given)})",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
     code = "\n".join(opened)
     note = (
         f"\n\nThe adapter needs its base model {_code(facts.base_model)}, at the path that "
-        "`adapter_config.json` names."
+        "`adapter_config.json` names"
+        + (", in 4 bits (`pip install bitsandbytes`)." if facts.quantized_base else ".")
         if facts.kind == "lora"
         else ""
     )

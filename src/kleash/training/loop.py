@@ -63,6 +63,7 @@ from kleash.training.metrics import (
 )
 from kleash.training.optimization import PolicyUpdater, epoch_order
 from kleash.training.progress import TrainingDisplay
+from kleash.training.quantization_floor import has_floor, quantization_meta
 from kleash.training.recovery import (
     begin_step,
     check_after_last_update,
@@ -339,6 +340,9 @@ class Trainer:
         session, step = self.session, pending.step
         if step == 1 and not self.config.reference.reference_differs:
             _require_reference_is_start(scored)
+        sections = self.config.policy, self.config.reference
+        if step == 1 and has_floor(*sections):
+            session.run.update_meta(**quantization_meta(*sections, scored))
         event = RolloutEvent(
             step=step,
             config=self.config,

@@ -17,6 +17,7 @@ from kleash.kl.control.groups import OTHERS, States, is_grouped
 from kleash.kl.planning.initial_beta import Start
 from kleash.models.policy import Identity, Policy
 from kleash.rollout.sampling import overridden_settings
+from kleash.training.quantization_floor import quantization_meta
 from kleash.training.state import TrainingState
 
 
@@ -108,6 +109,7 @@ def run_meta(
         "undo": "memory" if undo_in_memory else "checkpoint",
         "reference": dataclasses.asdict(reference),
         "policy": dataclasses.asdict(policy.identity()),
+        **quantization_meta(config.policy, config.reference),
         # Settings of the model's own generation_config.json that were put aside.
         "sampling_put_aside": overridden_settings(policy),
         "versions": {

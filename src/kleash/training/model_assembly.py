@@ -24,7 +24,8 @@ from kleash.models.policy import (
     load_policy,
     load_reference,
 )
-from kleash.models.precision import weights_dtype
+from kleash.models.precision import compute_dtype, weights_dtype
+from kleash.models.quantization import compute_in
 from kleash.models.recomputation import enable_recomputation
 from kleash.models.reference_offload import (
     FrozenReference,
@@ -106,7 +107,9 @@ def _policy(section: PolicyConfig, device: torch.device, sharding: Sharding | No
         revision=section.revision,
         merge=section.adapter,
         sharding=sharding,
+        quantization=section.quantization,
     )
+    compute_in(policy.model, compute_dtype(section.precision))
     if section.gradient_checkpointing:
         enable_recomputation(trunk_of(policy.model))
     return replace(policy, precision=section.precision)
@@ -118,7 +121,8 @@ def _reference(
     """The reference, where the configuration wants it to live."""
     own = wanted.path is None
     kind = wanted.kind
-    if kind == "adapter_off" or (kind == "copy" and own and policy.adapter is None):
+    alike = wanted.quantization == start.quantization
+    if kind == "adapter_off" or (kind == "copy" and own and alike and policy.adapter is None):
         return freeze_copy(policy)
     # What the policy was loaded from, if no path is given: base and merged adapter, nothing new.
     source = start if wanted.path is None else wanted
@@ -130,7 +134,9 @@ def _reference(
         revision=source.revision,
         merge=source.adapter,
         sharding=None if kind == "cpu_offload" else policy.sharding,
+        quantization="none" if wanted.quantization == "auto" else wanted.quantization,
     )
+    compute_in(reference.model, compute_dtype(start.precision))
     if not is_sharded(reference.model):
         shrink_frozen(reference.model, start.precision)
     words = check_compatible(policy, reference).words

@@ -217,6 +217,7 @@ class Session:
                 prompts=config.prompts.train,
                 seed=config.seed,
                 dtype=weights_dtype(config.policy.precision, frozen=config.policy.base_is_frozen),
+                quantized_base=config.policy.quantization != "none",
             )
         )
 

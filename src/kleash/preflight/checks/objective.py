@@ -166,7 +166,8 @@ def inert_options(trial: Trial) -> list[str]:
     for key, reward in config.reward_models.items():
         if reward.weight == 0:
             found.append(f"reward_models.{key}.weight (0 silences the reward)")
-    if config.reference.reference_differs and config.reference.path is None:
+    alike = config.policy.quantization == config.reference.quantization
+    if config.reference.reference_differs and config.reference.path is None and alike:
         found.append("reference.reference_differs (the reference is the policy itself)")
     if config.optimizer.warmup_steps >= config.steps:
         found.append("optimizer.warmup_steps (the run ends before the peak rate)")

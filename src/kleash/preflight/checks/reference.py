@@ -6,6 +6,10 @@ from kleash.models.reference_offload import FrozenReference, underlying
 from kleash.models.sharding import own, whole
 from kleash.preflight.findings import Check, Finding, some
 from kleash.preflight.probe_batch import Trial
+from kleash.training.quantization_floor import has_floor, quantization_floor
+
+_TIMES = 3.0
+"""Of the floor, that a target has to be."""
 
 
 def identity(trial: Trial) -> Finding:
@@ -86,6 +90,39 @@ def adapter(trial: Trial) -> Finding:
         "not the fine-tuned model the run starts from.",
         "Merge the adapter into the weights (merge_and_unload) and give the merged model as "
         "policy.path, or name its directory in policy.adapter, which merges it.",
+    )
+
+
+def quantization(trial: Trial) -> Finding:
+    """What quantising one of the two models costs before anything is learnt, in nats."""
+    config = trial.config
+    check = Check("reference.quantization", "a target above three times what quantisation costs")
+    policy, reference = config.policy.quantization, config.reference.quantization
+    if policy == reference == "none":
+        return check.skip("Nothing is quantised.")
+    kinds = f"policy {policy}, reference {reference}"
+    if policy == reference:
+        return check.ok(
+            f"{kinds}: 0 nats; the KL is to the quantised model, and its distance from the full "
+            f"weights is measured by kleash audit {policy}:{config.policy.path} "
+            f"{config.policy.path}"
+        )
+    if not has_floor(config.policy, config.reference) or not trial.at_start:
+        return check.skip("The KL between the two is not that of quantisation alone.")
+    mask = trial.rollout.response_mask
+    found = quantization_floor(trial.scored.kl, mask, trial.rollout.prompt_index)
+    error, floor = found.per_response.standard_error, found.per_response.mean
+    spread = "" if error is None else f" ± {error:.2g}"
+    measured = f"{kinds}: {found.per_token.mean:.3g} nats per token, {floor:.3g}{spread} a response"
+    target = config.leash.target_kl
+    if target is None or target >= _TIMES * floor:
+        return check.ok(measured)
+    return check.warn(
+        measured,
+        f"leash.target_kl = {target:g} is under three times the KL that quantisation alone gives "
+        f"({floor:.3g} nats per response): most of the budget would be spent on it.",
+        f"Set leash.target_kl: {10 * floor:.1g} or more, or quantise both or neither: "
+        "policy.quantization and reference.quantization alike.",
     )
 
 
