@@ -88,9 +88,11 @@ def predictions(
         )
     ways: tuple[Strategy, ...] = ("none",) if world_size == 1 else ("ddp", "fsdp")
     size, share = model_size(model_config, load), ceil(step.responses / world_size)
+    minibatch = ceil(share / step.minibatches)
     own = replace(
         load,
-        update_rows=min(load.update_rows, ceil(share / step.minibatches)),
+        update_rows=min(load.update_rows, minibatch),
+        microbatches=ceil(minibatch / max(1, load.update_rows)),
         rollout_rows=min(load.rollout_rows, share),
     )
     return [

@@ -1,6 +1,6 @@
 """What `kleash check --world-size` prints: one column for each way to share a run among devices."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.text import Text
 from kleash.config.algorithm import DistillConfig, GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import Config, PolicyConfig
+from kleash.kl.placements import DIFFERENTIATES_KL
 from kleash.models.batching import most_rows
 from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
@@ -24,9 +25,11 @@ _ROWS = {
     "optimizer": "optimiser",
     "reference": "reference",
     "critic": "value model",
-    "gathered": "whole for a moment",
+    "gathered": "gathered for a pass",
+    "layers": "gathered for a layer",
     "activations": "activations",
     "backward": "backward of a layer",
+    "rounded": "rounded matrices",
     "head": "tiles and head",
     "generation": "writing (instead)",
     "exchange": "sums (instead)",
@@ -41,6 +44,7 @@ def workload_of(
     optimizer: OptimizerName,
     copied_reference: bool,
     prompt_tokens: int,
+    update_reads_reference: bool = True,
 ) -> Workload:
     """What memory depends on, out of the sections of a configuration."""
     lora = policy.lora
@@ -59,6 +63,7 @@ def workload_of(
             modules_to_save=tuple(lora.modules_to_save),
         ),
         reference=copied_reference,
+        update_reads_reference=update_reads_reference,
         critic=critic is not None and critic.kind == "model",
         update_rows=most_rows(algorithm.microbatch, longest),
         rollout_rows=most_rows(rollout.microbatch, longest),
@@ -78,7 +83,8 @@ def predict_run(
         ValueError: more devices than responses.
     """
     shape = load_config(config.policy.path, revision=config.policy.revision)
-    rates = measure_rates(choose_device(config.device), config.policy.precision, network=network)
+    device = choose_device(config.device)
+    rates = measure_rates(device, config.policy.precision, network=network)
     algorithm = config.algorithm
     step = Step(config.responses_per_step, algorithm.epochs, algorithm.minibatches)
     load = workload_of(
@@ -88,7 +94,10 @@ def predict_run(
         optimizer=config.optimizer.name,
         copied_reference=config.reference.kind == "copy",
         prompt_tokens=prompt_tokens,
+        update_reads_reference=isinstance(algorithm, DistillConfig)
+        or config.leash.placement in DIFFERENTIATES_KL,
     )
+    load = replace(load, device="cuda" if device.type == "cuda" else "cpu")
     return predictions(shape, load, step, world_size=world_size, rates=rates), rates
 
 
@@ -128,11 +137,6 @@ def print_predictions(found: list[Prediction], rates: Rates, console: Console) -
         f"at {rates.flops / 1e12:.3g} TFLOP/s and {rates.memory / 1e9:.3g} GB/s of memory, both "
         f"measured on this device, and {rates.network / 1e9:.3g} GB/s of network, as given"
     )
-    if any(one.strategy == "fsdp" for one in found):
-        console.print(
-            "warning: fsdp took half as much memory again as predicted where that was measured, on "
-            "two CPU processes (docs/scaling.md): leave room for it"
-        )
 
 
 def _size(number: int) -> str:
