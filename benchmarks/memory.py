@@ -3,6 +3,7 @@
     python benchmarks/memory.py                 # three sizes, one process each
     python benchmarks/memory.py --sizes small
     python benchmarks/memory.py --processes 2   # ddp and fsdp, by torchrun, each with its own rows
+    python benchmarks/memory.py --heap default  # with the holes that the C library leaves
 
 Each case is a process of its own, or two: it trains a tiny model, so that all libraries are loaded,
 notes its resident memory, builds policy and reference with random weights, and makes two updates of
@@ -68,8 +69,8 @@ ROWS, PROMPT, RESPONSE = 4, 64, 128
 SHARED = ("float32", "bf16")
 """Variants that are measured with two processes."""
 LIMIT = 0.15
-HEAP = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-"""Freed tensors go back at once: glibc would keep holes of up to 32 MiB, which no run needs."""
+HEAPS = {"returned": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "default": {}}
+"""glibc keeps freed blocks of up to 32 MiB (fsdp: 2 MiB) and their holes, which no run needs."""
 
 
 def measure(size: str, variant: str, strategy: Strategy) -> None:
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES)[1:], choices=SIZES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--processes", type=int, default=1, choices=[1, 2])
+    parser.add_argument("--heap", default="returned", choices=HEAPS)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -230,11 +232,12 @@ def main() -> None:
         for strategy in (["none"] if one else ["ddp", "fsdp"])
         if one or variant in SHARED
     ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | HEAPS[given.heap]
     for size in given.sizes:
         for variant, strategy in ways:
             start = [sys.executable, *([] if one else launcher), __file__]
             command = [*start, "--one", size, variant, strategy]
-            made = subprocess.run(command, capture_output=True, text=True, check=True, env=HEAP)
+            made = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
             found = json.loads(made.stdout.splitlines()[-1])
             off = found["predicted"] / found["measured"] - 1
             good = good and abs(off) <= LIMIT

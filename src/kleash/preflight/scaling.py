@@ -51,6 +51,8 @@ class Rates:
     """Bytes read."""
     network: float
     """Bytes sent to other devices."""
+    device: str = "cpu"
+    """Which kind it is."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def measure_rates(device: torch.device, precision: Precision, *, network: float)
     seconds = _best(lambda: left @ left, device)
     whole = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
     copying = _best(whole.clone, device)
-    return Rates(2 * width**3 / seconds, 2 * whole.numel() / copying, network)
+    return Rates(2 * width**3 / seconds, 2 * whole.numel() / copying, network, device.type)
 
 
 def _best(act: Callable[[], object], device: torch.device) -> float:

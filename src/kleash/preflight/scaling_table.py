@@ -101,10 +101,23 @@ def predict_run(
     return predictions(shape, load, step, world_size=world_size, rates=rates), rates
 
 
+def not_counted(rates: Rates) -> str:
+    """What a device takes beside what is predicted."""
+    context = "about 0.4 GiB" if rates.device == "cpu" else "about 1 GiB with the device's context"
+    said = f"not counted: the libraries ({context}), reward models, and engines of their own"
+    if rates.device == "cpu":
+        said += (
+            "; holes in the heap of the C library, up to a third more where matrices are smaller "
+            "than 2 MiB (docs/scaling.md)"
+        )
+    return said
+
+
 def as_json(found: list[Prediction], rates: Rates) -> dict[str, Any]:
     """Bytes and seconds as plain numbers."""
     return {
         "rates": asdict(rates),
+        "not_counted": not_counted(rates),
         "predictions": [
             {
                 **asdict(one),
@@ -137,6 +150,7 @@ def print_predictions(found: list[Prediction], rates: Rates, console: Console) -
         f"at {rates.flops / 1e12:.3g} TFLOP/s and {rates.memory / 1e9:.3g} GB/s of memory, both "
         f"measured on this device, and {rates.network / 1e9:.3g} GB/s of network, as given"
     )
+    console.print(not_counted(rates))
 
 
 def _size(number: int) -> str:
