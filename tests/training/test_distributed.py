@@ -232,6 +232,14 @@ def _require_rounded_alike(ours: Path, theirs: Path) -> None:
     assert {key: first[key] for key in known} == pytest.approx(known, rel=2**-8, abs=2**-8)
 
 
+def test_slices_are_rounded_by_the_chance_of_one_process(ranks: Ranks) -> None:
+    for found, held in zip(
+        ranks.call("sharded_rounding:update", size=2), (18 + 3, 12 + 2), strict=True
+    ):
+        assert found["equal"] == found["moved"] == [True, True]
+        assert sum(found["held"]) == held
+
+
 def test_a_refusal_elsewhere_names_the_response(
     material: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
