@@ -11,7 +11,9 @@ k3 in the loss, each by default (kleash's scores are those of a group in its sta
 too). Every run is a process of its own; its scores are kept, and one that is there is not repeated.
 
 The curve is the mean score of the responses of a stretch of steps. The difference of two systems is
-that of the means over seeds, with the standard error of that difference.
+that of the means over seeds, with the standard error of that difference. The KL is that of the last
+policy from the model it began as, in nats per response: exact, measured by `kleash.audit` in the
+same way for both, on responses to the prompts drawn with one seed.
 """
 
 import argparse
@@ -35,7 +37,18 @@ Curve = list[tuple[float, float]]
 """Of every step: tokens written so far, and the mean score of its responses."""
 
 
-def run_kleash(options: argparse.Namespace, seed: int, output: Path) -> Curve:
+def kl_of(policy: Any, options: argparse.Namespace) -> float:
+    """KL(π‖π_ref) of a policy that has learned, in nats per response."""
+    from kleash import audit
+
+    prompts = options.real / "prompts" / "story-openings.jsonl"
+    base = str(options.real / "models" / "stories260K")
+    found = audit(policy, base, prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
+    assert found.kl is not None
+    return found.kl.per_response.mean
+
+
+def run_kleash(options: argparse.Namespace, seed: int, output: Path) -> tuple[Curve, float]:
     """A run of `kleash.train`."""
     from kleash.config.loading import parse_config
     from kleash.storage.run_directory import read_run
@@ -59,17 +72,19 @@ def run_kleash(options: argparse.Namespace, seed: int, output: Path) -> Curve:
         "output": str(output),
     }
     curve, tokens = Curve(), 0.0
-    for line in read_run(train(parse_config(tree, where="benchmark"))).metrics:
+    directory = train(parse_config(tree, where="benchmark"))
+    for line in read_run(directory).metrics:
         if "rollout/length" in line:
             tokens += PROMPTS * GROUP * float(str(line["rollout/length"]))
             curve.append((tokens, float(str(line["objective/scores"]))))
-    return curve
+    return curve, kl_of(str(directory), options)
 
 
-def run_trl(options: argparse.Namespace, seed: int, output: Path) -> Curve:
+def run_trl(options: argparse.Namespace, seed: int, output: Path) -> tuple[Curve, float]:
     """A run of TRL's `GRPOTrainer`."""
     sys.path.insert(0, str(options.trl))
     from datasets import Dataset
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from kleash.playground.vader import compound
@@ -106,13 +121,15 @@ def run_trl(options: argparse.Namespace, seed: int, output: Path) -> Curve:
         "model_init_kwargs": {"dtype": "float32"},
         "seed": seed,
     }
-    GRPOTrainer(
+    trainer = GRPOTrainer(
         model=str(options.real / "models" / "stories260K"),
         reward_funcs=cast(Any, reward),
         args=GRPOConfig(**settings),
         train_dataset=Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines]),
-    ).train()
-    return curve
+    )
+    trainer.train()
+    tokenizer = AutoTokenizer.from_pretrained(options.real / "models" / "stories260K")
+    return curve, kl_of((trainer.model, tokenizer), options)
 
 
 def stretches(curve: Curve) -> list[float]:
@@ -124,15 +141,17 @@ def stretches(curve: Curve) -> list[float]:
     ]
 
 
-def table(curves: dict[str, list[Curve]]) -> str:
+def table(curves: dict[str, list[Curve]], kls: dict[str, list[float]]) -> str:
     """The result in Markdown."""
     first = next(iter(curves.values()))[0]
     size = len(first) // STRETCHES
     marks = [f"{first[(i + 1) * size - 1][0] / 1000:,.0f} k" for i in range(STRETCHES)]
-    lines = ["| tokens written | " + " | ".join(marks) + " |", "|---|" + "---:|" * STRETCHES]
+    lines = ["| tokens written | " + " | ".join(marks) + " | KL at the end |"]
+    lines.append("|---|" + "---:|" * (STRETCHES + 1))
     means: dict[str, list[list[float]]] = {}
     for system, runs in curves.items():
         means[system] = [list(column) for column in zip(*map(stretches, runs), strict=True)]
+        means[system].append(kls[system])
         cells = [_with_error(column) for column in means[system]]
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
     if len(means) == len(SYSTEMS):
@@ -176,8 +195,8 @@ def main() -> None:
     if options.alone:
         ((system, seed),) = kept
         run = run_trl if system == "trl" else run_kleash
-        curve = run(options, seed, options.output / f"{system}-{seed}")
-        kept[system, seed].write_text(json.dumps(curve))
+        curve, kl = run(options, seed, options.output / f"{system}-{seed}")
+        kept[system, seed].write_text(json.dumps({"curve": curve, "kl": kl}))
         return
     install_trl(options.trl, TRL["grpo"])
     options.output.mkdir(parents=True, exist_ok=True)
@@ -187,11 +206,15 @@ def main() -> None:
             command += ["--systems", system, "--seeds", str(seed)]
             environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    curves = {
+    runs = {
         system: [json.loads(kept[system, seed].read_text()) for seed in options.seeds]
         for system in options.systems
     }
-    print(table(curves))
+    curves, kls = (
+        {system: [run[what] for run in found] for system, found in runs.items()}
+        for what in ("curve", "kl")
+    )
+    print(table(curves, kls))
 
 
 if __name__ == "__main__":

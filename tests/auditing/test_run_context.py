@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_checkpoint_brings_the_sampling_of_its_run(sampled) -> None:
         assert not any("Sampled otherwise" in note for note in found.notes)
     with pytest.raises(PromptError, match="max_new_tokens = 64"):
         audit(base, base, prompts, keep=4)  # The general default, which this context cannot hold.
+
+
+def test_the_directory_of_a_run_is_its_newest_checkpoint(sampled) -> None:
+    checkpoint, base, prompts = sampled
+    run = checkpoint.parents[2]
+    change(base, run / "checkpoints" / "step-000002" / "policy", noise)
+    found = audit(run, base, prompts, keep=4)
+    assert found.policy.path == str(checkpoint)
+    assert found.to_json() == audit(checkpoint, base, prompts, keep=4).to_json()
+    assert audit(run, run, prompts, keep=4).kl.per_token.mean == 0
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunError, match="expected a checkpoint in"):
+        audit(run, base, prompts, keep=4)
 
 
 def test_sampling_other_than_the_runs_is_said(sampled) -> None:

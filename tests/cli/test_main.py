@@ -113,19 +113,35 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_help_imports_no_torch_and_ends_with_examples() -> None:
+def without_torch(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command line; it fails where anything slow to import was imported before the end."""
     program = (
-        "import sys; sys.argv = ['kleash', '--help']\n"
+        f"import atexit, os, sys; sys.argv = {['kleash', *arguments]!r}\n"
         "from kleash.cli.main import main\n"
+        "def look():\n"
+        "    slow = {'torch', 'transformers', 'pydantic', 'plotly', 'datasets'}\n"
+        "    slow &= set(sys.modules)\n"
+        "    if slow:\n"
+        "        print(f'imported {slow}', file=sys.stderr, flush=True)\n"
+        "        os._exit(99)\n"
+        "atexit.register(look)\n"
         "main()\n"
-        "heavy = {'torch', 'transformers', 'pydantic', 'plotly', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
+
+
+def test_help_imports_no_torch_and_ends_with_examples() -> None:
+    result = without_torch("--help")
     assert result.returncode == 0, result.stderr
     assert "kleash kl 0.7,0.3 0.5,0.5" in result.stdout.split("Examples:")[1]
+
+
+def test_a_mistake_in_the_arguments_of_an_audit_is_said_before_anything_is_imported() -> None:
+    for arguments in (("a",), ("a", "b"), ("a", "b", "--texts", "t", "--bytes", "--resume")):
+        result = without_torch("audit", *arguments)
+        assert result.returncode == 2, result.stderr
 
 
 @pytest.mark.parametrize("command", ["kl", "demo", "check", "plan", "train", "audit", "report"])

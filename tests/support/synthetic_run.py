@@ -7,6 +7,7 @@ from pathlib import Path
 from kleash.storage.events import Event
 from kleash.storage.run_directory import RunWriter
 from kleash.storage.samples import Likely, Sample
+from kleash.training.evaluation import TOPS_PER_SAMPLE
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -69,6 +70,9 @@ def synthetic_sample(text: str = "", *, step: int = 1, tokens: int = 12, seed: i
         words.insert(1, text)
     logprobs = [-rng.expovariate(1.0) for _ in words]
     kl = [rng.expovariate(3.0) ** 2 for _ in words]
+    # A run keeps the likeliest words where the KL is largest, and nowhere else.
+    order = range(len(words))
+    shown = sorted(order, key=lambda at: -kl[at])[:TOPS_PER_SAMPLE]
     return Sample(
         step=step,
         kind="worst",
@@ -81,8 +85,8 @@ def synthetic_sample(text: str = "", *, step: int = 1, tokens: int = 12, seed: i
         logprobs=logprobs,
         ref_logprobs=[logprob - rng.gauss(0.2, 0.5) for logprob in logprobs],
         token_kl=kl,
-        policy_top=[_likely(rng, word) for word in words],
-        reference_top=[_likely(rng, word) for word in words],
+        policy_top=[_likely(rng, words[at]) if at in shown else None for at in order],
+        reference_top=[_likely(rng, words[at]) if at in shown else None for at in order],
     )
 
 

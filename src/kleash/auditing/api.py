@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from kleash.auditing.inputs import Source, SourceKind
+from kleash.auditing.inputs import Source
 from kleash.auditing.model_sources import ModelSource, opened_pair
-from kleash.auditing.options import AuditKeywords, make_options
+from kleash.auditing.options import AuditKeywords, SourceKind, make_options, one_source
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import Watch, audit_pair
-from kleash.errors import ConfigError
 
 Texts = str | Path | Sequence[str] | Sequence[Mapping[str, Any]]
 """A file, or texts, or rows as a file would hold them."""
@@ -33,8 +32,9 @@ def audit(
     read them) or responses (rows of prompt and response).
 
     Args:
-        policy: a Hugging Face directory or hub name, the directory of a PEFT adapter, or a loaded
-            transformers or PEFT model with its tokenizer, as `(model, tokenizer)`.
+        policy: a Hugging Face directory or hub name, the directory of a PEFT adapter or of a run
+            (the policy of its newest checkpoint), or a loaded transformers or PEFT model with its
+            tokenizer, as `(model, tokenizer)`.
         reference: the same.
         prompts: a prompt file, or a list of prompts.
         texts: a .txt file, a file with rows of `text`, or a list of texts.
@@ -70,21 +70,6 @@ def audit(
         tempfile.TemporaryDirectory() as folder,
     ):
         return audit_pair(pair, Source(kind, _as_file(kind, what, Path(folder))), chosen, watch)
-
-
-def one_source(given: Mapping[SourceKind, Any]) -> tuple[SourceKind, Any]:
-    """The one source that was given.
-
-    Raises:
-        ConfigError: if there is none, or more than one.
-    """
-    found: list[tuple[SourceKind, Any]] = [
-        (kind, value) for kind, value in given.items() if value is not None
-    ]
-    if len(found) != 1:
-        names = " and ".join(kind for kind, _ in found) or "none"
-        raise ConfigError(f"expected one of prompts, texts and responses, got {names}")
-    return found[0]
 
 
 def _as_file(kind: SourceKind, given: Texts, folder: Path) -> Path:

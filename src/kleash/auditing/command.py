@@ -21,7 +21,6 @@ from kleash.auditing.options import AuditOptions
 from kleash.auditing.partial_results import NAME
 from kleash.auditing.result import Audit
 from kleash.auditing.runner import audit_pair
-from kleash.errors import UsageError
 from kleash.models.policy import Policy
 
 
@@ -44,11 +43,8 @@ def run_command(command: AuditCommand) -> int:
         The exit code of the gate, or 0.
 
     Raises:
-        UsageError: if the arguments contradict each other.
         KleashError: as the audit does.
     """
-    if command.bytewise:
-        _check_bytewise(command)
     console = Console(highlight=False, stderr=command.as_json)
     outputs = _outputs(command)
     options = command.options
@@ -69,16 +65,6 @@ def run_command(command: AuditCommand) -> int:
     codes = [audit.gate.exit_code for audit in audits if audit.gate is not None]
     # Above (3) outranks undecided (4), which outranks below (0).
     return max(codes, key=(0, 4, 3).index, default=0)
-
-
-def _check_bytewise(command: AuditCommand) -> None:
-    if command.source.kind != "texts":
-        raise UsageError("--bytes compares whole texts: give --texts FILE with it")
-    options = command.options
-    if options.chat_template is not None:
-        raise UsageError("--bytes reads texts as they are: leave out --chat-template")
-    if options.precision is not None or options.fail_above is not None or options.resume:
-        raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 
 
 def _audit_one(

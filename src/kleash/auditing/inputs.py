@@ -9,10 +9,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from kleash.auditing.options import SourceKind
 from kleash.errors import PromptError
 from kleash.rollout.prompts import (
     columns_of_row,
@@ -22,8 +23,6 @@ from kleash.rollout.prompts import (
     iter_prompts,
     prompt_content,
 )
-
-SourceKind = Literal["prompts", "texts", "responses"]
 
 T = TypeVar("T")
 

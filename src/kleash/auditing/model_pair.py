@@ -14,6 +14,8 @@ from kleash.models.loading import Dtype
 from kleash.models.merging import adapter_settings, is_adapter
 from kleash.models.policy import Identity, Policy, load_policy
 from kleash.models.vocabulary import SharedVocabulary, shared_vocabulary
+from kleash.storage.atomic_directories import checkpoint_of
+from kleash.storage.run_directory import holds_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +72,39 @@ def open_reference(
         ModelError, EngineError: as `open_checkpoint` does.
     """
     other, opened = policy
+    path, other = model_directory(path), model_directory(other)
     # `vllm:DIR` is no directory: two engines are not one.
     if Path(path).is_dir() and Path(other).is_dir() and Path(path).samefile(other):
         return opened
     return open_checkpoint(path, dtype=dtype, device=device)
 
 
+def model_directory(path: str | Path) -> str | Path:
+    """The directory of a model: of a run the policy of its newest checkpoint, else the path itself.
+
+    Raises:
+        RunError: a run has no checkpoint.
+    """
+    run = Path(path)
+    if not holds_run(run) or (run / "config.json").exists():
+        return path
+    return checkpoint_of(run) / "policy"
+
+
 def open_checkpoint(path: str | Path, *, dtype: AuditDtype, device: str) -> Policy:
     """Open a model, or an adapter together with the base that it names; `vllm:DIR` with vLLM.
 
+    Of a run's directory that is the policy of its newest checkpoint.
+
     Raises:
         ModelError: if either cannot be used.
+        RunError: if a run has no checkpoint.
         EngineError: if vLLM cannot serve it.
     """
     if str(path).startswith(PREFIX):
-        return open_served(str(path), device=device)
+        served = model_directory(str(path).removeprefix(PREFIX))
+        return open_served(f"{PREFIX}{served}", device=device)
+    path = model_directory(path)
     stored: Dtype = "float32" if dtype == "float64" else dtype
     if is_adapter(path):
         found = _open_adapter(Path(path), dtype=stored, device=device)

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from kleash.auditing.inputs import Item, Source, SourceKind
+from kleash.auditing.inputs import Item, Source
 from kleash.auditing.model_pair import ModelPair, same_weights
-from kleash.auditing.options import MAX_NEW_TOKENS, TEMPERATURE, AuditOptions, with_sampling
+from kleash.auditing.options import (
+    MAX_NEW_TOKENS,
+    TEMPERATURE,
+    AuditOptions,
+    SourceKind,
+    with_sampling,
+)
 from kleash.auditing.result import Part
 from kleash.auditing.run_context import RunSampling, sampling_of_run
 from kleash.auditing.token_records import Record

@@ -14,6 +14,7 @@ from kleash.errors import ConfigError, UsageError
 
 AuditDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Per = Literal["token", "response"]
+SourceKind = Literal["prompts", "texts", "responses"]
 
 TEMPERATURE, MAX_NEW_TOKENS = 1.0, 64
 """Sampling of a policy that belongs to no run."""
@@ -126,6 +127,35 @@ def make_options(keywords: Mapping[str, Any]) -> AuditOptions:
     if isinstance(values.get("output"), str):
         values["output"] = Path(values["output"])
     return AuditOptions(**values)
+
+
+def one_source(given: Mapping[SourceKind, Any]) -> tuple[SourceKind, Any]:
+    """The one source that was given.
+
+    Raises:
+        ConfigError: if there is none, or more than one.
+    """
+    found: list[tuple[SourceKind, Any]] = [
+        (kind, value) for kind, value in given.items() if value is not None
+    ]
+    if len(found) != 1:
+        names = " and ".join(kind for kind, _ in found) or "none"
+        raise ConfigError(f"expected one of prompts, texts and responses, got {names}")
+    return found[0]
+
+
+def check_bytewise(kind: SourceKind, options: AuditOptions) -> None:
+    """Refuse what a comparison in bits per byte has no use for.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if kind != "texts":
+        raise UsageError("--bytes compares whole texts: give --texts FILE with it")
+    if options.chat_template is not None:
+        raise UsageError("--bytes reads texts as they are: leave out --chat-template")
+    if options.precision is not None or options.fail_above is not None or options.resume:
+        raise UsageError("--bytes gives no KL: leave out --precision, --fail-above and --resume")
 
 
 def with_sampling(

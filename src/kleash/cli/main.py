@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from kleash import __version__
-from kleash.auditing.options import AuditOptions
+from kleash.auditing.options import AuditOptions, check_bytewise, one_source
 from kleash.cli.console import (
     numbers,
     quiet_libraries,
@@ -381,7 +381,8 @@ def audit(
     Parameters
     ----------
     policy
-        A Hugging Face directory or hub name, or the directory of a LoRA adapter.
+        A Hugging Face directory or hub name, the directory of a LoRA adapter, or that of a run: the
+        policy of its newest checkpoint.
     others
         More policies, and at last the reference.
     prompts
@@ -396,24 +397,27 @@ def audit(
         Print JSON instead of a table.
     """
     del debug
-    with without_collection():
-        from kleash.auditing.api import one_source
-        from kleash.auditing.command import AuditCommand, run_command
-        from kleash.auditing.inputs import Source
-
+    # What is wrong with the arguments is said before seconds of imports.
+    options = options or AuditOptions()
     if not others:
         raise UsageError("kleash audit needs two checkpoints: kleash audit POLICY REFERENCE")
     try:
         kind, file = one_source({"prompts": prompts, "texts": texts, "responses": responses})
     except ConfigError as error:
         raise UsageError(f"{error}: --prompts FILE, --texts FILE or --responses FILE") from None
+    if bytewise:
+        check_bytewise(kind, options)
+    with without_collection():
+        from kleash.auditing.command import AuditCommand, run_command
+        from kleash.auditing.inputs import Source
+
     quiet_libraries()
     code = run_command(
         AuditCommand(
             policies=(policy, *others[:-1]),
             reference=others[-1],
             source=Source(kind, file),
-            options=options or AuditOptions(),
+            options=options,
             as_json=as_json,
             bytewise=bytewise,
         )

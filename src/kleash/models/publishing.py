@@ -11,9 +11,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from kleash.errors import ModelError, RunError
+from kleash.errors import ModelError
 from kleash.models.probing import first_lines
-from kleash.storage.atomic_directories import list_checkpoints, step_of, verify_checkpoint
+from kleash.storage.atomic_directories import checkpoint_of, step_of, verify_checkpoint
 
 _NEEDED = ("README.md", "generation_config.json", "tokenizer_config.json")
 _FOR_RESUMING = ("adapter_state/*",)
@@ -58,7 +58,7 @@ def push_run(
         RunError: the run has no such checkpoint, or it is damaged.
         ModelError: its policy is not complete, or the hub refuses it.
     """
-    checkpoint = _checkpoint(run, step)
+    checkpoint = checkpoint_of(run, step=step)
     verify_checkpoint(checkpoint)
     policy = checkpoint / "policy"
     require_complete(policy)
@@ -108,13 +108,3 @@ def require_complete(policy: Path) -> None:
                 f"expected an adapter whose base is on the hub, got {base!r}, which only this "
                 "machine has: train with the hub's name as policy.path"
             )
-
-
-def _checkpoint(run: Path, step: int | None) -> Path:
-    found = list_checkpoints(run / "checkpoints")
-    wanted = [one for one in found if step is None or step_of(one) == step]
-    if not wanted:
-        which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-        steps = ", ".join(str(step_of(one)) for one in found) or "none"
-        raise RunError(f"expected {which} in {str(run)!r}, got those of steps {steps}")
-    return wanted[-1]

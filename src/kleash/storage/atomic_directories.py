@@ -175,6 +175,25 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(path for path in parent.glob(f"{_PREFIX}*") if path.is_dir())
 
 
+def checkpoint_of(run: Path, *, step: int | None = None) -> Path:
+    """A finished checkpoint of a run.
+
+    Args:
+        run: the run directory.
+        step: the step that it follows; None: the newest.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = list_checkpoints(run / "checkpoints")
+    wanted = [one for one in found if step is None or step_of(one) == step]
+    if not wanted:
+        which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+        steps = ", ".join(str(step_of(one)) for one in found) or "none"
+        raise RunError(f"expected {which} in {str(run)!r}, got those of steps {steps}")
+    return wanted[-1]
+
+
 def verify_checkpoint(directory: Path) -> None:
     """Compare every file with the manifest.
 
