@@ -19,7 +19,7 @@ FOUND = [Prediction("fsdp", 2, MEMORY, sent=0, computing=1.0, writing=0.0, sendi
 @pytest.mark.parametrize(
     ("device", "there", "missing"),
     [
-        ("cpu", ["0.4 GiB", "holes in the heap", "smaller than 2 MiB"], ["1 GiB with"]),
+        ("cpu", ["0.4 GiB", "holes in the heap", "are smaller than 2 MiB"], ["1 GiB with"]),
         ("cuda", ["1 GiB with the device's context"], ["holes", "0.4 GiB"]),
     ],
 )

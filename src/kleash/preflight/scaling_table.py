@@ -107,8 +107,8 @@ def not_counted(rates: Rates) -> str:
     said = f"not counted: the libraries ({context}), reward models, and engines of their own"
     if rates.device == "cpu":
         said += (
-            "; holes in the heap of the C library, up to a third more where matrices are smaller "
-            "than 2 MiB (docs/scaling.md)"
+            "; holes in the heap of the C library, up to a third more where matrices and "
+            "activations are smaller than 2 MiB (docs/scaling.md)"
         )
     return said
 
