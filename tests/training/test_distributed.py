@@ -218,6 +218,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(policy_weights(resumed)[name], tensor, rtol=0, atol=0)
     if precision == "bf16":
         _require_rounded_alike(whole, train(settings(material, tmp_path / "alone", policy=policy)))
+        # With the same rows in each process every product has the same factors, to the last step.
+        replicated = {**divided, "distributed": {"strategy": "ddp"}}
+        require_same_run(whole, ranks.train(settings(material, tmp_path / "ddp", **replicated)))
 
 
 def _require_rounded_alike(ours: Path, theirs: Path) -> None:
