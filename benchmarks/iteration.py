@@ -12,7 +12,8 @@ systems in processes of their own that take turns, one iteration each, after a w
 
 Every response has 64 tokens. TRL is given no stop token, kleash a stop id beyond the vocabulary.
 TRL finds padding by comparing ids, so its padding id lies beyond the vocabulary too: nothing is
-masked in either. One minibatch of the whole batch, so one optimiser step an epoch.
+masked in either. One minibatch of the whole batch (`--minibatches`), so one optimiser step an
+epoch.
 
 Phases: `generate` is writing alone; `score` every forward pass before the update (policy,
 reference, value and reward model) and what is read off it; `update` forward, backward and
@@ -37,6 +38,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 TRL = {"ppo": "trl==1.12.0", "grpo": "trl==1.16.0", "rloo": "trl==1.16.0"}
 """The newest release that has the algorithm."""
@@ -110,6 +112,13 @@ SHAPES = {
 }
 
 
+class Passes(NamedTuple):
+    """Over a rollout."""
+
+    epochs: int
+    minibatches: int = 1
+
+
 @dataclass(frozen=True)
 class Iteration:
     """What one iteration took."""
@@ -166,7 +175,8 @@ def _start(system: str, options: argparse.Namespace, folder: Path) -> "subproces
     }
     program = Path(__file__).with_name("iteration_worker.py")
     command = [sys.executable, "-W", "ignore", program, options.algorithm, system, folder]
-    command += [options.shape, options.epochs, options.threads]
+    passes = f"{options.epochs}x{options.minibatches}"
+    command += [options.shape, passes, options.threads]
     if system == "trl":
         command.append(options.trl)
     return subprocess.Popen(
@@ -200,7 +210,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, list[Iterati
 
 
 def _require_same_work(iteration: Iteration, options: argparse.Namespace) -> None:
-    expected = (SHAPES[options.shape].new_tokens, options.epochs)
+    expected = (SHAPES[options.shape].new_tokens, options.epochs * options.minibatches)
     if (iteration.tokens, iteration.updates) != expected:
         raise SystemExit(
             f"expected {expected[0]} tokens and {expected[1]} updates in an iteration, got "
@@ -221,9 +231,8 @@ def table(results: dict[str, list[Iteration]], options: argparse.Namespace) -> s
     ]
     ratios = [f"{system} / {first}" for system in others]
     lines = [
-        f"| {options.algorithm}, shape {options.shape}, epochs {options.epochs} | "
-        + " | ".join([*systems, *ratios])
-        + " |",
+        f"| {options.algorithm}, shape {options.shape}, epochs {options.epochs}, "
+        f"minibatches {options.minibatches} | " + " | ".join([*systems, *ratios]) + " |",
         "|---|" + "---:|" * (len(systems) + len(ratios)),
     ]
     for label, read, digits in rows:
@@ -269,6 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=sorted(TRL), default="ppo")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
     parser.add_argument("--epochs", type=int, default=1, help="passes over a rollout")
+    parser.add_argument("--minibatches", type=int, default=1, help="optimiser steps of an epoch")
     parser.add_argument("--runs", type=int, default=5, help="measured iterations of each system")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--systems", nargs="+", help="default: all that there are")

@@ -1,11 +1,12 @@
 """One of the systems that `iteration.py` compares, in a process of its own.
 
-    python benchmarks/iteration_worker.py ALGORITHM SYSTEM FOLDER SHAPE EPOCHS THREADS [TRL]
+    python benchmarks/iteration_worker.py ALGORITHM SYSTEM FOLDER SHAPE PASSES THREADS [TRL]
 
-Builds the models (SYSTEM = build), or runs iterations of a system for ever, each when a line "go"
-comes in, and reports each as a line of JSON. kleash and TRL are imported by name and late: a system
-is not to carry the other's libraries. Both are driven through their own loops, `kleash.train` and
-TRL's `Trainer.train`, with a gate at the beginning of an iteration and clocks around functions.
+PASSES is epochs x minibatches, such as 4x1. Builds the models (SYSTEM = build), or runs iterations
+of a system for ever, each when a line "go" comes in, and reports each as a line of JSON. kleash and
+TRL are imported by name and late: a system is not to carry the other's libraries. Both are driven
+through their own loops, `kleash.train` and TRL's `Trainer.train`, with a gate at the beginning of
+an iteration and clocks around functions.
 """
 
 import importlib
@@ -22,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from iteration import GROUP, NEW_TOKENS, PHASES, PROMPT_TOKENS, SHAPES, Iteration, Shape
+from iteration import (
+    GROUP,
+    NEW_TOKENS,
+    PHASES,
+    PROMPT_TOKENS,
+    SHAPES,
+    Iteration,
+    Passes,
+    Shape,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -180,7 +190,7 @@ def build(folder: Path, shape: Shape) -> None:
 
 
 def run_kleash(
-    folder: Path, shape: Shape, algorithm: str, epochs: int, *, own_value_model: bool
+    folder: Path, shape: Shape, algorithm: str, passes: Passes, *, own_value_model: bool
 ) -> None:
     """Drive `kleash.train` itself; a gate stands before each of its steps."""
     loading: Any = importlib.import_module("kleash.config.loading")
@@ -220,15 +230,15 @@ def run_kleash(
     phases.wrap(components, "write", "generate")
     phases.wrap(components, "judge", "score")
     phases.wrap(components, "score", "score")
-    phases.wrap(kept_reading.WholeReading, "score", "score")
+    phases.wrap(kept_reading.SharedReading, "score", "score")
     phases.wrap(optimization.PolicyUpdater, "update", "update")
-    tree = kleash_config(folder, shape, algorithm, epochs, own_value_model=own_value_model)
+    tree = kleash_config(folder, shape, algorithm, passes, own_value_model=own_value_model)
     # Without the preflight, which refuses a policy that never ends a response.
     loop.train(loading.parse_config(tree, where="benchmark"))
 
 
 def kleash_config(
-    folder: Path, shape: Shape, algorithm: str, epochs: int, *, own_value_model: bool
+    folder: Path, shape: Shape, algorithm: str, passes: Passes, *, own_value_model: bool
 ) -> dict[str, Any]:
     """The run as kleash reads it."""
     group = 1 if algorithm == "ppo" else GROUP
@@ -250,8 +260,8 @@ def kleash_config(
         "leash": {"beta": BETA},
         "algorithm": {
             "name": algorithm,
-            "epochs": epochs,
-            "minibatches": 1,
+            "epochs": passes.epochs,
+            "minibatches": passes.minibatches,
             "microbatch_size": shape.batch,
             **critic,
         },
@@ -264,7 +274,7 @@ def kleash_config(
     }
 
 
-def run_trl_ppo(folder: Path, shape: Shape, epochs: int) -> None:
+def run_trl_ppo(folder: Path, shape: Shape, passes: Passes) -> None:
     """Drive `PPOTrainer.train`; a gate stands before each of its generations."""
     datasets: Any = importlib.import_module("datasets")
     ppo: Any = importlib.import_module("trl.experimental.ppo")
@@ -283,7 +293,7 @@ def run_trl_ppo(folder: Path, shape: Shape, epochs: int) -> None:
     )
     gate.held = _mib([reference, reward]) + _mib([policy, value], times=4)
     trainer = ppo.PPOTrainer(
-        args=trl_config(ppo.PPOConfig, folder, shape, epochs),
+        args=trl_config(ppo.PPOConfig, folder, shape, passes),
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
@@ -320,7 +330,7 @@ def run_trl_ppo(folder: Path, shape: Shape, epochs: int) -> None:
     trainer.train()
 
 
-def trl_config(maker: Any, folder: Path, shape: Shape, epochs: int) -> Any:
+def trl_config(maker: Any, folder: Path, shape: Shape, passes: Passes) -> Any:
     """The run as TRL reads it; what kleash has by default is set where TRL's default differs."""
     return maker(
         output_dir=str(folder / "trl-output"),
@@ -331,10 +341,10 @@ def trl_config(maker: Any, folder: Path, shape: Shape, epochs: int) -> Any:
         save_strategy="no",
         disable_tqdm=True,
         num_sample_generations=0,
-        per_device_train_batch_size=shape.batch,
+        per_device_train_batch_size=shape.batch // passes.minibatches,
         gradient_accumulation_steps=1,
-        num_mini_batches=1,
-        num_ppo_epochs=epochs,
+        num_mini_batches=passes.minibatches,
+        num_ppo_epochs=passes.epochs,
         local_rollout_forward_batch_size=shape.batch,
         total_episodes=FOR_EVER * shape.batch,
         response_length=NEW_TOKENS,
@@ -344,7 +354,7 @@ def trl_config(maker: Any, folder: Path, shape: Shape, epochs: int) -> Any:
     )
 
 
-def run_trl_group(folder: Path, shape: Shape, algorithm: str, epochs: int) -> None:
+def run_trl_group(folder: Path, shape: Shape, algorithm: str, passes: Passes) -> None:
     """Drive `GRPOTrainer.train` or `RLOOTrainer.train`; a gate stands before each generation."""
     datasets: Any = importlib.import_module("datasets")
     trl: Any = importlib.import_module("trl")
@@ -378,10 +388,11 @@ def run_trl_group(folder: Path, shape: Shape, algorithm: str, epochs: int) -> No
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            per_device_train_batch_size=shape.batch,
+            per_device_train_batch_size=shape.batch // passes.minibatches,
+            steps_per_generation=passes.minibatches,
             gradient_accumulation_steps=1,
             num_generations=GROUP,
-            num_iterations=epochs,
+            num_iterations=passes.epochs,
             max_steps=FOR_EVER,
             max_completion_length=NEW_TOKENS,
             temperature=1.0,
@@ -429,20 +440,20 @@ def _trl_tokenizer(folder: Path) -> Any:
 
 def main() -> None:
     """Be a worker."""
-    algorithm, system, name, size, passes, threads, *trl = sys.argv[1:]
-    folder, shape, epochs = Path(name), SHAPES[size], int(passes)
+    algorithm, system, name, size, given, threads, *trl = sys.argv[1:]
+    folder, shape, passes = Path(name), SHAPES[size], Passes(*map(int, given.split("x")))
     torch.set_num_threads(int(threads))
     # Before an installed TRL, which may be another; the folder holds nothing but TRL itself.
     sys.path[:0] = trl
     if system == "build":
         build(folder, shape)
     elif system == "trl" and algorithm == "ppo":
-        run_trl_ppo(folder, shape, epochs)
+        run_trl_ppo(folder, shape, passes)
     elif system == "trl":
-        run_trl_group(folder, shape, algorithm, epochs)
+        run_trl_group(folder, shape, algorithm, passes)
     else:
         own = system == "kleash-four"
-        run_kleash(folder, shape, algorithm, epochs, own_value_model=own)
+        run_kleash(folder, shape, algorithm, passes, own_value_model=own)
 
 
 if __name__ == "__main__":

@@ -71,17 +71,21 @@ def settle_truncated(
         ValueError: if every response is dropped.
     """
     rollout = scored.rollout
-    scores, mask = scored.scores, rollout.response_mask
+    scores, mask = scored.scores, trained_tokens(rollout, truncated)
     if penalty is not None:
         scores = missing_eos_penalty(scores, rollout.ended, penalty)
-    if truncated == "drop":
-        mask = mask & rollout.ended[:, None]
-        if not mask.any():
-            raise ValueError(
-                f"at least one response must have ended to be learnt from, got {len(mask)} that "
-                "the length limit cut off and truncated='drop': raise the limit or score them"
-            )
+    if truncated == "drop" and not mask.any():
+        raise ValueError(
+            f"at least one response must have ended to be learnt from, got {len(mask)} that "
+            "the length limit cut off and truncated='drop': raise the limit or score them"
+        )
     return scores, mask
+
+
+def trained_tokens(rollout: Rollout, truncated: Truncated) -> Bool[Tensor, "batch token"]:
+    """The tokens that take part in the losses: all, or those of responses that have ended."""
+    mask = rollout.response_mask
+    return mask & rollout.ended[:, None] if truncated == "drop" else mask
 
 
 def leash(
@@ -335,6 +339,11 @@ def require_finite(
             response=row,
             token=token,
         )
+
+
+def trained_rows(rollout: Rollout, truncated: Truncated) -> Int[Tensor, " kept"]:
+    """`kept_rows` of what an algorithm will make of a rollout: known before it is scored."""
+    return trained_tokens(rollout, truncated).any(-1).nonzero().flatten()
 
 
 def kept_rows(experience: Experience) -> Int[Tensor, " kept"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kleash.errors import NonFiniteError, ScoringError
 from kleash.models import batching
+from kleash.models.freed_memory import return_freed_memory_before
 from kleash.models.policy import LanguageModel
 from kleash.models.value_model import ValueFunction
 from kleash.rollout.sampling import SamplingSpec, generate, overridden_settings, response_texts
@@ -96,141 +97,126 @@ def score(
         ScoringError: if a log-probability is above 0 or a KL below it, beyond rounding.
     """
     out: dict[str, Tensor] = {}
-    models = _Models(policy, reference, value, teacher)
-    shape = tuple(rollout.response_mask.shape)
+    reader = _Reader(policy, reference, value, teacher, scorer, temperature, keep_ref_hidden)
     for rows in microbatches(rollout, microbatch):
         with torch.no_grad():
-            reading = _reading(rollout, rows, models, scorer, temperature)
-            got = reading.policy_scores(reference=reading.against, want=_NUMBERS)
-            _write_down(out, reading, got, models, shape=shape, keep_ref_hidden=keep_ref_hidden)
+            reader.read(rollout, rows, out)
     return _scored(rollout, scores, out)
 
 
 def score_and_keep(
     rollout: Rollout,
+    kept: Int[Tensor, " rows"],
     *,
     policy: LanguageModel,
     reference: LanguageModel,
     scores: Float[Tensor, " batch"],
     value: ValueFunction | None = None,
     temperature: float = 1.0,
+    microbatch: batching.Limit = 16,
     keep_ref_hidden: bool = False,
     scorer: TokenScorer = token_scores,
 ) -> tuple[ScoredRollout, Fresh]:
-    """`score`, and what `fresh` would say of the same rows, from one reading of the policy.
+    """`score`, and what `fresh` would say of some of the rows, from one reading of the policy.
 
-    Until the policy is updated both say the same, so that the first update need not read it again:
-    the graph of this reading is kept for it. That is the memory of the activations of the whole
-    rollout, from here to the backward pass, so all responses are read at once.
+    Until the policy is updated both say the same, so that the first update need not read these rows
+    again: the graph of their reading is kept for it. That is the memory of their activations, from
+    here to the backward pass, so they are read at once, and last.
 
     Args:
         rollout: the sampled responses.
+        kept: the rows whose graph is kept.
         policy: the policy, whose numbers and gradients are kept.
         reference: the frozen reference.
         scores: score of each response, passed through.
         value: value function, if there is one; gradients reach it too.
         temperature: that of sampling.
+        microbatch: of the other rows, as in `score`.
         keep_ref_hidden: as in `score`.
         scorer: from hidden states to per-token numbers.
 
     Returns:
-        The scored rollout, without gradient, and the live numbers of every response token; of the
-        latter one backward pass can be made.
+        The scored rollout, without gradient, and the live numbers of the kept rows, in the order
+        given and in all columns; of the latter one backward pass can be made.
 
     Raises:
         NonFiniteError, ScoringError: as `score`.
     """
     out: dict[str, Tensor] = {}
-    rows = torch.arange(len(rollout.response_mask), device=rollout.response_mask.device)
-    models = _Models(policy, reference, value, None)
-    shape = tuple(rollout.response_mask.shape)
+    reader = _Reader(policy, reference, value, None, scorer, temperature, keep_ref_hidden)
+    mask = rollout.response_mask
+    others = torch.ones_like(mask[:, 0]).index_fill(0, kept, False).nonzero().flatten()
+    lengths = torch.tensor(row_lengths(rollout), device=mask.device)[others]
+    for rows in batching.microbatches(lengths.tolist(), microbatch):
+        with torch.no_grad():
+            reader.read(rollout, others[rows], out)
     with torch.enable_grad():
-        reading = _reading(rollout, rows, models, scorer, temperature)
-        got = reading.policy_scores(reference=reading.against, want=_NUMBERS)
-        _write_down(out, reading, got, models, shape=shape, keep_ref_hidden=keep_ref_hidden)
-    live = Fresh(logprobs=out["logprobs"], values=out.get("values"), kl=out["kl"])
-    return _scored(rollout, scores, {name: number.detach() for name, number in out.items()}), live
+        said = reader.read(rollout, kept, out)
+    live = {
+        name: _pad_columns(said[name], mask.shape[1])
+        for name in ("logprobs", "values", "kl")
+        if name in said
+    }
+    return _scored(rollout, scores, out), Fresh(**live)
 
 
 @dataclass(frozen=True)
-class _Models:
-    """Who reads a rollout."""
+class _Reader:
+    """Who reads a rollout, and how."""
 
     policy: LanguageModel
     reference: LanguageModel
     value: ValueFunction | None
     teacher: LanguageModel | None
+    scorer: TokenScorer
+    temperature: float
+    keep_ref_hidden: bool
 
+    def read(
+        self, rollout: Rollout, rows: Int[Tensor, " rows"], out: dict[str, Tensor]
+    ) -> dict[str, Float[Tensor, "rows *short"]]:
+        """What the models say of some responses, with gradients where they are recorded.
 
-@dataclass(frozen=True)
-class _Reading:
-    """Hidden states of some responses, before their heads."""
-
-    rows: Int[Tensor, " rows"]
-    part: tuple[Tensor, Tensor, Tensor, Tensor]
-    kept: Bool[Tensor, "rows short"]
-    hidden: Float[Tensor, "rows short+1 hidden"]
-    ref_hidden: Float[Tensor, "rows short+1 hidden"]
-    policy_scores: partial[Any]
-    """The scorer, given what the policy says of the kept tokens; a reference is still to come."""
-    against: tuple[Tensor, Head]
-    """The reference's states and head."""
-
-
-def _reading(
-    rollout: Rollout,
-    rows: Int[Tensor, " rows"],
-    models: _Models,
-    scorer: TokenScorer,
-    temperature: float,
-) -> _Reading:
-    part, kept = _trim(rollout, rollout.response_mask, rows)
-    hidden = models.policy.hidden_states(*part)
-    ref_hidden = models.reference.hidden_states(*part)
-    states, head = hidden[:, :-1][kept], models.policy.head
-    policy_scores = partial(scorer, states, head, part[2][kept], temperature=temperature)
-    against = ref_hidden[:, :-1][kept], models.reference.head
-    return _Reading(rows, part, kept, hidden, ref_hidden, policy_scores, against)
-
-
-def _write_down(
-    out: dict[str, Tensor],
-    reading: _Reading,
-    got: Any,
-    models: _Models,
-    *,
-    shape: tuple[int, ...],
-    keep_ref_hidden: bool,
-) -> None:
-    """Write what the models say of some responses into the tensors of the whole batch.
-
-    Args:
-        out: of the whole batch, by name.
-        reading: of some rows.
-        got: their scores.
-        models: who read them.
-        shape: rows and columns of the whole batch.
-        keep_ref_hidden: see `score`.
-    """
-    rows, part, kept = reading.rows, reading.part, reading.kept
-    reference, teacher, value = models.reference, models.teacher, models.value
-    for name in _NUMBERS:
-        _write_rows(out, name, rows, _spread(getattr(got, name), kept), shape)
-    if keep_ref_hidden:
-        _write_states(out, "ref_hidden", rows, reading.ref_hidden, kept)
-    if teacher is not None:
-        own = reading.ref_hidden if teacher is reference else teacher.hidden_states(*part)
-        to_teacher = own[:, :-1][kept], teacher.head
-        both = reading.policy_scores(reference=to_teacher, want=("kl", "reverse_kl"))
-        _write_rows(out, "teacher_kl", rows, _spread(both.kl, kept), shape)
-        _write_rows(out, "teacher_forward_kl", rows, _spread(both.reverse_kl, kept), shape)
-        if keep_ref_hidden:
-            _write_states(out, "teacher_hidden", rows, own, kept)
-    if value is not None:
-        states = value.state_values(*part, _states_of(part[3], reading.hidden))
-        _write_rows(out, "values", rows, torch.where(kept, states[:, :-1], 0.0), shape)
-        last = states.gather(1, kept.sum(dim=1, keepdim=True)).squeeze(1)
-        _write_rows(out, "final_values", rows, last, shape[:1])
+        Args:
+            rollout: all responses.
+            rows: those to read, at once.
+            out: tensors of the whole batch by name, into which the numbers are written.
+        """
+        part, kept = _trim(rollout, rollout.response_mask, rows)
+        # Before the policy, whose activations may be kept.
+        ref_hidden = self.reference.hidden_states(*part)
+        hidden = self.policy.hidden_states(*part)
+        scores = partial(
+            self.scorer,
+            hidden[:, :-1][kept],
+            self.policy.head,
+            part[2][kept],
+            temperature=self.temperature,
+        )
+        got = scores(reference=(ref_hidden[:, :-1][kept], self.reference.head), want=_NUMBERS)
+        return_freed_memory_before(self.policy, got.logprobs, hidden)
+        said = {name: _spread(getattr(got, name), kept) for name in _NUMBERS}
+        states = {"ref_hidden": ref_hidden} if self.keep_ref_hidden else {}
+        if self.teacher is not None:
+            shared = self.teacher is self.reference
+            own = ref_hidden if shared else self.teacher.hidden_states(*part)
+            both = scores(
+                reference=(own[:, :-1][kept], self.teacher.head), want=("kl", "reverse_kl")
+            )
+            said["teacher_kl"] = _spread(both.kl, kept)
+            said["teacher_forward_kl"] = _spread(both.reverse_kl, kept)
+            if self.keep_ref_hidden:
+                states["teacher_hidden"] = own
+        if self.value is not None:
+            values = self.value.state_values(*part, _states_of(part[3], hidden))
+            said["values"] = torch.where(kept, values[:, :-1], 0.0)
+            last = values.detach().gather(1, kept.sum(dim=1, keepdim=True))
+            said["final_values"] = last.squeeze(1)
+        for name, numbers in said.items():
+            _write_rows(out, name, rows, numbers.detach(), rollout.response_mask.shape)
+        for name, hidden_states in states.items():
+            _write_states(out, name, rows, hidden_states, kept)
+        return said
 
 
 def _scored(
@@ -300,6 +286,7 @@ def fresh(
         temperature=temperature,
         want=tuple(want),
     )
+    return_freed_memory_before(policy, got.logprobs, hidden)
     width = experience.mask.shape[1]
     logprobs = _pad_columns(_spread(got.logprobs, kept), width)
     kl = None if with_reference is None else _pad_columns(_spread(got.kl, kept), width)
@@ -357,6 +344,7 @@ def distilled(
         tiles=tiles,
         gradient=gradient,
     )
+    return_freed_memory_before(policy, found.logprobs, hidden)
     width = experience.mask.shape[1]
     logprobs = _pad_columns(_spread(found.logprobs, kept), width)
     divergences = [_pad_columns(_spread(each, kept), width) for each in found.divergences]
@@ -428,7 +416,7 @@ def _write_rows(
 ) -> None:
     """Write the rows of a micro-batch into the tensor of the whole batch."""
     if name not in out:
-        out[name] = part.new_zeros(shape)
+        out[name] = part.new_zeros(shape[: part.dim()])
     if part.dim() == 1:
         out[name][rows] = part
     else:

@@ -412,7 +412,7 @@ class Components:
             tokens: kept tokens of the whole minibatch.
             microbatch: responses at once, or a budget of tokens.
             numbers: which responses of the minibatch the rows are; all of them by default.
-            kept: what `WholeReading.score` said of them; they are one microbatch then.
+            kept: what `SharedReading.score` said of the first microbatch.
 
         Raises:
             RefusedError: a number is not finite; it names the response among the minibatch.
@@ -424,11 +424,11 @@ class Components:
         mesh = self.mesh if self.divided else ALONE
         for chosen in microbatches(rows.scored.rollout, microbatch) if len(rows.mask) else ():
             part = select(rows, chosen)
-            before = None if kept is None else select(kept, chosen)
             loss, now = mesh.agree(
-                partial(self.loss, part, tokens=tokens, kept=before),
+                partial(self.loss, part, tokens=tokens, kept=kept),
                 rows=[named[i] for i in chosen.tolist()],
             )
+            kept = None
             loss.total.backward()
             logprobs, then = now.logprobs.detach(), part.scored.rollout_logprobs
             error = max(error, first_ratio_error(logprobs, then, part.mask))

@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kleash.algorithms import dispatch
+from kleash.algorithms.common import trained_rows
 from kleash.algorithms.rewards import ScoreStatistics
 from kleash.config.schema import Config
 from kleash.errors import EngineError, ModelError, RefusedError
@@ -38,7 +39,7 @@ from kleash.training.callbacks import Callbacks, RolloutEvent, StartEvent, StepE
 from kleash.training.evaluation import HeldoutEvaluator, SampleReader
 from kleash.training.evidence import PendingStep
 from kleash.training.interruption import RunInterrupted, StopRequest, catch_signals
-from kleash.training.kept_reading import WholeReading
+from kleash.training.kept_reading import SharedReading
 from kleash.training.kl_control import (
     controller_measures,
     leash_measures,
@@ -60,7 +61,7 @@ from kleash.training.metrics import (
     sampler_measures,
     with_error,
 )
-from kleash.training.optimization import PolicyUpdater
+from kleash.training.optimization import PolicyUpdater, epoch_order
 from kleash.training.progress import TrainingDisplay
 from kleash.training.recovery import (
     begin_step,
@@ -77,7 +78,7 @@ from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
 from kleash.training.vocabulary import vocabulary_measures
-from kleash.types import Experience, Fresh, Rollout, ScoredRollout
+from kleash.types import Experience, Fresh, ScoredRollout
 
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
@@ -216,12 +217,18 @@ class Trainer:
 
         # 2–3. Policy, reference and critic score the same tokens.
         with clock.measure("time/score"):
-            kept, rows = None, config.rollout.microbatch
+            rollout, kept = judged.rollout, None
+            order = epoch_order(trained_rows(rollout, components.settings.truncated))
             spot = _is_due(config.logging.spot_check_every, pending.step)
-            if not spot and self._is_read_once(judged.rollout):
-                scored, kept = WholeReading(components).score(judged.rollout, scores)
+            limit, passes = config.rollout.microbatch, config.algorithm
+            shared = SharedReading(components, passes.minibatches, limit, passes.microbatch)
+            # Not in the first step, as where a spot check is due: there the update reads the policy
+            # again, and the ratios of two readings show whether the model is deterministic.
+            rows = None if spot or state.step == 0 else shared.rows(rollout, order)
+            if rows is None:
+                scored = components.score(rollout, scores, microbatch=limit, spot_check=spot)
             else:
-                scored = components.score(judged.rollout, scores, microbatch=rows, spot_check=spot)
+                scored, kept = shared.score(rollout, scores, rows)
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
@@ -231,7 +238,7 @@ class Trainer:
         with clock.measure("time/update"):
             settings = replace(components.settings, mixing=state.mixing)
             experience = dispatch.algorithm_of(settings).prepare(scored, betas, settings)
-            updates = closely | self._climb(experience, pending, kept)
+            updates = closely | self._climb(experience, pending, order, kept)
         if pending.step == config.steps:
             updates |= check_after_last_update(session, pending)
 
@@ -301,18 +308,6 @@ class Trainer:
                 seen = seen.update(raw)
                 return seen.normalise(raw), seen
 
-    def _is_read_once(self, rollout: Rollout) -> bool:
-        """Whether the first update can use the graph of scoring: it reads all rows at once.
-
-        Not in the first step, as where a spot check is due: there the update reads the policy
-        again, and the ratios of two readings show whether the model is deterministic.
-        """
-        config = self.config
-        if self.session.state.step == 0 or config.algorithm.minibatches > 1:
-            return False
-        limits = (config.rollout.microbatch, config.algorithm.microbatch)
-        return WholeReading(self.session.components).fits(rollout, limits)
-
     def _original_kl(self, scored: ScoredRollout) -> Tensor:
         """[batch, token] exact KL to the run's first reference, wherever the anchor is now."""
         components = self.session.components
@@ -381,13 +376,13 @@ class Trainer:
         return reader.training_samples(scored, judged, step=step, count=count), numbers
 
     def _climb(
-        self, experience: Experience, pending: PendingStep, kept: Fresh | None
+        self, experience: Experience, pending: PendingStep, order: Tensor, kept: Fresh | None
     ) -> dict[str, Number]:
         """The clipped updates; `pending` knows from when on weights may have moved."""
         pending.updating = several_updates(self.config.algorithm)
         updater = PolicyUpdater(self.session.components, self.config)
         with writing_ahead(self.session) as following:
-            updates = updater.update(experience, done=pending.step - 1, reading=kept)
+            updates = updater.update(experience, done=pending.step - 1, order=order, reading=kept)
         pending.updating = True
         pending.following = following.rollout(pending)
         return updates

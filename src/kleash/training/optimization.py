@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -45,14 +46,20 @@ class PolicyUpdater:
     config: Config
 
     def update(
-        self, experience: Experience, *, done: int, reading: Fresh | None = None
+        self,
+        experience: Experience,
+        *,
+        done: int,
+        order: Int[Tensor, " kept"],
+        reading: Fresh | None = None,
     ) -> dict[str, Number]:
         """Passes over the rollout in minibatches; each is one optimiser step.
 
         Args:
             experience: the rollout.
             done: steps finished before this one.
-            reading: what `WholeReading.score` said of it; a minibatch is all of it then.
+            order: `epoch_order` of its rows, for the first epoch.
+            reading: what `SharedReading.score` said of the first microbatch in that order.
 
         Raises:
             RefusedError: a number is not finite; it names the response and token of the rollout.
@@ -64,16 +71,17 @@ class PolicyUpdater:
         made: list[dict[str, float]] = []
         first_error: float | None = None
         effective = 1.0
-        for chosen in self._minibatches(experience):
+        for chosen in self._minibatches(experience, order):
             try:
                 minibatch = select(experience, chosen)
                 components.optimizer.zero_grad(set_to_none=True)
                 passed = components.backward_of_minibatch(
                     minibatch,
                     microbatch=config.algorithm.microbatch,
-                    kept=None if reading is None else select(reading, chosen),
+                    kept=reading,
                 )
-                if not made and reading is None:
+                # Of what scoring kept there is one reading, and nothing to compare it with.
+                if not made and (reading is None or len(reading.logprobs) < len(chosen)):
                     first_error = passed.ratio_error
                     _require_first_ratio(first_error, components.policy.compute_dtype)
                 # Of the policy as it was before its first update.
@@ -102,11 +110,16 @@ class PolicyUpdater:
             else explained_variance(foreseen, experience.returns, experience.mask),
         }
 
-    def _minibatches(self, experience: Experience) -> Iterator[Tensor]:
+    def _minibatches(self, experience: Experience, first: Tensor) -> Iterator[Tensor]:
         """Rows of each optimiser step: every kept response once in an epoch, in a new order."""
         rows = kept_rows(experience)
-        for _ in range(self.config.algorithm.epochs):
-            order = rows[torch.randperm(len(rows)).to(rows.device)]
+        if not torch.equal(first.sort().values, rows):
+            raise ValueError(
+                f"expected an order of the rows {rows.tolist()}, got {first.tolist()}: give the "
+                "`epoch_order` of `trained_rows`"
+            )
+        for epoch in range(self.config.algorithm.epochs):
+            order = epoch_order(rows) if epoch else first
             yield from order.chunk(self.config.algorithm.minibatches)
 
     def _optimise(self, minibatch: Experience) -> float:
@@ -153,6 +166,11 @@ class PolicyUpdater:
             return False
         # The norm, for it can overflow where no single number does.
         return bool(gradient_norm(components.parameters()).isfinite())
+
+
+def epoch_order(rows: Int[Tensor, " kept"]) -> Int[Tensor, " kept"]:
+    """The order in which an epoch takes some rows, drawn from torch's generator of the CPU."""
+    return rows[torch.randperm(len(rows)).to(rows.device)]
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
