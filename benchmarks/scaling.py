@@ -3,6 +3,8 @@
 python benchmarks/scaling.py
 """
 
+from dataclasses import replace
+
 from transformers import LlamaConfig
 
 from kleash.models.lora import AdapterSpec
@@ -16,13 +18,14 @@ SHAPES = {  # width, inner width, layers, heads, heads of keys, words
     "70 B": (8192, 28672, 80, 64, 8, 128_256),
 }
 COMMON = Workload(
-    precision="bf16", gradient_checkpointing=True, prompt_tokens=512, response_tokens=512
-)
-ADAPTER = Workload(
     precision="bf16",
     gradient_checkpointing=True,
     prompt_tokens=512,
     response_tokens=512,
+    device="cuda",
+)
+ADAPTER = replace(
+    COMMON,
     adapter=AdapterSpec(rank=16, targets=ATTENTION_AND_MLP),
     update_rows=4,
     rollout_rows=8,

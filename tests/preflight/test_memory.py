@@ -1,6 +1,7 @@
 """Predicted memory against counts by hand; `benchmarks/memory.py` compares it with processes."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from kleash.models.fingerprint import all_weights
 from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
 from kleash.models.policy import load_policy, load_reference
-from kleash.preflight.memory import Workload, activation_bytes, model_size, predict
+from kleash.preflight.memory import (
+    Memory,
+    Strategy,
+    Workload,
+    activation_bytes,
+    model_size,
+    predict,
+)
 from kleash.preflight.scaling import Rates, Step, bytes_sent, predictions
 from kleash.preflight.scaling_table import workload_of
 
@@ -29,6 +37,12 @@ CONFIG = LlamaConfig(
 LAYER = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * INNER + 2 * WIDTH
 ALL = LAYERS * LAYER + 2 * WORDS * WIDTH + WIDTH
 LOAD = Workload(update_rows=2, rollout_rows=4, prompt_tokens=10, response_tokens=20)
+
+
+@cache
+def predicted(load: Workload = LOAD, strategy: Strategy = "none", world_size: int = 1) -> Memory:
+    """`predict` of the model above."""
+    return predict(CONFIG, load, strategy=strategy, world_size=world_size)
 
 
 def test_parameters_of_a_llama_counted_by_hand() -> None:
@@ -50,7 +64,7 @@ def test_parameters_of_a_llama_counted_by_hand() -> None:
 def test_bytes_a_weight(
     changes: dict, weights: int, gradients: int, moments: int, reference: int
 ) -> None:
-    found = predict(CONFIG, replace(LOAD, **changes))
+    found = predicted(replace(LOAD, **changes))
     assert found.weights == weights * ALL
     assert found.gradients == gradients * ALL
     assert found.optimizer == moments * ALL
@@ -59,7 +73,7 @@ def test_bytes_a_weight(
 
 def test_an_adapter_trains_its_matrices_alone_on_a_base_in_half_precision() -> None:
     adapter = AdapterSpec(rank=3, targets=("q_proj",))
-    found = predict(CONFIG, replace(LOAD, precision="bf16", adapter=adapter))
+    found = predicted(replace(LOAD, precision="bf16", adapter=adapter))
     matrices = LAYERS * 3 * 2 * WIDTH
     assert found.gradients == 4 * matrices
     assert found.weights == 2 * ALL + 4 * matrices
@@ -67,23 +81,81 @@ def test_an_adapter_trains_its_matrices_alone_on_a_base_in_half_precision() -> N
 
 
 def test_fsdp_divides_what_stays_and_gathers_the_rest() -> None:
-    one = predict(CONFIG, LOAD)
-    shared = predict(CONFIG, LOAD, strategy="fsdp", world_size=4)
+    one = predicted()
+    shared = predicted(LOAD, "fsdp", 4)
     assert shared.steady == pytest.approx(one.steady / 4, abs=8)
-    # Two layers, a layer's gradients twice, and embedding, last norm and head for the whole pass.
-    ends = 2 * WORDS * WIDTH + WIDTH
-    assert shared.gathered == 4 * (4 * LAYER + ends)
+    assert shared.gradients == shared.accumulated == ALL
+    # Of both models embedding, last norm and head, and the gradient of the policy's head.
+    ends, head = 2 * WORDS * WIDTH + WIDTH, WORDS * WIDTH
+    assert shared.gathered == 4 * (2 * ends + head)
+    # Two layers, and a layer's gradients twice.
+    assert shared.layers == 4 * 4 * LAYER
+    # In the end the gradients of the ends twice, beside the reference's ends.
+    assert shared.exchange == 4 * (2 * ends + ends)
     assert shared.generation - one.generation == 4 * ALL
-    half = replace(LOAD, precision="bf16")
-    rounded = predict(CONFIG, half, strategy="fsdp", world_size=4)
-    assert rounded.gathered == 2 * 2 * LAYER + 2 * 4 * LAYER + 4 * ends
-    adapter = replace(half, adapter=AdapterSpec(rank=3, targets=("q_proj",)))
-    assert predict(CONFIG, adapter, strategy="fsdp", world_size=4).gathered < 2 * ALL
-    copied = predict(CONFIG, LOAD, strategy="ddp", world_size=4)
-    assert copied.steady == one.steady
+    copied = predicted(LOAD, "ddp", 4)
+    assert (copied.steady, copied.gathered, copied.layers) == (one.steady, 0, 0)
     assert copied.exchange == 4 * ALL
     with pytest.raises(ValueError, match="expected ddp or fsdp for several processes, got 2"):
         predict(CONFIG, LOAD, world_size=2)
+
+
+def test_fsdp_gathers_layers_in_the_type_that_they_compute_in() -> None:
+    ends = 2 * WORDS * WIDTH + WIDTH
+    half = replace(LOAD, precision="bf16")
+    rounded = predicted(half, "fsdp", 4)
+    # Gradients as they were computed, in bfloat16, and as they are summed, in float32.
+    assert rounded.layers == 2 * 2 * LAYER + (2 + 4) * LAYER
+    assert rounded.gathered == 4 * (2 * ends + WORDS * WIDTH)
+    alone = predicted(half)
+    assert rounded.reference == (2 * LAYERS * LAYER + 4 * ends) // 4 == alone.reference // 4
+    adapter = replace(half, adapter=AdapterSpec(rank=3, targets=("q_proj",)))
+    beside = predicted(adapter, "fsdp", 4)
+    # A frozen base is in bfloat16, its ends too, and there is one copy of it.
+    assert beside.gathered == 2 * ends
+    assert beside.layers == 2 * 2 * (LAYER + 6 * WIDTH) + (2 + 4) * 6 * WIDTH
+
+
+def test_a_reference_that_the_loss_does_not_read_is_gathered_for_scoring_alone() -> None:
+    ends = 4 * (2 * WORDS * WIDTH + WIDTH)
+    both = predicted(LOAD, "fsdp", 4)
+    load = replace(LOAD, update_reads_reference=False)
+    alone = predicted(load, "fsdp", 4)
+    assert both.gathered - alone.gathered == both.exchange - alone.exchange == ends
+    assert both.scoring == alone.scoring > 2 * ends + 2 * 4 * LAYER
+
+
+def test_rounded_matrices_are_counted_once() -> None:
+    """Autocast keeps a copy for the backward pass; FSDP gathers the matrix as what it would be."""
+    half = replace(LOAD, precision="bf16")
+    vectors = 2 * WIDTH
+    matrices = LAYERS * (LAYER - vectors)
+    kept = activation_bytes(CONFIG, half)[0]
+    assert kept - activation_bytes(CONFIG, half, gathered=True)[0] == 2 * matrices
+    alone = predicted(half)
+    assert (alone.gathered, alone.rounded, alone.activations) == (0, 0, kept)
+    # Where activations are made again their copies are not kept, but all there in the end.
+    assert predicted(replace(half, gradient_checkpointing=True)).rounded >= 2 * matrices
+
+
+def test_gradients_are_there_while_they_add_up_and_not_between_steps() -> None:
+    several, single = (predicted(replace(LOAD, microbatches=n)) for n in (2, 1))
+    assert several.steady == single.steady == (4 + 8 + 4) * ALL
+    assert several.peak - single.peak == 4 * ALL
+
+
+def test_two_graphs_wait_for_one_backward_pass_where_the_critic_is_a_model() -> None:
+    alone, both = predicted(), predicted(replace(LOAD, critic=True))
+    assert both.activations == 2 * alone.activations
+    assert (both.critic, both.gradients) == ((4 + 8) * ALL, 2 * alone.gradients)
+
+
+def test_a_cpu_writes_with_copies_of_what_learns() -> None:
+    load = replace(LOAD, response_tokens=16)
+    cpu, gpu = (predicted(replace(load, device=device)) for device in ("cpu", "cuda"))
+    matrices = LAYERS * LAYER + WORDS * WIDTH
+    assert cpu.generation - gpu.generation == 4 * matrices
+    assert predicted(replace(load, rollout_rows=0)).generation == 0
 
 
 def test_activations_grow_with_depth_rows_and_length_as_they_must() -> None:
@@ -161,7 +233,7 @@ def test_four_bits_are_counted_as_the_library_keeps_them(tmp_path: Path) -> None
     plain = predict(model_config, replace(LOAD, adapter=adapter))
     assert found.weights < 0.25 * plain.weights
     # One matrix is dequantised at a time.
-    assert found.gathered == 4 * 128 * 256
+    assert found.layers == 4 * 128 * 256
 
 
 def test_the_configuration_says_what_is_quantised() -> None:

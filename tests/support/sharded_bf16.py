@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_run import settings
 from torch.distributed.fsdp import FSDPModule
 
+from kleash.errors import ModelError
 from kleash.mesh import Mesh
 from kleash.models.fingerprint import weights_sha256
 from kleash.models.frozen_weights import shrink_frozen
-from kleash.models.policy import freeze_copy, load_policy, load_reference
+from kleash.models.policy import Policy, freeze_copy, load_policy, load_reference
 from kleash.models.sharding import Sharding, device_mesh, repeated_layers, whole
+from kleash.training.assembly import assemble
 
 
 def _batch() -> tuple[torch.Tensor, ...]:
@@ -41,6 +44,36 @@ def _compared(kind: str, mesh: Mesh) -> dict[str, Any]:
     return compare(Path(os.environ[FOLDER]) / kind, mesh)
 
 
+def of_a_run(mesh: Mesh) -> dict[str, Any]:
+    """What a configured run gathers, and what it says of a damaged checkpoint and a right one."""
+    folder = Path(os.environ[FOLDER])
+    changes = {"policy": {"precision": "bf16"}, "distributed": {"strategy": "fsdp"}}
+    policy = assemble(settings(folder, folder / "run", **changes), mesh=mesh).policy
+    refused = []
+    for name, factor in (("damaged", 1.05), ("right", 1.0)):
+        tensors = policy.gather_weights(keep=mesh.is_first)
+        if tensors:
+            next(t for name, t in tensors.items() if name.endswith("down_proj.weight")).mul_(factor)
+            policy.save(folder / name, tensors=tensors)
+        try:
+            policy.verify(folder / name, mesh)
+            refused.append(None)
+        except ModelError as error:
+            refused.append(str(error))
+    return {"gathered": _gathered(policy)[0], "refused": refused}
+
+
+def _gathered(policy: Policy) -> tuple[list[str], list[str]]:
+    """Types of the matrices and of the vectors of a layer that is gathered."""
+    layer = repeated_layers(policy.model)[0]
+    assert isinstance(layer, FSDPModule)
+    layer.unshard()
+    matrices = sorted({str(p.dtype) for p in layer.parameters() if p.dim() == 2})
+    vectors = sorted({str(p.dtype) for p in layer.parameters() if p.dim() < 2})
+    layer.reshard()
+    return matrices, vectors
+
+
 def compare(path: Path, mesh: Mesh) -> dict[str, Any]:
     """Types that are gathered and summed, and distances from the whole model under autocast."""
     device = torch.device("cpu")
@@ -51,12 +84,7 @@ def compare(path: Path, mesh: Mesh) -> dict[str, Any]:
     loaded = load_reference(path, sharding=sharding)
     alone = load_reference(path)
     shrink_frozen(alone.model, "bf16")
-    layer = repeated_layers(policy.model)[0]
-    assert isinstance(layer, FSDPModule)
-    layer.unshard()
-    gathered = sorted({str(p.dtype) for p in layer.parameters() if p.dim() == 2})
-    vectors = sorted({str(p.dtype) for p in layer.parameters() if p.dim() < 2})
-    layer.reshard()
+    gathered, vectors = _gathered(policy)
     states = policy.hidden_states(*_batch())
     expected = whole_one.hidden_states(*_batch())
     with torch.no_grad():

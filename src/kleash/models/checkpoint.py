@@ -31,8 +31,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kleash.errors import ModelError, RunError
 from kleash.mesh import Mesh
+from kleash.models.lm_head import as_scored
 from kleash.models.loading import load_config, quiet, switch_off_dropout
 from kleash.models.merging import MERGING_TOLERANCE, is_adapter, require_same
+from kleash.models.precision import Precision
 from kleash.models.probing import first_lines, probe_texts, text_logprobs
 from kleash.models.quantization import (
     compute_in,
@@ -42,7 +44,7 @@ from kleash.models.quantization import (
     stored_settings,
 )
 from kleash.models.sharded_loading import fits, read_slices, weight_files
-from kleash.models.sharding import is_sharded, own, own_part, release, whole
+from kleash.models.sharding import gather_ends, is_sharded, own, own_part, release, whole
 
 _STATE = Path("adapter_state") / "adapter.safetensors"
 _SAME, _OTHER_DEVICE, _ROUNDED = 1e-5, 1e-3, 2e-2
@@ -137,9 +139,24 @@ def gather_weights(model: PreTrainedModel, adapter: Any, *, keep: bool) -> dict[
 
 
 def verify_sharded(
-    directory: Path, model: PreTrainedModel, mesh: Mesh, *, words: int, adapter: Any = None
+    directory: Path,
+    model: PreTrainedModel,
+    mesh: Mesh,
+    *,
+    words: int,
+    precision: Precision = "float32",
 ) -> None:
     """As `verify_policy`, of a divided model; only its first checkpoint is opened and compared.
+
+    Both are read in the precision of the run: layers that are gathered in bfloat16 compute in
+    nothing else, and plain transformers under autocast rounds the same factors.
+
+    Args:
+        directory: what was written.
+        model: the divided model.
+        mesh: the processes; each of them takes part.
+        words: token ids that stand for text.
+        precision: in which the model computes.
 
     Raises:
         ModelError: what was written does not open as the policy that is held, in every process.
@@ -148,12 +165,16 @@ def verify_sharded(
         return
     ids = probe_texts(words)
     device, dtype = next(model.parameters()).device, _dtype(model)
-    ours = text_logprobs(model, ids.to(device), words)
+    gather_ends(model)
+    with as_scored(model, precision):
+        ours = text_logprobs(model, ids.to(device), words)
     release(model)
 
     def compare() -> None:
-        theirs = text_logprobs(_open(directory, model), ids, words)
-        half = dtype in (torch.bfloat16, torch.float16)
+        opened = _open(directory, model)
+        with as_scored(opened, precision):
+            theirs = text_logprobs(opened, ids, words)
+        half = precision == "bf16" or dtype in (torch.bfloat16, torch.float16)
         tolerance = _SAME if device.type == "cpu" else _ROUNDED if half else _OTHER_DEVICE
         what = f"the checkpoint in {str(directory)!r}, opened with plain transformers,"
         require_same(ours, theirs, tolerance, what)

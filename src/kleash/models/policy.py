@@ -213,7 +213,7 @@ class Policy:
             ModelError: it does not.
         """
         if self.sharding is not None:
-            verify_sharded(Path(path), self.model, mesh, words=self.words, adapter=self.adapter)
+            verify_sharded(Path(path), self.model, mesh, words=self.words, precision=self.precision)
 
     def restore(self, path: str | Path) -> None:
         """Take the weights that `save` wrote.

@@ -20,6 +20,7 @@ memory first and keeps its slice.
 import contextlib
 import copy
 import ctypes
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -59,11 +60,17 @@ def _return_freed_blocks() -> None:
 
     glibc raises the size from which it does so up to 32 MiB, by what was freed before; smaller
     blocks leave holes in the heap, and a process with half of a model took as much as one with all
-    of it. Other C libraries have no such setting.
+    of it. Other C libraries have no such setting. A size that the environment gives stays.
     """
     setting = getattr(ctypes.CDLL(None), "mallopt", None)
-    if setting is not None:
+    if setting is not None and not _heap_is_set():
         setting(_MMAP_THRESHOLD, _RETURNED_FROM)
+
+
+def _heap_is_set() -> bool:
+    """Whether the environment says from which size on freed blocks are returned."""
+    tunable = "glibc.malloc.mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    return tunable or bool(os.environ.get("MALLOC_MMAP_THRESHOLD_"))
 
 
 def is_sharded(model: nn.Module) -> bool:

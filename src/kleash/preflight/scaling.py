@@ -51,6 +51,8 @@ class Rates:
     """Bytes read."""
     network: float
     """Bytes sent to other devices."""
+    device: str = "cpu"
+    """Which kind it is."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,11 @@ def predictions(
         )
     ways: tuple[Strategy, ...] = ("none",) if world_size == 1 else ("ddp", "fsdp")
     size, share = model_size(model_config, load), ceil(step.responses / world_size)
+    minibatch = ceil(share / step.minibatches)
     own = replace(
         load,
-        update_rows=min(load.update_rows, ceil(share / step.minibatches)),
+        update_rows=min(load.update_rows, minibatch),
+        microbatches=ceil(minibatch / max(1, load.update_rows)),
         rollout_rows=min(load.rollout_rows, share),
     )
     return [
@@ -134,7 +138,7 @@ def measure_rates(device: torch.device, precision: Precision, *, network: float)
     seconds = _best(lambda: left @ left, device)
     whole = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
     copying = _best(whole.clone, device)
-    return Rates(2 * width**3 / seconds, 2 * whole.numel() / copying, network)
+    return Rates(2 * width**3 / seconds, 2 * whole.numel() / copying, network, device.type)
 
 
 def _best(act: Callable[[], object], device: torch.device) -> float:

@@ -1,6 +1,6 @@
 """What `kleash check --world-size` prints: one column for each way to share a run among devices."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.text import Text
 from kleash.config.algorithm import DistillConfig, GRPOConfig, PPOConfig, RLOOConfig
 from kleash.config.rollout import RolloutConfig
 from kleash.config.schema import Config, PolicyConfig
+from kleash.kl.placements import DIFFERENTIATES_KL
 from kleash.models.batching import most_rows
 from kleash.models.loading import load_config
 from kleash.models.lora import AdapterSpec
@@ -24,9 +25,11 @@ _ROWS = {
     "optimizer": "optimiser",
     "reference": "reference",
     "critic": "value model",
-    "gathered": "whole for a moment",
+    "gathered": "gathered for a pass",
+    "layers": "whole for a layer",
     "activations": "activations",
     "backward": "backward of a layer",
+    "rounded": "rounded matrices",
     "head": "tiles and head",
     "generation": "writing (instead)",
     "exchange": "sums (instead)",
@@ -42,6 +45,7 @@ def workload_of(
     copied_reference: bool,
     prompt_tokens: int,
     quantized_reference: bool = False,
+    update_reads_reference: bool = True,
 ) -> Workload:
     """What memory depends on, out of the sections of a configuration."""
     lora = policy.lora
@@ -62,6 +66,7 @@ def workload_of(
         reference=copied_reference,
         quantized=policy.quantization != "none",
         quantized_reference=quantized_reference,
+        update_reads_reference=update_reads_reference,
         critic=critic is not None and critic.kind == "model",
         update_rows=most_rows(algorithm.microbatch, longest),
         rollout_rows=most_rows(rollout.microbatch, longest),
@@ -81,7 +86,8 @@ def predict_run(
         ValueError: more devices than responses.
     """
     shape = load_config(config.policy.path, revision=config.policy.revision)
-    rates = measure_rates(choose_device(config.device), config.policy.precision, network=network)
+    device = choose_device(config.device)
+    rates = measure_rates(device, config.policy.precision, network=network)
     algorithm = config.algorithm
     step = Step(config.responses_per_step, algorithm.epochs, algorithm.minibatches)
     load = workload_of(
@@ -92,14 +98,30 @@ def predict_run(
         copied_reference=config.reference.kind == "copy",
         quantized_reference=config.reference.quantization != "none",
         prompt_tokens=prompt_tokens,
+        update_reads_reference=isinstance(algorithm, DistillConfig)
+        or config.leash.placement in DIFFERENTIATES_KL,
     )
+    load = replace(load, device="cuda" if device.type == "cuda" else "cpu")
     return predictions(shape, load, step, world_size=world_size, rates=rates), rates
+
+
+def not_counted(rates: Rates) -> str:
+    """What a device takes beside what is predicted."""
+    context = "about 0.4 GiB" if rates.device == "cpu" else "about 1 GiB with the device's context"
+    said = f"not counted: the libraries ({context}), reward models, and engines of their own"
+    if rates.device == "cpu":
+        said += (
+            "; holes in the heap of the C library, up to a third more where matrices and "
+            "activations are smaller than 2 MiB (docs/scaling.md)"
+        )
+    return said
 
 
 def as_json(found: list[Prediction], rates: Rates) -> dict[str, Any]:
     """Bytes and seconds as plain numbers."""
     return {
         "rates": asdict(rates),
+        "not_counted": not_counted(rates),
         "predictions": [
             {
                 **asdict(one),
@@ -132,11 +154,7 @@ def print_predictions(found: list[Prediction], rates: Rates, console: Console) -
         f"at {rates.flops / 1e12:.3g} TFLOP/s and {rates.memory / 1e9:.3g} GB/s of memory, both "
         f"measured on this device, and {rates.network / 1e9:.3g} GB/s of network, as given"
     )
-    if any(one.strategy == "fsdp" for one in found):
-        console.print(
-            "warning: fsdp took half as much memory again as predicted where that was measured, on "
-            "two CPU processes (docs/scaling.md): leave room for it"
-        )
+    console.print(not_counted(rates))
 
 
 def _size(number: int) -> str:

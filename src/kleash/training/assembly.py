@@ -104,7 +104,9 @@ def assemble(
     )
     device = choose_device(config.device)
     divided = config.distributed.strategy == "fsdp" and mesh.size > 1
-    sharding = Sharding(device_mesh(device, mesh.size), device) if divided else None
+    sharding = None
+    if divided:
+        sharding = Sharding(device_mesh(device, mesh.size), device, config.policy.precision)
     policy, reference, teacher = load_models(
         config.policy,
         config.reference,

@@ -79,7 +79,7 @@ from kleash.training.startup import Preflight, open_session
 from kleash.training.state import TrainingState
 from kleash.training.trackers import Trackers
 from kleash.training.vocabulary import vocabulary_measures
-from kleash.types import Experience, Fresh, ScoredRollout
+from kleash.types import Experience, Fresh, Rollout, ScoredRollout
 
 _SAME_MODEL = 1e-4
 """Nats per token below which two models count as one."""
@@ -218,20 +218,8 @@ class Trainer:
 
         # 2–3. Policy, reference and critic score the same tokens.
         with clock.measure("time/score"):
-            rollout, kept = judged.rollout, None
-            order = epoch_order(trained_rows(rollout, components.settings.truncated))
-            spot = _is_due(config.logging.spot_check_every, pending.step)
-            limit, passes = config.rollout.microbatch, config.algorithm
-            shared = SharedReading(components, limit, passes.microbatch)
-            # Not in the first step, as where a spot check is due: there the update reads the policy
-            # again, and the ratios of two readings show whether the model is deterministic. With
-            # several minibatches they show it in each step: sharing a part would save too little.
-            apart = spot or state.step == 0 or passes.minibatches > 1
-            rows = None if apart else shared.rows(rollout, order)
-            if rows is None:
-                scored = components.score(rollout, scores, microbatch=limit, spot_check=spot)
-            else:
-                scored, kept = shared.score(rollout, scores, rows)
+            order = epoch_order(trained_rows(judged.rollout, components.settings.truncated))
+            scored, kept = self._score(judged.rollout, scores, order, pending.step)
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
@@ -310,6 +298,24 @@ class Trainer:
             case "running":
                 seen = seen.update(raw)
                 return seen.normalise(raw), seen
+
+    def _score(
+        self, rollout: Rollout, scores: Tensor, order: Tensor, step: int
+    ) -> tuple[ScoredRollout, Fresh | None]:
+        """What the models say of a rollout; with its graph where the first update can use it.
+
+        Not in the first step, as where a spot check is due: there the update reads the policy
+        again, and the ratios of two readings show whether the model is deterministic. With several
+        minibatches they show it in each step: sharing a part would save too little.
+        """
+        components, passes = self.session.components, self.config.algorithm
+        limit = self.config.rollout.microbatch
+        spot_check = _is_due(self.config.logging.spot_check_every, step)
+        if not spot_check and self.session.state.step > 0 and passes.minibatches == 1:
+            shared = SharedReading(components, limit, passes.microbatch)
+            if (rows := shared.rows(rollout, order)) is not None:
+                return shared.score(rollout, scores, rows)
+        return components.score(rollout, scores, microbatch=limit, spot_check=spot_check), None
 
     def _original_kl(self, scored: ScoredRollout) -> Tensor:
         """[batch, token] exact KL to the run's first reference, wherever the anchor is now."""

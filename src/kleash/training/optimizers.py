@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kleash.errors import ConfigError
+from kleash.models.sharding import own, own_part
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 Rounding = Literal["nearest", "stochastic"]
@@ -149,23 +150,22 @@ class StochasticAdamW(torch.optim.Optimizer):
         count = int(state["step"])
         generator = torch.Generator(parameter.device)
         generator.manual_seed((count << 24) + place)
-        (first, second), gradient = group["betas"], parameter.grad.float()  # pyright: ignore
-        mean = state["exp_avg"].float().lerp_(gradient, 1 - first)
-        square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - second)
+        # Of a divided weight each process updates its slice.
+        weight, means, squares = (
+            own(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])
+        )
+        (first, second), gradient = group["betas"], own(cast(Tensor, parameter.grad)).float()
+        mean = means.float().lerp_(gradient, 1 - first)
+        square = squares.float().lerp_(gradient.square(), 1 - second)
         scale = (square / (1 - second**count)).sqrt_().add_(group["eps"])
-        new = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
+        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, scale, value=-group["lr"] / (1 - first**count))
-        for held, wanted in (
-            (parameter, new),
-            (state["exp_avg"], mean),
-            (state["exp_avg_sq"], square),
-        ):
-            held.copy_(
-                round_by_chance(wanted, generator) if held.dtype == torch.bfloat16 else wanted
-            )
+        for held, wanted in ((weight, new), (means, mean), (squares, square)):
+            rounds = held.dtype == torch.bfloat16
+            held.copy_(round_by_chance(wanted, generator, of=parameter) if rounds else wanted)
 
 
-def round_by_chance(x: Tensor, generator: torch.Generator) -> Tensor:
+def round_by_chance(x: Tensor, generator: torch.Generator, *, of: Tensor | None = None) -> Tensor:
     """Round float32 to bfloat16 so that the mean is right.
 
     The 16 bits that bfloat16 lacks are a number of [0, 1) in units of the last bit that it has: a
@@ -174,6 +174,8 @@ def round_by_chance(x: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         x: finite float32 numbers.
         generator: on the same device.
+        of: the weight that x is this process's slice of: numbers are drawn for all of it, so that
+            a slice is rounded as it is in one process. None: x is whole.
 
     Example:
         >>> x = torch.full((10_000,), 1 + 2**-9)  # a quarter of the way to the next number
@@ -181,8 +183,9 @@ def round_by_chance(x: Tensor, generator: torch.Generator) -> Tensor:
         >>> 0.23 < float(up.float().mean()) < 0.27
         True
     """
-    bits = x.contiguous().view(torch.int32)
-    noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    bits, shape = x.contiguous().view(torch.int32), x.shape if of is None else of.shape
+    noise = torch.randint(1 << 16, shape, generator=generator, device=x.device, dtype=torch.int32)
+    noise = noise if of is None else own_part(of, noise)
     return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 
