@@ -39,7 +39,7 @@ def test_what_fsdp_gathers_stands_in_the_table_part_by_part() -> None:
     text = io.StringIO()
     print_predictions(FOUND, Rates(1e12, 1e11, 1e10), Console(file=text, width=1000))
     lines = {" ".join(line.split()) for line in text.getvalue().splitlines()}
-    assert {"gathered for a pass 5.00 GiB", "gathered for a layer 7 MiB"} <= lines
+    assert {"gathered for a pass 5.00 GiB", "whole for a layer 7 MiB"} <= lines
     assert {"steady 3.00 GiB", "at the highest 8.01 GiB"} <= lines
     (made,) = as_json(FOUND, Rates(1e12, 1e11, 1e10))["predictions"]
     assert made["peak"] == (8 << 30) + (7 << 20)

@@ -100,7 +100,8 @@ def score(
     reader = _Reader(policy, reference, value, teacher, scorer, temperature, keep_ref_hidden)
     for rows in microbatches(rollout, microbatch):
         with torch.no_grad():
-            reader.read(rollout, rows, out)
+            read = reader.states(rollout, rows)
+            reader.note(out, read, read.scores(reference=read.against, want=_NUMBERS))
     return _scored(rollout, scores, out)
 
 
@@ -126,14 +127,8 @@ def score_and_keep(
     Args:
         rollout: the sampled responses.
         kept: the rows whose graph is kept.
-        policy: the policy, whose numbers and gradients are kept.
-        reference: the frozen reference.
-        scores: score of each response, passed through.
-        value: value function, if there is one; gradients reach it too.
-        temperature: that of sampling.
+        policy, reference, scores, value, temperature, keep_ref_hidden, scorer: as in `score`.
         microbatch: of the other rows, as in `score`.
-        keep_ref_hidden: as in `score`.
-        scorer: from hidden states to per-token numbers.
 
     Returns:
         The scored rollout, without gradient, and the live numbers of the kept rows, in the order
@@ -149,15 +144,34 @@ def score_and_keep(
     lengths = torch.tensor(row_lengths(rollout), device=mask.device)[others]
     for rows in batching.microbatches(lengths.tolist(), microbatch):
         with torch.no_grad():
-            reader.read(rollout, others[rows], out)
+            read = reader.states(rollout, others[rows])
+            reader.note(out, read, read.scores(reference=read.against, want=_NUMBERS))
     with torch.enable_grad():
-        said = reader.read(rollout, kept, out)
+        read = reader.states(rollout, kept)
+        said = reader.note(out, read, read.scores(reference=read.against, want=_NUMBERS))
     live = {
         name: _pad_columns(said[name], mask.shape[1])
         for name in ("logprobs", "values", "kl")
         if name in said
     }
     return _scored(rollout, scores, out), Fresh(**live)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Hidden states of some responses, before their heads."""
+
+    rows: Int[Tensor, " rows"]
+    shape: tuple[int, ...]
+    """Rows and columns of all responses."""
+    part: tuple[Tensor, Tensor, Tensor, Tensor]
+    kept: Bool[Tensor, "rows short"]
+    hidden: Float[Tensor, "rows short+1 hidden"]
+    ref_hidden: Float[Tensor, "rows short+1 hidden"]
+    scores: partial[Any]
+    """The scorer, given what the policy says of the kept tokens; a reference is still to come."""
+    against: tuple[Tensor, Head]
+    """The reference's states and head."""
 
 
 @dataclass(frozen=True)
@@ -172,37 +186,41 @@ class _Reader:
     temperature: float
     keep_ref_hidden: bool
 
-    def read(
-        self, rollout: Rollout, rows: Int[Tensor, " rows"], out: dict[str, Tensor]
-    ) -> dict[str, Float[Tensor, "rows *short"]]:
-        """What the models say of some responses, with gradients where they are recorded.
-
-        Args:
-            rollout: all responses.
-            rows: those to read, at once.
-            out: tensors of the whole batch by name, into which the numbers are written.
-        """
+    def states(self, rollout: Rollout, rows: Int[Tensor, " rows"]) -> _Read:
+        """The states of some responses, read at once."""
         part, kept = _trim(rollout, rollout.response_mask, rows)
         # Before the policy, whose activations may be kept.
         ref_hidden = self.reference.hidden_states(*part)
         hidden = self.policy.hidden_states(*part)
-        scores = partial(
-            self.scorer,
-            hidden[:, :-1][kept],
-            self.policy.head,
-            part[2][kept],
-            temperature=self.temperature,
+        states, head = hidden[:, :-1][kept], self.policy.head
+        return _Read(
+            rows=rows,
+            shape=tuple(rollout.response_mask.shape),
+            part=part,
+            kept=kept,
+            hidden=hidden,
+            ref_hidden=ref_hidden,
+            scores=partial(self.scorer, states, head, part[2][kept], temperature=self.temperature),
+            against=(ref_hidden[:, :-1][kept], self.reference.head),
         )
-        got = scores(reference=(ref_hidden[:, :-1][kept], self.reference.head), want=_NUMBERS)
+
+    def note(
+        self, out: dict[str, Tensor], read: _Read, got: Any
+    ) -> dict[str, Float[Tensor, "rows *short"]]:
+        """What the models say, with gradients where they were recorded.
+
+        The numbers without them go into `out`, tensors of the whole batch by name; `got` are those
+        of the scorer.
+        """
+        part, kept, hidden, ref_hidden = read.part, read.kept, read.hidden, read.ref_hidden
         return_freed_memory_before(self.policy, got.logprobs, hidden)
         said = {name: _spread(getattr(got, name), kept) for name in _NUMBERS}
         states = {"ref_hidden": ref_hidden} if self.keep_ref_hidden else {}
         if self.teacher is not None:
             shared = self.teacher is self.reference
             own = ref_hidden if shared else self.teacher.hidden_states(*part)
-            both = scores(
-                reference=(own[:, :-1][kept], self.teacher.head), want=("kl", "reverse_kl")
-            )
+            to_teacher = own[:, :-1][kept], self.teacher.head
+            both = read.scores(reference=to_teacher, want=("kl", "reverse_kl"))
             said["teacher_kl"] = _spread(both.kl, kept)
             said["teacher_forward_kl"] = _spread(both.reverse_kl, kept)
             if self.keep_ref_hidden:
@@ -213,9 +231,9 @@ class _Reader:
             last = values.detach().gather(1, kept.sum(dim=1, keepdim=True))
             said["final_values"] = last.squeeze(1)
         for name, numbers in said.items():
-            _write_rows(out, name, rows, numbers.detach(), rollout.response_mask.shape)
+            _write_rows(out, name, read.rows, numbers.detach(), read.shape)
         for name, hidden_states in states.items():
-            _write_states(out, name, rows, hidden_states, kept)
+            _write_states(out, name, read.rows, hidden_states, kept)
         return said
 
 

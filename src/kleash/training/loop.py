@@ -218,8 +218,14 @@ class Trainer:
 
         # 2–3. Policy, reference and critic score the same tokens.
         with clock.measure("time/score"):
-            order = epoch_order(trained_rows(judged.rollout, components.settings.truncated))
-            scored, kept = self._score(judged.rollout, scores, order, pending.step)
+            rollout, kept = judged.rollout, None
+            order = epoch_order(trained_rows(rollout, components.settings.truncated))
+            spot = _is_due(config.logging.spot_check_every, pending.step)
+            once, rows = self._read_once(rollout, order, spot_check=spot)
+            if rows is None:
+                scored = components.score(rollout, scores, microbatch=once.scoring, spot_check=spot)
+            else:
+                scored, kept = once.score(rollout, scores, rows)
             pending.scored = scored
             original_kl = self._original_kl(scored)
         self._require_sound(judged, scored, original_kl, pending)
@@ -235,8 +241,6 @@ class Trainer:
 
         # 6. β moves.
         moved, control = self._move(experience.scored)
-
-        elapsed = clock.total
         after = replace(
             state,
             step=pending.step,
@@ -245,7 +249,7 @@ class Trainer:
             scores=seen,
             cursor=cursor,
             mixing=next_mixing(settings, experience, betas),
-            seconds=state.seconds + elapsed,
+            seconds=state.seconds + clock.total,
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
@@ -255,7 +259,7 @@ class Trainer:
             "objective/accounting_residual": account(settings, experience, betas),
             **control,
             **clock.seconds,
-            **_progress(elapsed, scored, after),
+            **_progress(clock.total, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
         session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
@@ -299,23 +303,19 @@ class Trainer:
                 seen = seen.update(raw)
                 return seen.normalise(raw), seen
 
-    def _score(
-        self, rollout: Rollout, scores: Tensor, order: Tensor, step: int
-    ) -> tuple[ScoredRollout, Fresh | None]:
-        """What the models say of a rollout; with its graph where the first update can use it.
+    def _read_once(
+        self, rollout: Rollout, order: Tensor, *, spot_check: bool
+    ) -> tuple[SharedReading, Tensor | None]:
+        """The rows whose graph of scoring serves the first update, which reads them no more.
 
-        Not in the first step, as where a spot check is due: there the update reads the policy
+        None in the first step, as where a spot check is due: there the update reads the policy
         again, and the ratios of two readings show whether the model is deterministic. With several
         minibatches they show it in each step: sharing a part would save too little.
         """
-        components, passes = self.session.components, self.config.algorithm
-        limit = self.config.rollout.microbatch
-        spot_check = _is_due(self.config.logging.spot_check_every, step)
-        if not spot_check and self.session.state.step > 0 and passes.minibatches == 1:
-            shared = SharedReading(components, limit, passes.microbatch)
-            if (rows := shared.rows(rollout, order)) is not None:
-                return shared.score(rollout, scores, rows)
-        return components.score(rollout, scores, microbatch=limit, spot_check=spot_check), None
+        passes, limit = self.config.algorithm, self.config.rollout.microbatch
+        shared = SharedReading(self.session.components, limit, passes.microbatch)
+        apart = spot_check or self.session.state.step == 0 or passes.minibatches > 1
+        return shared, None if apart else shared.rows(rollout, order)
 
     def _original_kl(self, scored: ScoredRollout) -> Tensor:
         """[batch, token] exact KL to the run's first reference, wherever the anchor is now."""
