@@ -189,9 +189,9 @@ class _Reader:
     def states(self, rollout: Rollout, rows: Int[Tensor, " rows"]) -> _Read:
         """The states of some responses, read at once."""
         part, kept = _trim(rollout, rollout.response_mask, rows)
-        # Before the policy, whose activations may be kept.
-        ref_hidden = self.reference.hidden_states(*part)
+        # In the order in which a process without rows reads divided models: each gathers weights.
         hidden = self.policy.hidden_states(*part)
+        ref_hidden = self.reference.hidden_states(*part)
         states, head = hidden[:, :-1][kept], self.policy.head
         return _Read(
             rows=rows,

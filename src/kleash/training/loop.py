@@ -249,7 +249,7 @@ class Trainer:
             scores=seen,
             cursor=cursor,
             mixing=next_mixing(settings, experience, betas),
-            seconds=state.seconds + clock.total,
+            seconds=state.seconds + (elapsed := clock.total),
         )
         metrics = {
             **objective_measures(experience.scored, beta=dispatch.price(betas, settings)),
@@ -259,7 +259,7 @@ class Trainer:
             "objective/accounting_residual": account(settings, experience, betas),
             **control,
             **clock.seconds,
-            **_progress(clock.total, scored, after),
+            **_progress(elapsed, scored, after),
         }
         metrics = self._write_down(after, metrics, samples)
         session.state = replace(after, sampler_floor=metrics.get("rollout/kl_sampler_floor"))
