@@ -333,7 +333,7 @@ class Components:
         return max(passes) - passes[self.mesh.rank]
 
     def _idle(self, rollout: Rollout, frozen: Sequence[LanguageModel], *, critic: bool) -> Tensor:
-        """Read a row for nothing, so that the other processes can read theirs.
+        """Read a row for nothing, in the order of scoring and update: the others then read theirs.
 
         Returns:
             A number that all trained weights have a gradient of 0 in.
