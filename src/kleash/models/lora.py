@@ -5,7 +5,6 @@ trained, the old one is merged into the weights first (`merging`); policy and re
 one base, and switching the new one off is the reference, whatever was merged.
 """
 
-import importlib
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kleash.errors import ModelError
-from kleash.models.quantization import silence_library
+from kleash.models.optional_packages import require_package
 
 _HEAD = (
     "expected an adapter on inner layers, got target {}: the head is read directly and cannot "
@@ -106,11 +105,4 @@ def require_peft() -> Any:
     Raises:
         ModelError: it is not installed.
     """
-    silence_library()
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            "expected the package peft for an adapter, got none installed: "
-            "pip install 'kleash[lora]'"
-        ) from error
+    return require_package("peft", "an adapter", "lora")

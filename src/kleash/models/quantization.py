@@ -15,9 +15,7 @@ too and chooses the columns that it spares by the whole batch, so that a respons
 depend on those beside it.
 """
 
-import importlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +26,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kleash.errors import ModelError
+from kleash.models.optional_packages import require_package
 
 Quantization = Literal["none", "nf4"]
 """How frozen weights of linear layers are kept."""
@@ -37,28 +36,13 @@ BITS = 4.5
 """Of a weight: four, and a scale in float32 for every 64."""
 
 
-def silence_library() -> None:
-    """Before it is imported, which peft does wherever it is installed.
-
-    It says then that it has no faster product for this CPU, the one that is not used here.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def require_library() -> Any:
     """The package bitsandbytes.
 
     Raises:
         ModelError: it is not installed.
     """
-    silence_library()
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ModelError(
-            "expected the package bitsandbytes for quantised weights, got none installed: "
-            "pip install 'kleash[qlora]'"
-        ) from error
+    return require_package("bitsandbytes", "quantised weights", "qlora")
 
 
 def new_settings(compute: torch.dtype) -> dict[str, Any]:
