@@ -62,6 +62,26 @@ def test_no_matrix_of_the_vocabulary_is_made_beside_the_gradient() -> None:
     assert all(gradient is None for gradient in handed)
 
 
+def test_several_threads_add_in_the_same_order_each_time() -> None:
+    """Words that many rows read are where threads meet."""
+    ids = torch.randint(0, 9, (600, 500), generator=torch.Generator().manual_seed(1))
+    model = model_of(tied=False, padding=None).float()
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    weight, threads = model.get_input_embeddings().weight, torch.get_num_threads()
+    upstream = torch.randn(*ids.shape, weight.shape[1])
+    found: list[torch.Tensor] = []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(6):
+            weight.grad = None
+            with embedding_gradient_in_place(SimpleNamespace(model=model)):
+                model.get_input_embeddings()(ids).backward(upstream)
+            found.append(weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_other_embeddings_are_left_alone() -> None:
     model = model_of(tied=False, padding=None)
     layer = model.get_input_embeddings()

@@ -85,10 +85,11 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         weight: Tensor = ctx.weight
         words, place = ids.flatten().unique(return_inverse=True)
-        # A word that is read often is summed in float32, and rounded once.
+        # A word that is read often is summed in float32, and rounded once; always in the same
+        # order, which `index_put_` with several threads does not keep.
         exact = torch.promote_types(weight.dtype, torch.float32)
-        sums = torch.zeros(len(words), weight.shape[1], dtype=exact, device=weight.device)
-        sums.index_put_((place,), upstream.reshape(len(place), -1).to(exact), accumulate=True)
+        rows = upstream.reshape(len(place), -1).to(exact)
+        sums = torch.ops.aten.embedding_dense_backward(rows, place, len(words), -1, False)
         if ctx.padding is not None:
             sums[words == ctx.padding] = 0
         if weight.grad is None:
