@@ -1,5 +1,7 @@
 """The spot check: silent on right scores of every kind of head, loud on a small error."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +38,39 @@ def test_right_scores_pass(size: float, softcap: float | None) -> None:
     assert scores.kl is not None
     expected = streaming.token_scores(hidden, head, TARGETS, temperature=0.7)
     assert torch.equal(scores.logprobs, expected.logprobs)
+
+
+@pytest.mark.parametrize("common", [0.0, 20.0])
+def test_large_logits_are_allowed_their_rounding(common: float) -> None:
+    """As of a trained model: sure of its word, its logits of 50 and 70 with much in common."""
+    make = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(256, 896, generator=make), torch.randn(2000, 896, generator=make)
+    shared = torch.nn.functional.normalize(torch.randn(896, generator=make), dim=0)
+    hidden, weight = 8 * hidden + common * shared, weight / 896**0.5 + shared
+    targets = (hidden @ weight.T).argmax(-1)
+    scores = float64_check.token_scores(hidden, Head(weight), targets)
+    assert scores.logprobs.abs().min() < 1e-3
+
+
+def test_a_head_of_several_parts_is_checked_to_its_last_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(float64_check, "WORDS", 300)
+    hidden, weight = make()
+    head = Head(weight, torch.linspace(0, 3, 1003), softcap=9.0, vocab_size=1000)
+    float64_check.token_scores(hidden, head, TARGETS + 800)
+    right = streaming.token_scores
+    last = weight.clone()
+    last[999] += 0.01
+    monkeypatch.setattr(
+        float64_check.streaming,
+        "token_scores",
+        lambda hidden, head, *given, **named: right(
+            hidden, replace(head, weight=last), *given, **named
+        ),
+    )
+    with pytest.raises(ScoringError, match="got logprobs"):
+        float64_check.token_scores(hidden, head, TARGETS + 800)
 
 
 @pytest.mark.parametrize("fault", [1e-4, float("nan"), float("inf")])

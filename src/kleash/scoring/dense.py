@@ -82,16 +82,23 @@ def token_scores(
     return TokenScores(**{name: out[name] for name in asked})
 
 
-def _log_softmax(
+def logits(
     hidden: Float[Tensor, "N D"], head: Head, temperature: float, dtype: torch.dtype
 ) -> Float[Tensor, "N V"]:
+    """softcap(scale · (W h + b)) / temperature of every word, computed in `dtype`."""
     logits = hidden.to(dtype) @ head.weight[: head.words].to(dtype).T
     if head.bias is not None:
         logits = logits + head.bias[: head.words].to(dtype)
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return logits / temperature
+
+
+def _log_softmax(
+    hidden: Float[Tensor, "N D"], head: Head, temperature: float, dtype: torch.dtype
+) -> Float[Tensor, "N V"]:
+    return torch.log_softmax(logits(hidden, head, temperature, dtype), dim=-1)
 
 
 def _at(logp: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
