@@ -3,8 +3,10 @@
 The oracle: base and adapter opened by peft, in float64, nothing merged.
 """
 
+import importlib
 import itertools
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ import kleash
 from kleash.auditing.model_pair import open_checkpoint
 from kleash.errors import ModelError
 from kleash.models.loading import load_causal_lm
+from kleash.models.lora import compilers_kept
 from kleash.models.merging import merge_adapter
 from kleash.models.policy import Policy, load_policy, load_reference
 
@@ -40,7 +43,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [20, 3, 4, 1, 12, 13]])
 @torch.no_grad()
 def truth(base: Path, adapter: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """log-probabilities of the unmerged model in float64, by peft alone."""
-    with warnings.catch_warnings():
+    with compilers_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
         model = peft.PeftModel.from_pretrained(model, adapter).double().eval()
@@ -110,6 +113,21 @@ def test_an_adapter_is_read_as_peft_reads_it_unmerged(
 def truth_of_base(base: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     return model(input_ids=ids).logits.log_softmax(-1).detach()
+
+
+@pytest.mark.parametrize("compiler", [None, "clang++"])
+def test_a_kernel_that_cannot_be_built_leaves_the_compilers_alone(
+    compiler: str | None, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(bases["untied"], tmp_path, made("boft", "attention"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler is not None:
+        monkeypatch.setenv("CXX", compiler)
+    # It is tried once in a process.
+    monkeypatch.setattr(importlib.import_module("peft.tuners.boft.layer"), "_FBD_CUDA", None)
+    load_policy(bases["untied"], merge=str(adapter))
+    assert (os.environ.get("CC"), os.environ.get("CXX")) == (None, compiler)
 
 
 def test_an_untouched_tie_stays_a_tie(bases: dict[str, Path], tmp_path: Path) -> None:

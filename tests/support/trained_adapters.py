@@ -8,6 +8,8 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
+from kleash.models.lora import compilers_kept
+
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -53,7 +55,7 @@ def made(kind: str, place: str) -> peft.PeftConfig:
 
 
 def wrap(model: Any, settings: peft.PeftConfig) -> Any:
-    with warnings.catch_warnings():
+    with compilers_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, settings)
 

@@ -29,7 +29,7 @@ from kleash.models.loading import (
     quiet,
     switch_off_dropout,
 )
-from kleash.models.lora import require_peft
+from kleash.models.lora import compilers_kept, require_peft
 
 _ADAPTER = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -212,7 +212,7 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     peft = require_peft()
     text = torch.arange(_vocabulary(model), device=model.device)[-_PROBE_TOKENS[1] :][None]
     try:
-        with warnings.catch_warnings():
+        with compilers_kept(), warnings.catch_warnings():
             # A key that the model lacks is a warning there; here it is another model's adapter.
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", FutureWarning)

@@ -5,7 +5,10 @@ trained, the old one is merged into the weights first (`merging`); policy and re
 one base, and switching the new one off is the reference, whatever was merged.
 """
 
+import contextlib
+import os
 import warnings
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +100,24 @@ def _require_saved(model: PreTrainedModel, spec: AdapterSpec) -> None:
                 f"expected modules_to_save among the modules of {type(model).__name__}, got "
                 f"{wanted!r}, which it has not: take lm_head or embed_tokens"
             )
+
+
+@contextlib.contextmanager
+def compilers_kept() -> Generator[None]:
+    """The environment's C and C++ compilers as they were, after peft opens an adapter.
+
+    peft sets `CXX` to gcc while it builds a kernel for BOFT, and leaves it so where that fails;
+    what torch.compile makes from then on cannot be loaded, for gcc links no C++ library.
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def require_peft() -> Any:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from kleash.errors import ModelError
 from kleash.models.loading import quiet
-from kleash.models.lora import require_peft
+from kleash.models.lora import compilers_kept, require_peft
 from kleash.models.probing import first_lines, own_code, probe_texts, text_logprobs
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -200,7 +200,7 @@ def _load_onto(model: PreTrainedModel, directory: str | Path) -> Any:
     """
     peft = require_peft()
     try:
-        with quiet(), torch.random.fork_rng(), warnings.catch_warnings():
+        with compilers_kept(), quiet(), torch.random.fork_rng(), warnings.catch_warnings():
             # Of ties, and of names on their way out. What matters is checked below.
             warnings.simplefilter("ignore")
             # A key that the model lacks is a warning there; here it is another model's adapter.
