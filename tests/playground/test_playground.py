@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import chisquare
 
+import kleash
+from kleash.config.loading import load_config
+from kleash.config.recipe_library import FOLDER
 from kleash.errors import PromptError, RunError
 from kleash.kl.statistics import Estimate
 from kleash.models.callable_reward import CallableReward
@@ -21,6 +24,7 @@ from kleash.models.policy import load_policy
 from kleash.models.reward_model import ClassifierReward
 from kleash.playground import build, evaluate, gold, language, learning, preferences, sampling
 from kleash.rollout.prompts import read_prompts
+from kleash.storage.run_directory import read_run
 
 CARD = "how do i update my card ?"
 STEPS = (
@@ -335,6 +339,35 @@ def test_the_same_seed_builds_the_same_world_and_another_seed_another(world, tmp
     hashes = [json.loads((w / "world.json").read_text())["sha256"] for w in (world, again, other)]
     assert hashes[0] == hashes[1]
     assert all(hashes[0][name] != hashes[2][name] for name in hashes[0])
+
+
+def test_several_threads_train_the_same_policy_each_time(world, tmp_path):
+    """Every other test of equal bits uses one thread, and sums of several may come in any order."""
+    recipe = FOLDER / "embedded-world.yaml"
+    changes = {"steps": "2", "rollout.prompts_per_step": "512", "heldout.gold": "null"}
+    runs, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            overrides = {**changes, "output": str(tmp_path / name)}
+            config = build.with_world(load_config(recipe, overrides, base=recipe), world)
+            kleash.train(config)
+            runs.append(read_run(tmp_path / name))
+    finally:
+        torch.set_num_threads(threads)
+    one, other = (
+        [
+            {k: v for k, v in line.items() if not ("second" in k or "time" in k)}
+            for line in run.metrics
+        ]
+        for run in runs
+    )
+    assert len(one) == 3 and one == other
+    saved = [
+        next((run.path / "checkpoints").rglob("policy/model.safetensors")).read_bytes()
+        for run in runs
+    ]
+    assert saved[0] == saved[1]
 
 
 def test_a_world_that_is_there_is_not_built_again(world):
