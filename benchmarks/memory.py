@@ -111,6 +111,7 @@ def workload(variant: str) -> Workload:
     return Workload(
         **settings,
         adapter=None if rank is None else AdapterSpec(rank=rank),
+        reference=rank is None,
         update_rows=ROWS,
         rollout_rows=0,
         prompt_tokens=PROMPT,

@@ -27,6 +27,7 @@ COMMON = Workload(
 ADAPTER = replace(
     COMMON,
     adapter=AdapterSpec(rank=16, targets=ATTENTION_AND_MLP),
+    reference=False,
     update_rows=4,
     rollout_rows=8,
 )

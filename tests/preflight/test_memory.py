@@ -73,7 +73,7 @@ def test_bytes_a_weight(
 
 def test_an_adapter_trains_its_matrices_alone_on_a_base_in_half_precision() -> None:
     adapter = AdapterSpec(rank=3, targets=("q_proj",))
-    found = predicted(replace(LOAD, precision="bf16", adapter=adapter))
+    found = predicted(replace(LOAD, precision="bf16", adapter=adapter, reference=False))
     matrices = LAYERS * 3 * 2 * WIDTH
     assert found.gradients == 4 * matrices
     assert found.weights == 2 * ALL + 4 * matrices
@@ -109,7 +109,7 @@ def test_fsdp_gathers_layers_in_the_type_that_they_compute_in() -> None:
     assert rounded.gathered == 4 * (2 * ends + WORDS * WIDTH)
     alone = predicted(half)
     assert rounded.reference == (2 * LAYERS * LAYER + 4 * ends) // 4 == alone.reference // 4
-    adapter = replace(half, adapter=AdapterSpec(rank=3, targets=("q_proj",)))
+    adapter = replace(half, adapter=AdapterSpec(rank=3, targets=("q_proj",)), reference=False)
     beside = predicted(adapter, "fsdp", 4)
     # A frozen base is in bfloat16, its ends too, and there is one copy of it.
     assert beside.gathered == 2 * ends
@@ -231,6 +231,8 @@ def test_four_bits_are_counted_as_the_library_keeps_them(tmp_path: Path) -> None
     kept = sum(w.numel() * w.element_size() for _, w in all_weights(reference.model))
     assert copied == pytest.approx(kept, rel=0.01)
     plain = predict(model_config, replace(LOAD, adapter=adapter))
+    whole = load_reference(folder)
+    assert plain.reference == sum(w.numel() * w.element_size() for _, w in all_weights(whole.model))
     assert found.weights < 0.25 * plain.weights
     # One matrix is dequantised at a time.
     assert found.layers == 4 * 128 * 256

@@ -63,7 +63,7 @@ class Workload:
     quantized: bool = False
     """Whether the linear layers under the adapter are in 4 bits."""
     quantized_reference: bool = False
-    """The same of a reference that is a copy."""
+    """The same of the reference."""
     update_reads_reference: bool = True
     """Whether the loss differentiates the KL to it; scoring alone reads it otherwise."""
     critic: bool = False
@@ -403,7 +403,7 @@ def _outside_bytes(size: ModelSize, load: Workload) -> int:
 def _pass_bytes(size: ModelSize, load: Workload, *, update: bool) -> int:
     """What FSDP gathers once for a pass: ends; in an update the gradient of a head is whole too."""
     found = _outside_bytes(size, load) * (1 + load.critic)
-    if load.reference and load.adapter is None and (load.update_reads_reference or not update):
+    if load.reference and (load.update_reads_reference or not update):
         found += _outside_bytes(size, load)
     if update and size.outside_trainable >= size.vocab * size.hidden:
         width = _DTYPES[weights_dtype(load.precision, frozen=_frozen(load))].itemsize
@@ -427,7 +427,7 @@ def _exchange_bytes(size: ModelSize, load: Workload, strategy: Strategy, world_s
         return min(size.trainable_bytes, BUCKET_BYTES)
     # As they were made and in the buffer, in float32, while the other models' ends are still there.
     sums = 2 * 4 * size.outside_trainable
-    read = load.reference and load.adapter is None and load.update_reads_reference
+    read = load.reference and load.update_reads_reference
     others = int(read) + int(load.critic)
     return sums + others * _outside_bytes(size, load)
 
@@ -443,8 +443,7 @@ def _moment_bytes(size: ModelSize, load: Workload) -> int:
 
 def _reference_bytes(size: ModelSize, load: Workload) -> int:
     """Of a copy; with `bf16` its layers are in bfloat16 (`models.frozen_weights`)."""
-    alike = load.quantized == load.quantized_reference
-    if not load.reference or (load.adapter is not None and alike):
+    if not load.reference:
         return 0
     base = size.parameters - (0 if load.adapter is None else size.trainable)
     if load.quantized_reference:
