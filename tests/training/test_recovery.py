@@ -369,6 +369,10 @@ def test_a_moved_anchor_is_where_it_was_after_resuming(
             {"reward_models": {"w3": {"callable": "a:b", "revision": "x"}}},
             "does nothing for a callable",
         ),
+        (
+            {"reward_models": {"w3": {"callable": "a:b", "dtype": "bfloat16"}}},
+            "does nothing for a callable",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(

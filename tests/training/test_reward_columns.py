@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_material import material as material
 from training_material import settings
+from transformers import AutoModelForSequenceClassification
 
 from kleash.errors import RewardError
+from kleash.models.reward_model import ClassifierReward
 from kleash.training.assembly import assemble
 from kleash.training.components import Components
 from kleash.training.responses import JudgedResponses
@@ -56,3 +59,34 @@ def test_a_column_that_the_prompts_lack_is_named(material: Path, tmp_path: Path)
     limits = {"r": {"callable": "reward_functions:needs_gold", "retries": 7}}
     with pytest.raises(RewardError, match="an async function for `concurrency`"):
         run(material, tmp_path, reward_models=limits)
+
+
+def test_a_classifier_reads_in_the_type_and_the_number_of_texts_that_are_given(
+    material: Path, tmp_path: Path
+) -> None:
+    """The oracle: the classifier by plain transformers, one text at a time, in bfloat16."""
+    section = {"path": str(material / "reward"), "dtype": "bfloat16", "microbatch_size": 3}
+    components = run(material, tmp_path, reward_models={"judge": section})
+    judge, _ = components.reward.rewards["judge"]
+    assert isinstance(judge, ClassifierReward)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        material / "reward", dtype=torch.bfloat16
+    )
+    sizes: list[int] = []
+    judge.model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    written = write(components, components.prompts)
+    rows = [
+        judge.encode(prompt.content, text, i)
+        for i, (prompt, text) in enumerate(
+            zip(
+                [prompt for prompt in components.prompts for _ in range(8)],
+                written.responses.texts,
+                strict=True,
+            )
+        )
+    ]
+    expected = [plain(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    torch.testing.assert_close(written.parts["judge"], torch.tensor(expected), atol=0.02, rtol=0.02)
+    assert max(sizes) == 3 and sum(sizes) == len(rows)

@@ -56,12 +56,16 @@ class ScorerConfig(Section):
     """How a classifier reads a prompt and its response."""
     chat_template: str | None = None
     """Name of one of a classifier's chat templates, for conversations; none: its default."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Of a classifier's weights; auto: as its files say. Scores are float32."""
+    microbatch_size: PositiveInt = 32
+    """Texts that a classifier reads at once; changes memory, not scores."""
 
     def idle(self) -> dict[str, str]:
         """See `Section.idle`: what only a classifier has, or only an async callable."""
         if self.callable is not None:
             return dict.fromkeys(
-                ("revision", "template", "adapter", "chat_template"),
+                ("revision", "template", "adapter", "chat_template", "dtype", "microbatch_size"),
                 "is for a classifier and does nothing for a callable",
             )
         return dict.fromkeys(

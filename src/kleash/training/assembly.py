@@ -269,7 +269,9 @@ def _reward(scorer: ScorerConfig, device: torch.device) -> RewardModel:
     return ClassifierReward(
         cast(str, scorer.path),
         template=scorer.template,
+        dtype=scorer.dtype,
         device=str(device),
+        batch_size=scorer.microbatch_size,
         revision=scorer.revision,
         adapter=scorer.adapter,
         chat_template=scorer.chat_template,
