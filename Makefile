@@ -16,6 +16,9 @@ VLLM := .venv-vllm/bin
 demo: .venv/.installed
 	$(BIN)/kleash demo
 
+# Threads of tests that share the cores wait without spinning.
+test test-vllm: export OMP_WAIT_POLICY = passive
+
 test: check .venv-trl112 .venv-verl
 	$(BIN)/python -m pytest -q -rs -n auto --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='$(MATHEMATICS)' --fail-under=100
