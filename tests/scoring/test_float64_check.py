@@ -73,6 +73,19 @@ def test_a_head_of_several_parts_is_checked_to_its_last_word(
         float64_check.token_scores(hidden, head, TARGETS + 800)
 
 
+def test_a_banned_word_that_is_given_a_probability_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hidden, weight = make()
+    # So unlikely that the other words' probabilities do not show it.
+    rare, banned = torch.zeros(1003), torch.zeros(1003)
+    rare[66], banned[66] = -200.0, -torch.inf
+    free = streaming.token_scores(hidden, Head(weight, rare), TARGETS)
+    monkeypatch.setattr(float64_check.streaming, "token_scores", lambda *_, **__: free)
+    with pytest.raises(ScoringError, match="and -inf at token 66"):
+        float64_check.token_scores(hidden, Head(weight, banned), TARGETS)
+
+
 @pytest.mark.parametrize("fault", [1e-4, float("nan"), float("inf")])
 def test_one_wrong_score_is_named(monkeypatch: pytest.MonkeyPatch, fault: float) -> None:
     hidden, weight = make()

@@ -82,7 +82,7 @@ def token_scores(
     return TokenScores(**{name: out[name] for name in asked})
 
 
-def logits(
+def all_logits(
     hidden: Float[Tensor, "N D"], head: Head, temperature: float, dtype: torch.dtype
 ) -> Float[Tensor, "N V"]:
     """softcap(scale · (W h + b)) / temperature of every word, computed in `dtype`."""
@@ -98,7 +98,7 @@ def logits(
 def _log_softmax(
     hidden: Float[Tensor, "N D"], head: Head, temperature: float, dtype: torch.dtype
 ) -> Float[Tensor, "N V"]:
-    return torch.log_softmax(logits(hidden, head, temperature, dtype), dim=-1)
+    return torch.log_softmax(all_logits(hidden, head, temperature, dtype), dim=-1)
 
 
 def _at(logp: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
